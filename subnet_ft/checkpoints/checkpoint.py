@@ -1,0 +1,159 @@
+"""A checkpoint as the model that it becomes in memory, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from subnet_ft.checkpoints.conversion import plan_conversion
+from subnet_ft.checkpoints.resolve import locate
+from subnet_ft.checkpoints.shards import ShardReader, TensorSpec
+from subnet_ft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+
+class Checkpoint:
+    """The parameters of a saved model, under the names and in the shapes that they have in memory.
+
+    Invariant: `specs` and what `tensor` returns are what `from_pretrained` would give in the stored dtype, name by name
+    and bit by bit; at most one conversion group is in memory at a time, beyond pages mapped from the files.
+
+    Args:
+        name: What the user called the model.
+        folder: Where it is.
+        revision: Its commit, where it came from the Hub.
+
+    Raises:
+        CheckpointError: The folder does not hold a whole, dense, native model in safetensors.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path
+    config: PretrainedConfig
+    specs: dict[str, TensorSpec]
+    """Shape and stored dtype of every parameter, in `named_parameters()` order, tied weights once."""
+    ignored: dict[str, str]
+    """The tensors on disk that make no parameter, each with the reason: buffers and copies of tied weights."""
+
+    def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
+        self.name, self.folder, self.revision = name, folder, revision
+        self.config = _load_config(folder)
+        self._reader = ShardReader(folder)
+        self._plan = plan_conversion(self.config, self._reader, folder)
+        self.specs = self._plan.specs
+        self.ignored = self._plan.ignored
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.name!r}, {len(self.specs)} parameters in {str(self.folder)!r})"
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one parameter in its stored dtype, contiguous.
+
+        It may be mapped from its file: writing to it changes the copy in memory, never the file.
+
+        Raises:
+            CheckpointError: The model has no parameter of that name.
+        """
+        return next(self.tensors([name]))[1]
+
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield parameters one after another; what is converted together is read and converted once.
+
+        Args:
+            names: Which parameters, in the order in which to yield them; all, in the order of `specs`, when `None`.
+
+        Raises:
+            CheckpointError: The model has no parameter of that name.
+        """
+        wanted = list(self.specs if names is None else names)
+        unknown = [name for name in wanted if name not in self.specs]
+        if unknown:
+            raise CheckpointError(
+                f"`{self.name}` has no parameter `{unknown[0]}`; it has {len(self.specs)}, the first is "
+                f"`{next(iter(self.specs))}`. Names are those of `named_parameters()`; a tied weight has one name."
+            )
+        return self._stream(wanted)
+
+    def _stream(self, wanted: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        last = {name: position for position, name in enumerate(wanted)}
+        waiting: dict[str, torch.Tensor] = {}
+        for position, name in enumerate(wanted):
+            if name not in waiting:
+                group = self._plan.convert(name, self._reader)
+                waiting |= {member: value for member, value in group.items() if last.get(member, -1) >= position}
+                del group
+            yield name, waiting[name] if last[name] > position else waiting.pop(name)
+
+
+def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint and match its tensors with the model's parameters; weights stay on disk.
+
+    Args:
+        name: A local folder (one safetensors file or sharded, also one that a trainer saved), a Hub id,
+            `package:MODULE/FILE.gguf`, a .gguf file, or `tiny:FAMILY`.
+        revision: Branch, tag or commit of a Hub id.
+
+    Raises:
+        CheckpointError: There is nothing of that name, or it is not a whole, dense, native model in safetensors.
+        MissingDependencyError: `name` needs a package that is not installed.
+    """
+    folder, commit = locate(name, revision=revision)
+    return Checkpoint(str(name), folder, commit)
+
+
+def _load_config(folder: Path) -> PretrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(_without_config(folder))
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(folder))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"transformers cannot read `{folder / 'config.json'}`: {reason} Check that the file is whole and that the "
+            "installed transformers knows this model."
+        ) from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        described = quantization if isinstance(quantization, dict) else vars(quantization)
+        raise CheckpointError(
+            f"`{folder}` is quantized ({described.get('quant_method', 'unknown method')}); a subnetwork is a set of "
+            "dense weights. Load it with transformers, call `model.dequantize()`, save it with `save_pretrained`, and "
+            "use that folder, or use the model's unquantized checkpoint."
+        )
+    return config
+
+
+def _without_config(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        try:
+            adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            base = adapter.get("base_model_name_or_path")
+        except (ValueError, AttributeError):
+            base = None
+        return (
+            f"`{folder}` is a PEFT adapter{f' of `{base}`' if base else ''}, not a whole model. Merge it first: "
+            "`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(merged)`, then use "
+            "the merged folder."
+        )
+    steps = sorted(
+        (entry for entry in folder.glob("checkpoint-*") if (entry / "config.json").is_file()),
+        key=lambda entry: (len(entry.name), entry.name),
+    )
+    if steps:
+        return f"`{folder}` has no config.json, but checkpoints inside it. Name one of them, such as `{steps[-1]}`."
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf:
+        return f"`{folder}` has no config.json, but a GGUF inside it. Name the file: `{gguf[0]}`."
+    names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
+    return (
+        f"`{folder}` has no config.json, so it is no model checkpoint; it holds {names}. Name a folder written by "
+        "`save_pretrained` or by a trainer."
+    )

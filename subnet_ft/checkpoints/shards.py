@@ -1,0 +1,154 @@
+"""The safetensors files of a checkpoint folder, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from subnet_ft.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies on disk, and what its file's header says about it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype_name: str
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return shape and dtype, or refuse a dtype in which no weight can be trained."""
+        if self.dtype_name not in _DTYPES:
+            raise CheckpointError(
+                f"`{key}` in `{self.file}` is stored as {self.dtype_name}; weights must be BF16, F16 or F32. "
+                "Dequantize the model (`model.dequantize()`) or cast it, save it with `save_pretrained`, and use that "
+                "folder."
+            )
+        return TensorSpec(self.shape, _DTYPES[self.dtype_name])
+
+
+class ShardReader(Mapping[str, StoredTensor]):
+    """The tensors of a folder's safetensors files by their names on disk; opening reads headers only.
+
+    Invariant: what `read` returns is mapped from its file, so its pages are file-backed and no whole shard is ever
+    copied into memory.
+
+    Args:
+        folder: Holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
+
+    Raises:
+        CheckpointError: There are no such files, or they are damaged or incomplete.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._handles: dict[Path, Any] = {}
+        self._stored: dict[str, StoredTensor] = {}
+        for file in _weight_files(folder):
+            handle = self._handles[file] = _open(file)
+            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                if key in self._stored:
+                    raise CheckpointError(
+                        f"`{key}` is in `{self._stored[key].file.name}` and in `{file.name}` of `{folder}`, so which "
+                        "one counts is unclear. Remove the stale file or save the model again into an empty folder."
+                    )
+                header = handle.get_slice(key)
+                self._stored[key] = StoredTensor(file, tuple(header.get_shape()), header.get_dtype())
+        _check_index(folder, self._stored)
+
+    def __getitem__(self, key: str) -> StoredTensor:
+        return self._stored[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def read(self, key: str) -> torch.Tensor:
+        """Map one tensor from its file; writing to the result changes memory only, never the file."""
+        tensor: torch.Tensor = self._handles[self._stored[key].file].get_tensor(key)
+        return tensor
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise CheckpointError(
+            f"The index of `{file.parent}` names the shard `{file.name}`, which is not there: the checkpoint is "
+            "incomplete. Copy or download it again."
+        )
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"`{file}` is not a readable safetensors file ({error}); it may be truncated. Copy or download it again."
+        ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    # transformers prefers the single file, too, when both forms are present.
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return [folder / name for name in sorted(set(_weight_map(folder).values()))]
+    raise CheckpointError(_no_weights(folder))
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = folder / INDEX_FILE
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"`{index}` is not a valid index of shards ({error!r}). Save the model again.") from error
+    for name in sorted(names, key=str):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"`{index}` names the shard {name!r}, which is not a file name in that folder.")
+    return dict(weight_map)
+
+
+def _check_index(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+    if (folder / SINGLE_FILE).is_file():
+        return
+    absent = sorted(set(_weight_map(folder)) - set(stored))
+    if absent:
+        raise CheckpointError(
+            f"The index of `{folder}` names {len(absent)} tensors that its shards do not hold, such as `{absent[0]}`. "
+            "Copy or download the checkpoint again."
+        )
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    gguf = [name for name in names if name.endswith(".gguf")]
+    problem = f"`{folder}` has no `{SINGLE_FILE}` and no `{INDEX_FILE}`"
+    if gguf:
+        return f"{problem}, only a GGUF. Name the file itself: `{folder / gguf[0]}`."
+    if any(name.endswith(".safetensors") for name in names):
+        return f"{problem}, only safetensors files of other names. Save the whole model with `save_pretrained`."
+    if pickled:
+        return (
+            f"{problem}, only pickled weights (`{pickled[0]}`), which are never loaded here because unpickling runs "
+            "code. If you trust the file, load it with transformers and save it with `save_pretrained`, which writes "
+            "safetensors."
+        )
+    return f"{problem}; it holds {', '.join(names[:5]) or 'nothing'}. Name a folder written by `save_pretrained`."

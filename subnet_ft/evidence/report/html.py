@@ -1,0 +1,157 @@
+"""The report as one HTML page that needs nothing else: no script, no font, no image from anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from subnet_ft.evidence.report import plots, tables, wording
+from subnet_ft.evidence.report.schema import Report
+
+_WIDE, _PHONE = 720.0, 340.0
+# What a reader wants to see of a log, the first two that were logged.
+_METRICS = ("reward", "rewards/accuracies", "loss")
+_METRIC_NAMES = {
+    "reward": "Reward",
+    "rewards/accuracies": "Share of pairs in which the chosen answer is preferred",
+    "loss": "Loss",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend."""
+
+    style: str
+    text: str
+
+
+def render_html(report: Report) -> str:
+    """Return the page; every string of the report is escaped."""
+    environment = Environment(
+        loader=PackageLoader("subnet_ft.evidence.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["typographic"] = wording.typographic
+    style = environment.get_template("style.css").render()
+    page = environment.get_template("report.html.jinja").render(
+        report=report,
+        style=Markup(style),
+        word=wording.VERDICTS[report.verdict],
+        claim=wording.claim(report),
+        off_mask=wording.off_mask_sentence(report),
+        off_mask_broken=_is_broken(report),
+        controls=wording.control_sentences(report),
+        rule=wording.rule_sentence(report),
+        identity=wording.identity_sentence(report),
+        cost=wording.cost_sentence(report),
+        facts=_facts(report),
+        tables={
+            "accuracy": tables.accuracy_table(report),
+            "controls": tables.controls_table(report),
+            "identity": tables.identity_table(report),
+            "movement": tables.movement_table(report),
+            "density": tables.density_table(report),
+            "memory": tables.memory_table(report),
+            "time": tables.time_table(report),
+        },
+        figures={
+            "accuracy": _figure(report, plots.accuracy_plot),
+            "difference": _figure(report, plots.difference_plot),
+            "identity": _figure(report, plots.identity_plot),
+            "density": _figure(report, plots.density_plot),
+            "tolerance": _figure(report, plots.tolerance_plot),
+            "memory": _figure(report, plots.memory_plot),
+            "time": _figure(report, plots.time_plot),
+        },
+        curves=_curves(report),
+        curve_keys=[
+            Key(plots.css_class(report, name), wording.label(report, name))
+            for name in report.runs
+            if name in report.curves
+        ],
+        memory_keys=_part_keys(report, "memory"),
+        time_keys=_part_keys(report, "time"),
+        sample_models=[(name, wording.label(report, name)) for name in (report.base, report.full, report.subnet)],
+        provenance=_provenance(report),
+        recipe=_json(report.recipe),
+        environment=_json(report.environment),
+    )
+    return str(page)
+
+
+def _figure(report: Report, draw: Callable[[Report, float], str | None]) -> Markup | None:
+    """Draw for a page and for a phone; the style sheet shows the one that fits."""
+    wide, phone = draw(report, _WIDE), draw(report, _PHONE)
+    if wide is None or phone is None:
+        return None
+    # Svg escapes whatever enters it, so its markup is safe as it is.
+    return Markup(f'<div class="wide">{wide}</div><div class="phone">{phone}</div>')
+
+
+def _curves(report: Report) -> list[tuple[str, Markup, int]]:
+    found = []
+    for metric in _METRICS:
+
+        def draw(report: Report, width: float, metric: str = metric) -> str | None:
+            return plots.curves_plot(report, metric, width)
+
+        figure = _figure(report, draw)
+        if figure is not None:
+            found.append((_METRIC_NAMES[metric], figure, plots.smoothing(report, metric)))
+    # The loss of an online algorithm measures no progress: a reward says all.
+    return found[:1] if found and found[0][0] == "Reward" else found[:2]
+
+
+def _part_keys(report: Report, kind: str) -> list[Key]:
+    return [Key(f"part-{index % 6 + 1}", part) for index, part in enumerate(plots.stack_parts(report, kind))]
+
+
+def _is_broken(report: Report) -> bool:
+    weights = report.weights.get(report.subnet)
+    return bool(weights and weights.off_mask_changed)
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    """Return the few numbers a reader looks for first."""
+    facts = []
+    if report.accuracy:
+        for name in (report.base, report.full, report.subnet):
+            if name in report.accuracy:
+                facts.append((wording.label(report, name), wording.percent(report.accuracy[name].accuracy)))
+    if report.density is not None:
+        facts.append(("of the weights trained", wording.percent(report.density.overall)))
+    weights = report.weights.get(report.subnet)
+    if weights is not None and weights.in_mask_identical:
+        facts.append(("identical in the mask", wording.percent(weights.in_mask_identical["0"])))
+    return facts
+
+
+def _provenance(report: Report) -> list[tuple[str, str]]:
+    mask = report.mask
+    if mask is None:
+        return []
+    entries = [
+        ("trainable weights", f"{mask.num_trainable:,} of {mask.num_parameters:,}"),
+        ("base", mask.base),
+        ("tuned", mask.tuned),
+        ("criterion", mask.criterion),
+        ("tolerance", f"{mask.tolerance:g}" if mask.tolerance is not None else None),
+        ("compared in", mask.compare_dtype or ("the stored dtype" if mask.criterion else None)),
+        ("source", ", ".join(f"{key} {value}" for key, value in mask.source.items()) or None),
+        ("fingerprint", mask.fingerprint),
+        ("time to make it", wording.duration(mask.seconds) if mask.seconds is not None else None),
+    ]
+    return [(name, value) for name, value in entries if value]
+
+
+def _json(value: dict[str, object]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) if value else ""

@@ -1,0 +1,96 @@
+"""The report as Markdown, its verdict in the first line."""
+
+from __future__ import annotations
+
+import re
+
+from subnet_ft.evidence.report import tables, wording
+from subnet_ft.evidence.report.schema import Report
+
+
+def render_markdown(report: Report) -> str:
+    """Return the report as GitHub-flavoured Markdown."""
+    blocks = [f"# Verdict: {wording.VERDICTS[report.verdict].lower()}", wording.claim(report), report.verdict_reason]
+    points = [wording.off_mask_sentence(report), *wording.control_sentences(report), wording.cost_sentence(report)]
+    blocks.append("\n".join(f"- {_escape(point)}" for point in points if point))
+    if report.title:
+        blocks.append(f"{_escape(report.title)}. Written by subnet-ft {report.version}.")
+
+    blocks.append("## Accuracy")
+    accuracy = tables.accuracy_table(report)
+    if accuracy is None:
+        blocks.append("No accuracy was measured.")
+    else:
+        level = f"{report.confidence * 100:g} %"
+        blocks += [
+            _table(accuracy),
+            f"\\* The base model's difference has the {level} interval: it decides whether there is anything to recover.",
+            wording.rule_sentence(report),
+        ]
+
+    blocks.append("## Controls")
+    controls = tables.controls_table(report)
+    blocks.append(_table(controls) if controls else wording.control_sentences(report)[0])
+
+    blocks.append("## Weights")
+    identity, movement = tables.identity_table(report), tables.movement_table(report)
+    blocks.append(wording.identity_sentence(report) or "No weights were compared.")
+    blocks += [_table(content) for content in (identity, movement) if content]
+
+    blocks.append("## The subnetwork")
+    density = tables.density_table(report)
+    if density is None or report.density is None:
+        blocks.append("No mask was given.")
+    else:
+        by_tolerance = ", ".join(
+            f"{wording.percent(share)} at {key}" for key, share in report.density.by_tolerance.items()
+        )
+        blocks.append(
+            f"Density {wording.percent(report.density.overall, 2)}."
+            + (f" By tolerance: {by_tolerance}." if by_tolerance else "")
+        )
+        blocks.append(_table(density))
+
+    blocks.append("## Cost")
+    costs = [wording.cost_sentence(report)]
+    costs += [_table(content) for content in (tables.memory_table(report), tables.time_table(report)) if content]
+    blocks += [cost for cost in costs if cost] or ["Neither memory nor time was recorded."]
+
+    if report.samples:
+        blocks += ["## Five prompts", "Evenly spaced over the held-out prompts, not chosen by their answers."]
+        for sample in report.samples:
+            blocks.append(_fenced(sample.prompt))
+            lines = [f"- reference: {_code(sample.reference)}"] if sample.reference else []
+            for name in (report.base, report.full, report.subnet):
+                if (answer := sample.answers.get(name)) is not None:
+                    mark = "correct" if answer.correct else "wrong"
+                    lines.append(f"- {wording.label(report, name)}, {mark}: {_code(answer.completion)}")
+            blocks.append("\n".join(lines))
+
+    blocks += ["## What this report does not show", "\n".join(f"- {_escape(gap)}" for gap in report.not_measured)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _table(content: tables.Table) -> str:
+    rows = [content.header, ["---", *["---:"] * (len(content.header) - 1)], *content.rows]
+    return "\n".join("| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows)
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([|<>*`])", r"\\\1", text.replace("\n", " "))
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * max(3, _longest_ticks(text) + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _code(text: str) -> str:
+    """Quote one line of code, whatever backticks it holds; line breaks show as a sign."""
+    line = text.replace("\r", "").replace("\n", " \u23ce ")
+    fence = "`" * (_longest_ticks(line) + 1)
+    return f"{fence} {line} {fence}" if line.strip() else "(empty)"
+
+
+def _longest_ticks(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)

@@ -1,0 +1,173 @@
+"""Numbers as text, names as people say them, and the sentences that every form of the report shares."""
+
+from __future__ import annotations
+
+import re
+
+from subnet_ft.evidence.report.schema import Report
+
+VERDICTS = {
+    "recovered": "Recovered",
+    "not_recovered": "Not recovered",
+    "undecided": "Undecided",
+    "nothing_to_recover": "Nothing to recover",
+    "not_assessed": "Not assessed",
+}
+MISSING = "not measured"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Write a share as a percentage; one that only rounds to 0 or 100 says so.
+
+    Example:
+        0.99996 becomes `> 99.9 %`, 1.0 becomes `100 %`.
+    """
+    if share is None:
+        return MISSING
+    if share in (0.0, 1.0):
+        return f"{share * 100:.0f} %"
+    smallest = 10.0**-digits
+    if share * 100 < smallest / 2:
+        return f"< {smallest:g} %"
+    if share * 100 > 100 - smallest / 2:
+        return f"> {100 - smallest:.{digits}f} %"
+    return f"{share * 100:.{digits}f} %"
+
+
+def points(difference: float) -> str:
+    """Write a difference of two shares in percentage points, with its sign."""
+    return f"{difference * 100:+.1f}"
+
+
+def size(num_bytes: float) -> str:
+    """Write bytes in decimal units, three digits."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {unit}" if num_bytes / scale < 1000 else f"{num_bytes / scale:,.0f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def duration(seconds: float | None) -> str:
+    """Write a time in the two largest units that matter."""
+    if seconds is None:
+        return MISSING
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def typographic(text: str) -> str:
+    """Use a true minus sign before numbers and in exponents, and keep a per cent sign with its number."""
+    signed = re.sub(r"(?:(?<![\w.)])|(?<=\de))-(?=\d)", "\u2212", text)
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", signed)
+
+
+def tolerance_text(key: str, exact: str) -> str:
+    """Write a tolerance such as `1e-05` shortly; `exact` is the word for 0."""
+    return exact if float(key) == 0 else f"{float(key):.0e}".replace("e-0", "e-")
+
+
+def label(report: Report, name: str) -> str:
+    """Return what a reader calls a model."""
+    roles = {report.base: "base model", report.full: "full run", report.subnet: "subnetwork"}
+    if name in roles:
+        return roles[name]
+    return name.removeprefix("control-").replace("magnitude_matched", "magnitude-matched").replace("_", " ") + " control"
+
+
+def claim(report: Report) -> str:
+    """Say in one sentence what the verdict means, before any number."""
+    return {
+        "recovered": "Training only the subnetwork reached the full run's accuracy.",
+        "not_recovered": "Training only the subnetwork did not reach the full run's accuracy.",
+        "undecided": "There are too few prompts to say whether the subnetwork reached the full run's accuracy.",
+        "nothing_to_recover": "The full run gained nothing that a subnetwork could recover.",
+        "not_assessed": "Weights were compared; accuracy was not, so recovery cannot be judged.",
+    }[report.verdict]
+
+
+def off_mask_sentence(report: Report) -> str:
+    """Say whether the mask was kept; a violation voids every other claim."""
+    weights = report.weights.get(report.subnet)
+    if weights is None or weights.off_mask_changed is None:
+        return "Whether a weight outside the mask changed was not checked."
+    if weights.off_mask_changed == 0:
+        return "No weight outside the mask changed."
+    return (
+        f"{weights.off_mask_changed:,} weights outside the mask changed, first in {', '.join(weights.off_mask_tensors)}: "
+        "this was not a subnetwork run, and nothing below is evidence for one."
+    )
+
+
+def control_sentences(report: Report) -> list[str]:
+    """Say what the controls reached under the same rule."""
+    sentences = []
+    for name in report.controls:
+        result = VERDICTS[report.control_verdicts[name].name].lower()
+        above = report.above_control.get(name)
+        comparison = f" {above.reason}" if above else ""
+        sentences.append(f"The {label(report, name)}, judged by the same rule: {result}.{comparison}")
+    return sentences or ["No control of equal size was trained: random masks can match full finetuning too."]
+
+
+def identity_sentence(report: Report) -> str | None:
+    """Give identity inside the mask first, and the base model's own beside both."""
+    weights = report.weights.get(report.subnet)
+    if weights is None:
+        return None
+    inside, base_inside = weights.in_mask_identical, weights.base_in_mask_identical
+    first = (
+        f"Inside the full run's mask {percent(inside['0'])} of the weights equal the full run's bit for bit; of the base "
+        f"model's weights {percent(base_inside['0'])} do."
+        if inside and base_inside
+        else "The full run's mask is empty."
+    )
+    return (
+        f"{first} Over all weights it is {percent(weights.identical['0'])} against the base model's own "
+        f"{percent(weights.base_identical['0'])}, as most weights are touched by no run."
+    )
+
+
+def rule_sentence(report: Report) -> str:
+    """State the rule of the verdict with its numbers."""
+    narrow = 2 * report.confidence - 1
+    return (
+        f"A run recovers when the {narrow * 100:g} % interval of its difference to the full run lies within "
+        f"{report.margin * 100:g} points of zero on both sides (two one-sided tests at {(1 - report.confidence) * 100:g} % "
+        "each), or wholly above zero; it fails when the interval lies wholly below the margin. The full run must first be "
+        f"above the base model at {report.confidence * 100:g} %. Intervals are Tango's for paired proportions, over "
+        f"{report.num_prompts:,} held-out prompts, and cover the choice of prompts only."
+    )
+
+
+def cost_of_subnet(report: Report) -> float | None:
+    """Return the time of the subnetwork run with the mask and, if it came from there, the full run."""
+    own = report.seconds.get(report.subnet)
+    if own is None:
+        return None
+    total = sum(own.values()) + (report.mask.seconds or 0.0 if report.mask else 0.0)
+    if report.mask is not None and report.mask.needs_full_run:
+        full = report.seconds.get(report.full)
+        if full is None:
+            return None
+        total += sum(seconds for stage, seconds in full.items() if not stage.startswith("eval"))
+    return total
+
+
+def cost_sentence(report: Report) -> str | None:
+    """Say what the mask itself cost."""
+    if report.mask is None:
+        return None
+    if not report.mask.needs_full_run:
+        return "The mask was made without a full run; its own cost is small."
+    total = cost_of_subnet(report)
+    known = f" With that run the subnetwork took {duration(total)}." if total is not None else ""
+    return (
+        "The mask was extracted from the finished full run, so that run's time and peak memory were spent first. "
+        f"This is evidence about a subnetwork, not a saving.{known}"
+    )

@@ -1,0 +1,47 @@
+"""Writes a report's three files, each whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from subnet_ft.evidence.report.html import render_html
+from subnet_ft.evidence.report.markdown import render_markdown
+from subnet_ft.evidence.report.schema import Report
+
+
+def write_report(report: Report, folder: str | Path) -> dict[str, Path]:
+    """Write `report.json`, `report.md` and `report.html` into a folder, which is made if needed.
+
+    All three are rendered before the first is replaced, and each is replaced in one step.
+
+    Returns:
+        `json`, `md` and `html` to the file's path.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "json": json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "md": render_markdown(report),
+        "html": render_html(report),
+    }
+    return {kind: _replace(folder / f"report.{kind}", content) for kind, content in contents.items()}
+
+
+def _replace(path: Path, content: str) -> Path:
+    # Lone surrogates, which a tokenizer's output may hold, have no UTF-8 form.
+    data = content.encode("utf-8", errors="replace")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path

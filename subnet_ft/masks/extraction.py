@@ -1,0 +1,221 @@
+"""Extraction: which weights differ between two checkpoints, streaming over both."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+import subnet_kernels
+from subnet_ft.checkpoints import Checkpoint, TensorSpec, open_checkpoint
+from subnet_ft.errors import CheckpointMismatchError, MaskError
+from subnet_ft.masks.mask import ModelRecord, Provenance, SubnetMask, TensorMask, format_fingerprint
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+CRITERIA = ("exact", "absolute", "relative")
+COMPARE_DTYPES = ("bfloat16", "float16", "float32")
+CURVE_TOLERANCES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+
+# A multiple of 8, so that chunks meet at a byte of the mask; small beside the tensors that it cuts up.
+_CHUNK = 1 << 20
+_SHOWN = 3
+
+
+def extract(
+    base: str | Path | Checkpoint,
+    tuned: str | Path | Checkpoint,
+    *,
+    criterion: str = "exact",
+    tolerance: float = 0.0,
+    dtype: str | None = None,
+    progress: bool = False,
+) -> SubnetMask:
+    """Mark every weight that differs between two checkpoints of one model: the subnetwork that training changed.
+
+    Both checkpoints are read tensor by tensor and compared in chunks; neither is ever whole in memory.
+
+    Args:
+        base: The checkpoint before training: a folder, a Hub id, a GGUF or an open `Checkpoint`.
+        tuned: The checkpoint after training.
+        criterion: `exact`: the stored bits differ. `absolute`: |tuned - base| > tolerance. `relative`: |tuned - base| >
+            tolerance * |base|. Differences are taken in float32; a NaN on one side only is a change.
+        tolerance: >= 0; only `absolute` and `relative` have one.
+        dtype: Cast both to `bfloat16`, `float16` or `float32` before the comparison. The mask then belongs to the base
+            in that dtype: its recorded dtypes and fingerprints are those of the cast weights.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        The mask. Its provenance holds both models' fingerprints and the density at several tolerances.
+
+    Raises:
+        MaskError: `criterion`, `tolerance` or `dtype` is invalid.
+        CheckpointError: A checkpoint cannot be found or read.
+        CheckpointMismatchError: The two have different tensors or shapes, or different dtypes and `dtype` is `None`.
+
+    Source: Mukherjee et al. 2025 (arXiv 2505.11711); their training mask is `exact`, their reported update sparsity
+    `absolute` with 1e-5.
+    """
+    _check_arguments(criterion, tolerance, dtype)
+    before = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+    after = tuned if isinstance(tuned, Checkpoint) else open_checkpoint(tuned)
+    _check_comparable(before, after, dtype)
+
+    num_parameters = sum(math.prod(spec.shape) for spec in before.specs.values())
+    comparison = _Comparison(criterion, tolerance, None if dtype is None else getattr(torch, dtype))
+    tensors: dict[str, TensorMask] = {}
+    with _progress_bar(num_parameters, enabled=progress) as bar:
+        for (name, old), (_, new) in zip(before.tensors(), after.tensors(before.specs), strict=True):
+            tensors[name] = comparison.compare(name, old, new)
+            bar.update(old.numel())
+            del old, new  # or the next pair is read while this one is still held
+
+    densities = [count / max(num_parameters, 1) for count in comparison.counts]
+    mask = SubnetMask(
+        tensors,
+        Provenance(
+            base=_record(before, comparison.base_fingerprints, dtype),
+            tuned=_record(after, comparison.tuned_fingerprints, dtype),
+            criterion=criterion,
+            tolerance=tolerance,
+            compare_dtype=dtype,
+            source={"kind": "extract"},
+            density_by_tolerance={f"{t:g}": d for t, d in zip((0.0, *CURVE_TOLERANCES), densities, strict=True)},
+        ),
+    )
+    _warn_of_extremes(mask, before)
+    return mask
+
+
+class _Comparison:
+    """One criterion over many tensors, and the sums that come out of the same pass.
+
+    Invariant: temporaries have the size of a chunk, whatever the size of a tensor.
+    """
+
+    def __init__(self, criterion: str, tolerance: float, dtype: torch.dtype | None) -> None:
+        self.criterion = criterion
+        self.tolerance = tolerance
+        self.dtype = dtype
+        self.counts = [0] * (1 + len(CURVE_TOLERANCES))  # changed weights: exactly, then beyond each tolerance
+        self.base_fingerprints: dict[str, str] = {}
+        self.tuned_fingerprints: dict[str, str] = {}
+
+    def compare(self, name: str, base: torch.Tensor, tuned: torch.Tensor) -> TensorMask:
+        """Return the mask of one parameter; `base` and `tuned` are contiguous and of one shape."""
+        flat_base, flat_tuned = base.view(-1), tuned.view(-1)
+        num_elements = flat_base.numel()
+        bits = torch.zeros((num_elements + 7) // 8, dtype=torch.uint8)
+        count = 0
+        base_sums, tuned_sums = [0, 0], [0, 0]
+        for start in range(0, num_elements, _CHUNK):
+            old, new = flat_base[start : start + _CHUNK], flat_tuned[start : start + _CHUNK]
+            if self.dtype is not None:
+                old, new = old.to(self.dtype), new.to(self.dtype)
+            chunk_bits, chunk_count = self._changed(old, new)
+            if chunk_count:
+                bits[start // 8 : start // 8 + chunk_bits.numel()] = chunk_bits
+                count += chunk_count
+            for sums, part in ((base_sums, old), (tuned_sums, new)):
+                for which, value in enumerate(subnet_kernels.fingerprint(part, offset=start)):
+                    sums[which] = (sums[which] + value) % 2**64
+        self.base_fingerprints[name] = format_fingerprint((base_sums[0], base_sums[1]))
+        self.tuned_fingerprints[name] = format_fingerprint((tuned_sums[0], tuned_sums[1]))
+        return TensorMask(bits if count else torch.empty(0, dtype=torch.uint8), tuple(base.shape), count)
+
+    def _changed(self, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, int]:
+        exact_bits, exact_count = subnet_kernels.changed_bits(old, new, criterion="exact", tolerance=0.0)
+        if exact_count == 0:
+            return exact_bits, 0
+        changed = subnet_kernels.unpack_bits(exact_bits, old.numel())
+        self._count_by_tolerance(old[changed].float(), new[changed].float())
+        if self.criterion == "exact":
+            return exact_bits, exact_count
+        return subnet_kernels.changed_bits(old, new, criterion=self.criterion, tolerance=self.tolerance)
+
+    def _count_by_tolerance(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        # A NaN on one side is beyond every tolerance, on both sides within every one.
+        distance = (new - old).abs().nan_to_num_(nan=math.inf, posinf=math.inf)
+        distance[old.isnan() & new.isnan()] = 0.0
+        self.counts[0] += old.numel()
+        for which, tolerance in enumerate(CURVE_TOLERANCES, start=1):
+            self.counts[which] += int((distance > tolerance).sum())
+
+
+def _check_arguments(criterion: str, tolerance: float, dtype: str | None) -> None:
+    if criterion not in CRITERIA:
+        raise MaskError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+    if not (tolerance >= 0.0 and math.isfinite(tolerance)):
+        raise MaskError(f"`tolerance` must be a finite number >= 0, got {tolerance!r}.")
+    if criterion == "exact" and tolerance != 0.0:
+        raise MaskError(
+            f"The criterion `exact` compares bits and has no tolerance, got {tolerance!r}. Choose `absolute` or "
+            "`relative`, or leave the tolerance out."
+        )
+    if dtype is not None and dtype not in COMPARE_DTYPES:
+        raise MaskError(f"`dtype` must be one of {', '.join(COMPARE_DTYPES)}, got {dtype!r}.")
+
+
+def _check_comparable(base: Checkpoint, tuned: Checkpoint, dtype: str | None) -> None:
+    between = f"`{base.name}` and `{tuned.name}`"
+    only_base = [name for name in base.specs if name not in tuned.specs]
+    only_tuned = [name for name in tuned.specs if name not in base.specs]
+    if only_base or only_tuned:
+        raise CheckpointMismatchError(
+            f"{between} have different parameters: {_some(only_base)} only in the base, {_some(only_tuned)} only in "
+            "the tuned checkpoint. Compare two checkpoints of one model, saved whole and with the same tied embeddings."
+        )
+    resized = _differing(base, tuned, lambda spec: str(spec.shape))
+    if resized:
+        raise CheckpointMismatchError(
+            f"{between} have parameters of different shapes, base against tuned: {_some(resized)}. A subnetwork needs "
+            "equal shapes: resize the base's embeddings to the tuned vocabulary first, or compare with the right base."
+        )
+    recast = _differing(base, tuned, lambda spec: str(spec.dtype).removeprefix("torch."))
+    if recast and dtype is None:
+        wanted = str(next(iter(base.specs.values())).dtype).removeprefix("torch.")
+        raise CheckpointMismatchError(
+            f"{between} are stored in different dtypes, base against tuned: {_some(recast)}. Rounding alone would look "
+            f"like training. Cast both before comparing with dtype='{wanted}' (`--dtype {wanted}`)."
+        )
+
+
+def _differing(base: Checkpoint, tuned: Checkpoint, show: Callable[[TensorSpec], str]) -> list[str]:
+    pairs = ((name, show(spec), show(tuned.specs[name])) for name, spec in base.specs.items())
+    return [f"`{name}` {before} and {after}" for name, before, after in pairs if before != after]
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "none"
+    shown = ", ".join(name if name.startswith("`") else f"`{name}`" for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _record(checkpoint: Checkpoint, fingerprints: dict[str, str], dtype: str | None) -> ModelRecord:
+    dtypes = {name: dtype or str(spec.dtype).removeprefix("torch.") for name, spec in checkpoint.specs.items()}
+    return ModelRecord(checkpoint.name, checkpoint.revision, dtypes, fingerprints)
+
+
+def _warn_of_extremes(mask: SubnetMask, base: Checkpoint) -> None:
+    if mask.num_trainable == 0:
+        logger.warning("No weight differs by this criterion: the mask is empty and nothing can be trained with it.")
+    elif mask.density > 0.9 and any(spec.dtype == torch.float32 for spec in base.specs.values()):
+        logger.warning(
+            "%.1f %% of the weights differ. In float32 nearly every optimizer step changes nearly every weight; train "
+            "in bfloat16 or compare with a tolerance to find a subnetwork.",
+            100 * mask.density,
+        )
+
+
+def _progress_bar(total: int, *, enabled: bool) -> tqdm[NoReturn]:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="Comparing weights", unit="weight", unit_scale=True, disable=not enabled)

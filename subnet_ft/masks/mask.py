@@ -1,0 +1,343 @@
+"""`SubnetMask`: one bit per weight, `True` = trainable, keyed by the names an optimizer sees."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import subnet_kernels
+import torch
+
+from subnet_ft.errors import MaskError, MaskMismatchError
+from subnet_ft.masks import density
+
+if TYPE_CHECKING:
+    from subnet_ft.checkpoints import Checkpoint
+
+_WRAPPER_PARTS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+
+
+def canonical_name(name: str) -> str:
+    """Strip what DDP, `torch.compile` and FSDP put into a parameter's name.
+
+    Example:
+        `module._orig_mod.model.norm.weight` becomes `model.norm.weight`.
+    """
+    parts = name.split(".")
+    wrappers = {part.rstrip(".") for part in _WRAPPER_PARTS}
+    return ".".join(part for part in parts if part not in wrappers)
+
+
+def format_fingerprint(sums: tuple[int, int]) -> str:
+    """Write the two 64-bit sums of a fingerprint as 32 hexadecimal digits."""
+    return f"{sums[0]:016x}{sums[1]:016x}"
+
+
+@dataclass(frozen=True)
+class TensorMask:
+    """The mask of one tensor.
+
+    Args:
+        bits: (ceil(N / 8),) uint8 in C order of `shape`; empty when nothing is trainable.
+        shape: Shape of the parameter.
+        count: K, the number of trainable weights.
+    """
+
+    bits: torch.Tensor
+    shape: tuple[int, ...]
+    count: int
+
+    @property
+    def num_elements(self) -> int:
+        """N, the number of weights of the tensor."""
+        return math.prod(self.shape)
+
+    @classmethod
+    def build(cls, bits: torch.Tensor, shape: tuple[int, ...]) -> TensorMask:
+        """Count the bits and drop them when there are none."""
+        count = subnet_kernels.count_bits(bits)
+        return cls(bits if count else torch.empty(0, dtype=torch.uint8), shape, count)
+
+    def full_bits(self) -> torch.Tensor:
+        """Return (ceil(N / 8),) uint8, also for a tensor without trainable weights."""
+        return self.bits if self.count else torch.zeros((self.num_elements + 7) // 8, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A model that a mask was made from: its name and the fingerprint of every tensor in its stored dtype.
+
+    Args:
+        name: Folder, Hub id or other name as the user wrote it.
+        revision: Hub revision, if one was asked for.
+        dtypes: Parameter name to stored dtype, such as `bfloat16`.
+        fingerprints: Parameter name to 32 hexadecimal digits.
+    """
+
+    name: str
+    revision: str | None = None
+    dtypes: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a mask came from.
+
+    Args:
+        base: The model that the mask applies to; `None` when it is not known.
+        tuned: The tuned model that it was compared with, if any.
+        criterion: `exact`, `absolute` or `relative`, if it was extracted.
+        tolerance: The criterion's tolerance.
+        compare_dtype: The dtype of the comparison when it was not the stored one.
+        source: `kind` and the parameters that reproduce it (seed, step, ...).
+        density_by_tolerance: Density of the absolute criterion by tolerance, `f"{t:g}"`; `0` is `exact`.
+    """
+
+    base: ModelRecord | None = None
+    tuned: ModelRecord | None = None
+    criterion: str | None = None
+    tolerance: float | None = None
+    compare_dtype: str | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    density_by_tolerance: dict[str, float] = field(default_factory=dict)
+
+
+class SubnetMask:
+    """Which weights of a model are trainable; immutable.
+
+    `mask[name]` is the dense bool tensor of a parameter, `True` = trainable. Every parameter of the model has an entry,
+    also those in which nothing is trainable. Tied weights have one entry, under the name `named_parameters` gives.
+
+    Args:
+        tensors: Parameter name to `TensorMask`.
+        provenance: Where the mask came from.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorMask], provenance: Provenance | None = None) -> None:
+        self.tensors: dict[str, TensorMask] = dict(tensors)
+        self.provenance = provenance or Provenance()
+        for name, tensor in self.tensors.items():
+            expected = (tensor.num_elements + 7) // 8 if tensor.count else 0
+            if tensor.bits.dtype != torch.uint8 or tensor.bits.shape != (expected,):
+                raise MaskError(
+                    f"The bits of `{name}` are {tensor.bits.dtype} of shape {tuple(tensor.bits.shape)}; a tensor of "
+                    f"shape {tensor.shape} with {tensor.count} trainable weights has uint8 bits of shape ({expected},)."
+                )
+
+    @classmethod
+    def from_dense(
+        cls, dense: Mapping[str, torch.Tensor], provenance: Provenance | None = None
+    ) -> SubnetMask:
+        """Build a mask from bool tensors of the parameters' shapes, `True` = trainable."""
+        tensors = {}
+        for name, value in dense.items():
+            if value.dtype != torch.bool:
+                raise MaskError(f"The mask of `{name}` is {value.dtype}; pass a bool tensor, True = trainable.")
+            packed = subnet_kernels.pack_bits(value.detach().cpu().reshape(-1))
+            tensors[canonical_name(name)] = TensorMask.build(packed, tuple(value.shape))
+        return cls(tensors, provenance)
+
+    @classmethod
+    def full(cls, shapes: Mapping[str, tuple[int, ...]], provenance: Provenance | None = None) -> SubnetMask:
+        """Build the mask in which every weight is trainable."""
+        tensors = {}
+        for name, shape in shapes.items():
+            num_elements = math.prod(shape)
+            bits = torch.full(((num_elements + 7) // 8,), 0xFF, dtype=torch.uint8)
+            if num_elements % 8:
+                bits[-1] = (1 << num_elements % 8) - 1
+            tensors[name] = TensorMask(bits, tuple(shape), num_elements)
+        return cls(tensors, provenance or Provenance(source={"kind": "full"}))
+
+    @classmethod
+    def load(cls, path: str | Path, base: str | Path | Checkpoint | None = None) -> SubnetMask:
+        """Read a mask file; everything in it is checked and nothing is unpickled.
+
+        Args:
+            path: A `NAME.subnet.safetensors` file.
+            base: The base model; every tensor's fingerprint must be the one the mask was made for.
+
+        Raises:
+            MaskFileError: The file breaks its format.
+            MaskMismatchError: `base` is another model.
+        """
+        from subnet_ft.masks.file import load_mask
+
+        mask = load_mask(Path(path))
+        if base is not None:
+            mask.check_base(base)
+        return mask
+
+    def save(self, path: str | Path) -> Path:
+        """Write the mask to one safetensors file, atomically; returns its path."""
+        from subnet_ft.masks.file import save_mask
+
+        return save_mask(self, Path(path))
+
+    @property
+    def names(self) -> list[str]:
+        """Every parameter name, in the model's order."""
+        return list(self.tensors)
+
+    @property
+    def num_trainable(self) -> int:
+        """K, the number of trainable weights."""
+        return sum(tensor.count for tensor in self.tensors.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """N, the number of weights of the model."""
+        return sum(tensor.num_elements for tensor in self.tensors.values())
+
+    @property
+    def density(self) -> float:
+        """K / N in [0, 1]; 0 for an empty mask."""
+        return self.num_trainable / max(self.num_parameters, 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and bits, as hexadecimal digits; provenance does not count."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            digest.update(f"{name}\0{tensor.shape}\0{tensor.count}\0".encode())
+            digest.update(tensor.bits.numpy().tobytes())
+        return digest.hexdigest()
+
+    def density_by_layer(self) -> dict[str, float]:
+        """Density of every decoder layer, and of the rest under `other`."""
+        return density.density_by_layer(self)
+
+    def density_by_kind(self) -> dict[str, float]:
+        """Density of every matrix kind, such as `self_attn.q_proj.weight`, over all layers."""
+        return density.density_by_kind(self)
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Check that the mask belongs to `model`: names, shapes, dtypes and, if recorded, the base's own weights.
+
+        Raises:
+            MaskMismatchError: Something differs; the message names the tensor and both values.
+        """
+        parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        self.check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        self.check_weights((name, parameter.detach()) for name, parameter in parameters.items())
+
+    def check_base(self, base: str | Path | Checkpoint) -> None:
+        """Check that the mask was made for the checkpoint `base`, streaming it once."""
+        from subnet_ft.checkpoints import Checkpoint, open_checkpoint
+
+        checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+        self.check_shapes({name: spec.shape for name, spec in checkpoint.specs.items()})
+        self.check_weights(checkpoint.tensors())
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check names and shapes of a model's parameters against the mask's."""
+        missing = [name for name in self.tensors if name not in shapes]
+        extra = [name for name in shapes if name not in self.tensors]
+        if missing or extra:
+            raise MaskMismatchError(
+                f"The mask and the model have different parameters: {_some(missing)} only in the mask, {_some(extra)} "
+                f"only in the model. The mask was made for {self._base_name()}. Extract it again from a checkpoint of "
+                "this model."
+            )
+        for name, tensor in self.tensors.items():
+            if tuple(shapes[name]) != tensor.shape:
+                raise MaskMismatchError(
+                    f"Mask for `{name}` has shape {tensor.shape} but the parameter has shape {tuple(shapes[name])}. The "
+                    f"mask was made for {self._base_name()}, not for this model. Extract it again from a checkpoint of "
+                    "this model."
+                )
+
+    def check_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Compare dtype and fingerprint of every tensor with the recorded base; nothing is compared without a record."""
+        base = self.provenance.base
+        if base is None or not base.fingerprints:
+            return
+        for name, tensor in weights:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            expected_dtype = base.dtypes.get(name, dtype)
+            if dtype != expected_dtype:
+                raise MaskMismatchError(
+                    f"`{name}` is {dtype} but the mask was compared in {expected_dtype} of {self._base_name()}. Load the "
+                    f"model in {expected_dtype}, or extract a mask from {dtype} checkpoints."
+                )
+            found = format_fingerprint(subnet_kernels.fingerprint(tensor))
+            if found != base.fingerprints.get(name):
+                raise MaskMismatchError(
+                    f"The weights of `{name}` are not those that the mask was made for ({self._base_name()}): "
+                    f"fingerprint {found}, expected {base.fingerprints.get(name)}. Start from that base, or extract a "
+                    "mask for this one."
+                )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.tensors:
+            raise KeyError(f"`{name}` is not a parameter of this mask")
+        tensor = self.tensors[name]
+        return subnet_kernels.unpack_bits(tensor.full_bits(), tensor.num_elements).view(tensor.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SubnetMask):
+            return NotImplemented
+        return self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __and__(self, other: SubnetMask) -> SubnetMask:
+        return self._combine(other, torch.bitwise_and, "intersection")
+
+    def __or__(self, other: SubnetMask) -> SubnetMask:
+        return self._combine(other, torch.bitwise_or, "union")
+
+    def __sub__(self, other: SubnetMask) -> SubnetMask:
+        return self._combine(other, lambda a, b: a & ~b, "difference")
+
+    def __invert__(self) -> SubnetMask:
+        full = SubnetMask.full({name: tensor.shape for name, tensor in self.tensors.items()})
+        return full._combine(self, lambda a, b: a & ~b, "complement", provenance_of=self)
+
+    def __repr__(self) -> str:
+        return (
+            f"SubnetMask({len(self.tensors)} tensors, {self.num_trainable:,} of {self.num_parameters:,} weights "
+            f"trainable, density {self.density:.4f})"
+        )
+
+    def _combine(
+        self,
+        other: SubnetMask,
+        operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        kind: str,
+        provenance_of: SubnetMask | None = None,
+    ) -> SubnetMask:
+        self.check_shapes({name: tensor.shape for name, tensor in other.tensors.items()})
+        left, right = self.provenance.base, other.provenance.base
+        if left and right and left.fingerprints != right.fingerprints:
+            raise MaskMismatchError(
+                f"The masks were made for different bases, {left.name} and {right.name}; they cannot be combined."
+            )
+        tensors = {
+            name: TensorMask.build(operation(tensor.full_bits(), other.tensors[name].full_bits()), tensor.shape)
+            for name, tensor in self.tensors.items()
+        }
+        sources = [provenance_of] if provenance_of else [self, other]
+        source = {"kind": kind, "of": [mask.provenance.source for mask in sources]}
+        return SubnetMask(tensors, Provenance(base=left or right, source=source))
+
+    def _base_name(self) -> str:
+        base = self.provenance.base
+        return f"`{base.name}`" if base else "a base that the mask does not name"
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    if not names:
+        return "none"
+    shown = ", ".join(f"`{name}`" for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

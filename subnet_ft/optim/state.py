@@ -1,0 +1,94 @@
+"""Saving and loading the compact optimizer state.
+
+The saved form is keyed by parameter name, because trainers replace parameter objects. Every param group carries the mask's
+fingerprint, because checkpointing tools keep param groups and drop what else they do not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from subnet_ft.errors import OptimizerStateError
+
+if TYPE_CHECKING:
+    from subnet_ft.optim.masked_adamw import MaskedAdamW
+
+_STATE_DTYPES = {"step": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+
+
+def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Replace the numbers that `torch.optim.Optimizer.state_dict` gives to parameters by their names.
+
+    Args:
+        packed: What torch returned: state by number, and param groups with lists of numbers.
+        names: Parameter names in the order of the param groups.
+
+    Returns:
+        `{"state": {name: {...}}, "param_groups": [{..., "params": [name, ...]}]}`.
+    """
+    return {
+        "state": {names[number]: dict(values) for number, values in packed["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]} for group in packed["param_groups"]
+        ],
+    }
+
+
+def load_state(
+    optimizer: MaskedAdamW, names: Mapping[torch.nn.Parameter, str], state_dict: Mapping[str, Any]
+) -> None:
+    """Load what `keyed_by_name` returned, after all of it was checked."""
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(optimizer.param_groups):
+        raise OptimizerStateError(
+            f"The saved state has {len(saved_groups)} param groups, this optimizer {len(optimizer.param_groups)}."
+        )
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        _check_group(group, saved, [names[parameter] for parameter in group["params"]])
+    parameters = {name: parameter for parameter, name in names.items()}
+    loaded = {}
+    for name, values in state_dict["state"].items():
+        if name not in parameters:
+            raise OptimizerStateError(f"The saved state has values for `{name}`, which this optimizer does not train.")
+        count = optimizer.mask.tensors[name].count
+        loaded[parameters[name]] = {
+            key: _checked(name, key, value, count, parameters[name]) for key, value in values.items()
+        }
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
+    optimizer.state.clear()
+    optimizer.state.update(loaded)
+
+
+def _check_group(group: Mapping[str, Any], saved: Mapping[str, Any], names: list[str]) -> None:
+    if saved.get("mask_fingerprint") != group["mask_fingerprint"]:
+        raise OptimizerStateError(
+            f"The saved state belongs to mask {str(saved.get('mask_fingerprint'))[:16]}, this optimizer trains mask "
+            f"{group['mask_fingerprint'][:16]}. Resume with the mask that the run was started with."
+        )
+    if saved.get("master") != group["master"]:
+        raise OptimizerStateError(
+            f"The saved state has `master={saved.get('master')}`, this optimizer `master={group['master']}`. Resume with "
+            "the setting that the run was started with."
+        )
+    if list(saved["params"]) != names:
+        raise OptimizerStateError(
+            f"The saved param group holds {len(saved['params'])} tensors, this one {len(names)}, or their order differs. "
+            "Resume with the parameter groups that the run was started with."
+        )
+
+
+def _checked(name: str, key: str, value: torch.Tensor, count: int, parameter: torch.nn.Parameter) -> torch.Tensor:
+    expected_dtype = _STATE_DTYPES.get(key)
+    if key == "master":
+        expected_dtype = torch.int16 if value.dtype == torch.int16 else torch.float32
+    if expected_dtype is None or value.dtype != expected_dtype:
+        raise OptimizerStateError(f"The saved `{key}` of `{name}` is {value.dtype}, expected {expected_dtype}.")
+    if key == "step":
+        return value.clone()
+    if value.shape != (count,):
+        raise OptimizerStateError(f"The saved `{key}` of `{name}` has shape {tuple(value.shape)}, expected ({count},).")
+    return value.to(parameter.device, copy=True)

@@ -1,0 +1,38 @@
+"""Recipes: one YAML file that says everything about an experiment, parsed into frozen dataclasses."""
+
+from __future__ import annotations
+
+from subnet_ft.recipe.loading import load_recipe, recipe_to_dict, save_recipe, shipped_recipes
+from subnet_ft.recipe.schema import (
+    Control,
+    Criterion,
+    DatasetSpec,
+    Dtype,
+    EvaluationSpec,
+    ModelSpec,
+    OptimizerSpec,
+    PairsSpec,
+    Recipe,
+    SourceSpec,
+    SubnetSpec,
+    TaskSpec,
+)
+
+__all__ = [
+    "Control",
+    "Criterion",
+    "DatasetSpec",
+    "Dtype",
+    "EvaluationSpec",
+    "ModelSpec",
+    "OptimizerSpec",
+    "PairsSpec",
+    "Recipe",
+    "SourceSpec",
+    "SubnetSpec",
+    "TaskSpec",
+    "load_recipe",
+    "recipe_to_dict",
+    "save_recipe",
+    "shipped_recipes",
+]

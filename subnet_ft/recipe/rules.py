@@ -1,0 +1,195 @@
+"""Combinations that cannot run, each a rule over fields that are valid in themselves."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import string
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from subnet_ft.recipe.parsing import Parser, show
+from subnet_ft.recipe.schema import PairsSpec, Recipe, TaskSpec
+from subnet_ft.recipe.training import ALGORITHM_DATA, LearnsFrom
+
+Problems: TypeAlias = Iterator[tuple[str, str]]
+
+_REWARD = re.compile(r"correct|score|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def check_combinations(parser: Parser, recipe: Recipe) -> None:
+    """Apply every rule whose fields are usable; each problem is a dotted key and the end of a sentence."""
+    rules: list[tuple[tuple[str, ...], Callable[[Recipe], Problems]]] = [
+        (("subnet.source",), _mask_source),
+        (("subnet.optimizer.master", "model.dtype"), _optimizer),
+        (("controls",), _controls),
+        (("algorithm", "task.pairs", "task.dataset", "task.name"), _learning_data),
+        (("algorithm", "task.num_train", "task.pairs"), _amount_to_train),
+        (("evaluation", "task.num_eval", "task.dataset", "task.pairs", "algorithm"), _evaluation),
+        (("output",), _output),
+    ]
+    for keys, rule in rules:
+        if parser.is_usable(*keys):
+            for key, message in rule(recipe):
+                parser.report(key, message)
+    if parser.has("task"):
+        _check_task(parser, "task", recipe.task)
+    if parser.has("evaluation.task") and recipe.evaluation.task is not None:
+        _check_task(parser, "evaluation.task", recipe.evaluation.task)
+
+
+def _mask_source(recipe: Recipe) -> Problems:
+    source = recipe.subnet.source
+    if source.kind == "file":
+        if not source.path:
+            yield "subnet.source.path", "missing; `kind: file` needs the path of a mask file"
+        if source.criterion != "exact" or source.tolerance > 0:
+            yield "subnet.source.kind", "a mask file fixes the mask; remove `criterion` and `tolerance`"
+        return
+    if source.path is not None:
+        yield "subnet.source.path", f"only for `kind: file`, got {show(source.path)} with `kind: extract`"
+    if source.criterion == "exact" and source.tolerance > 0:
+        yield (
+            "subnet.source.tolerance",
+            f"must be 0 with `criterion: exact`, got {source.tolerance:g}; use `absolute` or `relative`",
+        )
+
+
+def _optimizer(recipe: Recipe) -> Problems:
+    if recipe.subnet.optimizer.master == "remainder" and recipe.model.dtype != "bfloat16":
+        yield (
+            "subnet.optimizer.master",
+            f"`remainder` completes a bfloat16 weight, but `model.dtype` is {recipe.model.dtype}; use `fp32`",
+        )
+
+
+def _controls(recipe: Recipe) -> Problems:
+    for name in sorted({name for name in recipe.controls if recipe.controls.count(name) > 1}):
+        yield "controls", f"`{name}` is listed {recipe.controls.count(name)} times; once is enough"
+
+
+def _learns_from(recipe: Recipe, data: LearnsFrom) -> bool:
+    return ALGORITHM_DATA.get(recipe.algorithm) == data
+
+
+def _trains_on_preference_dataset(recipe: Recipe) -> bool:
+    return _learns_from(recipe, "preferences") and recipe.task.dataset is not None and recipe.task.pairs is None
+
+
+def _learning_data(recipe: Recipe) -> Problems:
+    if _learns_from(recipe, "preferences") and recipe.task.pairs is None and recipe.task.name != "dataset":
+        yield (
+            "task.pairs",
+            f"missing; `{recipe.algorithm}` learns from preferences: sample them with `pairs`, or use "
+            "`name: dataset` with a preference dataset",
+        )
+    if _learns_from(recipe, "prompts") and recipe.task.pairs is not None:
+        yield "task.pairs", f"not used by `{recipe.algorithm}`, which samples and scores its own completions; remove it"
+
+
+def _amount_to_train(recipe: Recipe) -> Problems:
+    pairs: PairsSpec | None = recipe.task.pairs
+    if recipe.task.num_train == 0:
+        yield "task.num_train", "missing, must be >= 1"
+    elif pairs is not None and pairs.num_prompts > recipe.task.num_train:
+        yield (
+            "task.pairs.num_prompts",
+            f"must be <= task.num_train ({recipe.task.num_train}), got {pairs.num_prompts}",
+        )
+
+
+def _evaluation(recipe: Recipe) -> Problems:
+    evaluation = recipe.evaluation
+    if not evaluation.enabled:
+        return
+    if evaluation.task is not None:
+        if evaluation.task.num_eval == 0:
+            yield "evaluation.task.num_eval", "missing, must be >= 1"
+        if evaluation.task.pairs is not None:
+            yield "evaluation.task.pairs", "not used in evaluation; remove it"
+    elif _trains_on_preference_dataset(recipe):
+        yield (
+            "evaluation.task",
+            "missing; preferences have no right answer to count, so name a task that has one, or set "
+            "`evaluation.enabled: false` to compare weights only",
+        )
+    elif recipe.task.num_eval == 0:
+        yield "task.num_eval", "missing, must be >= 1, or set `evaluation.enabled: false` to compare weights only"
+
+
+def _output(recipe: Recipe) -> Problems:
+    if not recipe.output.strip():
+        yield "output", f"must name a folder, got {show(recipe.output)}"
+
+
+def _check_task(parser: Parser, prefix: str, task: TaskSpec) -> None:
+    rules: list[tuple[tuple[str, ...], Callable[[TaskSpec], Problems]]] = [
+        (("name", "dataset", "params", "answer"), _task_data),
+        (("chat", "system_prompt"), _task_chat),
+        (("prompt",), lambda task: _template("prompt", task.prompt)),
+        (("answer",), lambda task: _template("answer", task.answer)),
+        (("answer_pattern",), _answer_pattern),
+        (("rewards",), _rewards),
+    ]
+    for names, rule in rules:
+        if parser.is_usable(*(f"{prefix}.{name}" for name in names)):
+            for name, message in rule(task):
+                parser.report(f"{prefix}.{name}", message)
+
+
+def _task_data(task: TaskSpec) -> Problems:
+    family, _, name = task.name.partition("/")
+    if task.name == "dataset":
+        if task.dataset is None:
+            yield "dataset", "missing; `name: dataset` needs `dataset: {path: ...}`"
+        if task.params:
+            yield "params", "only for `reasoning_gym/...`; describe a dataset under `dataset`"
+        return
+    if family != "reasoning_gym" or not name:
+        choices = [f"reasoning_gym/{name or 'DATASET'}", "dataset"]
+        close = difflib.get_close_matches(task.name, choices, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        yield "name", f"must be `reasoning_gym/DATASET` or `dataset`, got {show(task.name)}{hint}"
+        return
+    if task.dataset is not None:
+        yield "dataset", f"only for `name: dataset`, but the name is {show(task.name)}"
+    if task.answer is not None:
+        yield "answer", "only for `name: dataset`; reasoning-gym brings its own answers"
+
+
+def _task_chat(task: TaskSpec) -> Problems:
+    if task.system_prompt is not None and not task.chat:
+        yield "system_prompt", "needs `chat: true`; a plain prompt has no system message"
+
+
+def _template(name: str, template: str | None) -> Problems:
+    try:
+        list(string.Formatter().parse(template or ""))
+    except ValueError as error:
+        yield name, f"not a format template ({error}); write a literal brace twice, got {show(template)}"
+
+
+def _answer_pattern(task: TaskSpec) -> Problems:
+    if task.answer_pattern is None:
+        return
+    try:
+        groups = re.compile(task.answer_pattern).groups
+    except re.error as error:
+        yield "answer_pattern", f"not a regular expression ({error}), got {show(task.answer_pattern)}"
+        return
+    if groups != 1:
+        yield (
+            "answer_pattern",
+            f"must have exactly one group, around the answer, got {groups} in {show(task.answer_pattern)}; "
+            "write other groups as `(?:...)`",
+        )
+
+
+def _rewards(task: TaskSpec) -> Problems:
+    if not task.rewards:
+        yield "rewards", "must name at least one reward, got []"
+    for reward in task.rewards:
+        if not _REWARD.fullmatch(reward):
+            close = difflib.get_close_matches(reward, ["correct", "score"], n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            yield "rewards", f"must be `correct`, `score` or `package.module:function`, got {show(reward)}{hint}"

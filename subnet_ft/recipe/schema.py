@@ -1,0 +1,241 @@
+"""What a recipe can say: frozen dataclasses, one documented field per YAML key.
+
+The annotations are the specification that `parsing.py` enforces: `Literal` lists the allowed words, `Range` the allowed
+numbers, and a field without a default is a required key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Annotated, Any, Literal
+
+Dtype = Literal["bfloat16", "float32", "float16"]
+Criterion = Literal["exact", "absolute", "relative"]
+Control = Literal["uniform", "magnitude_matched"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The finite numbers a field accepts; `least` and `most` are included, `above` and `below` are not."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        signs = ((">=", self.least), (">", self.above), ("<=", self.most), ("<", self.below))
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None) or "finite"
+
+
+Count = Annotated[int, Range(least=1)]
+CountOrZero = Annotated[int, Range(least=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The base model: where every run of the recipe starts."""
+
+    name: str
+    """Local folder, Hub id, `package:MODULE/FILE.gguf`, a `.gguf` path, or `tiny:FAMILY` (random weights)."""
+
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); `None` is the default branch."""
+
+    dtype: Dtype = "bfloat16"
+    """Dtype of the weights in every run. In float32 nearly every weight changes, so that an exact mask is dense."""
+
+    attn_implementation: str | None = None
+    """Passed to transformers (`sdpa`, `eager`, `flash_attention_2`, ...); `None` lets transformers choose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """A dataset on the Hub or on disk, loaded with `datasets`."""
+
+    path: str
+    """Hub id, local folder, or a `.jsonl`, `.json`, `.csv` or `.parquet` file."""
+
+    name: str | None = None
+    """The dataset's configuration, such as `main` of `openai/gsm8k`."""
+
+    train_split: str = "train"
+    """Split that training examples come from."""
+
+    eval_split: str = "test"
+    """Split that held-out examples come from; may equal `train_split`, the two sets are kept apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsSpec:
+    """Preference pairs sampled from the base model: a right completion against a wrong one of the same prompt."""
+
+    num_prompts: Count
+    """Training prompts to sample for; those with only right or only wrong completions give no pair."""
+
+    num_samples: Annotated[int, Range(least=2)] = 8
+    """Completions per prompt."""
+
+    temperature: Annotated[float, Range(above=0.0)] = 0.8
+    """Sampling temperature."""
+
+    max_new_tokens: Count = 256
+    """Longest completion, in tokens."""
+
+    batch_size: Count = 64
+    """Completions generated at a time; changes speed, memory and the random draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """Prompts and how an answer to them is judged."""
+
+    name: str
+    """`reasoning_gym/DATASET`, such as `reasoning_gym/chain_sum`, or `dataset` for what `dataset` names."""
+
+    params: dict[str, Any] = field(default_factory=dict)
+    """reasoning-gym's own fields of that dataset's config, verbatim; empty for `dataset`."""
+
+    dataset: DatasetSpec | None = None
+    """The data of a `dataset` task: prompts with answers, or preferences (columns prompt, chosen, rejected)."""
+
+    num_train: CountOrZero = 0
+    """Training examples; required, except in `evaluation.task`."""
+
+    num_eval: CountOrZero = 0
+    """Held-out examples; required of the task that evaluation uses."""
+
+    prompt: str | None = None
+    """Format template over an example's fields: `{question}`, `{answer}` and metadata of a reasoning-gym example, or
+    the columns of a dataset. `None`: the example's own question, or the column `prompt`."""
+
+    chat: bool = False
+    """Wrap the prompt as one user message and render it with the model's chat template."""
+
+    system_prompt: str | None = None
+    """System message before the user message; needs `chat: true`."""
+
+    answer: str | None = None
+    """Format template of the reference answer over a dataset's columns; `None`: the column `answer`."""
+
+    answer_pattern: str | None = None
+    """Regular expression with one group that finds the answer in a completion, and in a dataset's reference answer;
+    `None`: the whole text without surrounding white space."""
+
+    rewards: list[str] = field(default_factory=lambda: ["correct"])
+    """Rewards that are added up: `correct` (1 for a fully right answer, else 0), `score` (the verifier's own score in
+    [0, 1]) or `package.module:function` with TRL's reward-function signature."""
+
+    pairs: PairsSpec | None = None
+    """Sample preference pairs from the base model, for an algorithm that learns from preferences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """Where the subnetwork's mask comes from."""
+
+    kind: Literal["extract", "file"] = "extract"
+    """`extract`: the weights that the full run changed. `file`: a saved mask."""
+
+    criterion: Criterion = "exact"
+    """When a weight counts as changed: its bits differ, |delta| > tolerance, or |delta| > tolerance * |base|."""
+
+    tolerance: Annotated[float, Range(least=0.0)] = 0.0
+    """Tolerance of `absolute` and `relative`; 0 for `exact`."""
+
+    path: str | None = None
+    """The mask file of `kind: file`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSpec:
+    """The optimizer of every run; the full run uses it with a full mask."""
+
+    name: Literal["adamw"] = "adamw"
+    """`adamw`: MaskedAdamW; learning rate, betas, epsilon, decay and clipping come from `training`."""
+
+    master: Literal["fp32", "remainder"] = "fp32"
+    """Exact fp32 master weights as 4 bytes each, or as a 2-byte remainder beside a bfloat16 weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubnetSpec:
+    """The subnetwork run."""
+
+    source: SourceSpec = field(default_factory=SourceSpec)
+    """Where the mask comes from."""
+
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    """How the masked weights are updated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSpec:
+    """How the verdict on accuracy is reached."""
+
+    enabled: bool = True
+    """Generate greedy answers to the held-out prompts; `false` compares weights only."""
+
+    margin: Annotated[float, Range(above=0.0, below=1.0)] = 0.02
+    """Equivalence margin as a fraction: how much accuracy below the full run still counts as recovered."""
+
+    confidence: Annotated[float, Range(above=0.5, below=1.0)] = 0.95
+    """Confidence level of every interval."""
+
+    max_new_tokens: Count = 256
+    """Longest answer, in tokens. When a recipe leaves it out: `training.max_completion_length`, else
+    `task.pairs.max_new_tokens`, else 256."""
+
+    batch_size: Count = 64
+    """Prompts answered at a time."""
+
+    task: TaskSpec | None = None
+    """Judge on this task instead of the training task; required when training on a preference dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole experiment on one page: base, data, algorithm, mask, controls and the rule of the verdict."""
+
+    model: ModelSpec
+    """The base model."""
+
+    task: TaskSpec
+    """Data and rewards."""
+
+    algorithm: str
+    """Name of the training algorithm, such as `grpo` or `dpo`."""
+
+    training: dict[str, Any] = field(default_factory=dict)
+    """The TRL config's own fields, verbatim."""
+
+    subnet: SubnetSpec = field(default_factory=SubnetSpec)
+    """The subnetwork run."""
+
+    controls: list[Control] = field(default_factory=lambda: ["uniform", "magnitude_matched"])
+    """Random masks with as many trainable weights per tensor, each trained like the subnetwork."""
+
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    """How the verdict is reached."""
+
+    output: str
+    """Folder of the run, relative to where the command starts."""
+
+    seed: CountOrZero = 0
+    """Seed of data, sampling, training and control masks."""
+
+    method: Literal["full", "subnet"] = "full"
+    """What `subnet-ft train` trains; `subnet-ft run` always does both."""
+
+    keep_checkpoints: bool = False
+    """Keep the intermediate trainer checkpoints of finished stages."""

@@ -1,0 +1,105 @@
+"""Checks the `training` section: the TRL config's own fields, which are known only to the training layer.
+
+The training layer injects them as `algorithms`; without that table names are not checked, but fields that the recipe
+sets itself, and numbers out of their range, are still refused.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from subnet_ft.recipe.parsing import Parser, did_you_mean, show
+from subnet_ft.recipe.schema import Count, CountOrZero, Range
+
+LearnsFrom = Literal["preferences", "prompts"]
+
+ALGORITHM_DATA: dict[str, LearnsFrom] = {"dpo": "preferences", "grpo": "prompts"}
+"""What an algorithm learns from: preference pairs, or prompts whose completions it samples and scores itself."""
+
+_RANGES: dict[str, Any] = {
+    "learning_rate": Annotated[float, Range(least=0.0)],
+    "weight_decay": Annotated[float, Range(least=0.0)],
+    "adam_beta1": Annotated[float, Range(least=0.0, below=1.0)],
+    "adam_beta2": Annotated[float, Range(least=0.0, below=1.0)],
+    "adam_epsilon": Annotated[float, Range(above=0.0)],
+    "max_grad_norm": Annotated[float, Range(least=0.0)],
+    "warmup_steps": Annotated[float, Range(least=0.0)],
+    "num_train_epochs": Annotated[float, Range(above=0.0)],
+    "max_steps": Annotated[int, Range(least=-1)],
+    "per_device_train_batch_size": Count,
+    "gradient_accumulation_steps": Count,
+    "num_generations": Annotated[int, Range(least=2)],
+    "num_iterations": Count,
+    "max_length": Count | None,
+    "max_completion_length": Count,
+    "temperature": Annotated[float, Range(above=0.0)],
+    "top_p": Annotated[float, Range(above=0.0, most=1.0)],
+    "beta": Annotated[float, Range(least=0.0)],
+    "logging_steps": Annotated[float, Range(above=0.0)],
+    "save_steps": Annotated[float, Range(above=0.0)],
+    "save_total_limit": CountOrZero | None,
+}
+
+_OPTIMIZER = "the masked optimizer replaces it; choose one under `subnet.optimizer`"
+_PEFT = "PEFT trains added weights, a subnetwork is a part of the model's own; remove it"
+_MODEL = "the model is loaded from `model`; set `model.dtype` or `model.attn_implementation` there"
+_REFUSED: dict[str, str] = {
+    "output_dir": "every stage has its own folder; set `output` at the top level of the recipe",
+    "seed": "one seed serves all runs; set `seed` at the top level of the recipe",
+    "resume_from_checkpoint": "an interrupted run resumes by itself; start the same command again",
+    "optim": _OPTIMIZER,
+    "optim_args": _OPTIMIZER,
+    "optim_target_modules": _OPTIMIZER,
+    "model_init_kwargs": _MODEL,
+    "dtype": _MODEL,
+    "torch_dtype": _MODEL,
+    "peft": _PEFT,
+    "peft_config": _PEFT,
+    "use_peft": _PEFT,
+    "lora_r": _PEFT,
+    "lora_alpha": _PEFT,
+    "lora_target_modules": _PEFT,
+}
+_REFUSED_WHEN_SET: dict[str, str] = {
+    "bf16": "the weights already are in `model.dtype`; mixed precision would upcast what is trained to fp32",
+    "fp16": "fp16 mixed precision needs a GradScaler, which cannot see compact gradients; use `model.dtype: bfloat16`",
+    "deepspeed": "ZeRO flattens parameters, so that no mask per tensor remains; use FSDP2 or DDP",
+}
+
+
+def check_training(
+    parser: Parser, training: Mapping[str, Any], algorithm: str, fields: Mapping[str, Any] | None
+) -> None:
+    """Report every key of `training` that the recipe or the algorithm's config refuses.
+
+    Args:
+        parser: Collects the problems.
+        training: The section as written.
+        algorithm: Named in messages.
+        fields: Field name to its type or default, or `None` when they are not known.
+    """
+    for name, value in training.items():
+        key = f"training.{name}"
+        refusal = _REFUSED.get(name) or (_REFUSED_WHEN_SET.get(name) if value not in (None, False) else None)
+        if refusal:
+            parser.report(key, f"not allowed here, got {show(value)}: {refusal}")
+        elif fields is not None and name not in fields:
+            hint = did_you_mean(name, [field for field in fields if field not in _REFUSED])
+            parser.report(key, f"unknown key{hint or f'; `{algorithm}` has no such setting'}")
+        elif name in _RANGES:
+            parser.check(key, value, _RANGES[name])
+        elif fields is not None:
+            parser.check(key, value, _annotation(fields[name]))
+    if parser.is_usable("training.max_steps") and training.get("max_steps") == 0:
+        parser.report("training.max_steps", "must be >= 1, or -1 to train for `num_train_epochs`, got 0")
+
+
+def _annotation(field: Any) -> Any:
+    """Return the type that a field's type or default asks for; a default of `None` says nothing."""
+    if isinstance(field, type) or typing.get_origin(field) is not None or field is Any:
+        return field
+    if field is None:
+        return Any
+    return int | float if type(field) is int else type(field)

@@ -1,0 +1,131 @@
+"""Stages of a run: a folder each, finished when its `stage.json` is there, not repeated while its inputs stay the same."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from subnet_ft.errors import StageError
+
+logger = logging.getLogger(__name__)
+
+FINISHED = "stage.json"
+STARTED = "started.json"
+
+
+def run_stage(
+    folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]], *, overwrite: bool, cheap: bool = False
+) -> dict[str, Any]:
+    """Do a stage's work unless it is already done, and return what it produced.
+
+    Args:
+        folder: The stage's folder. A stage that was interrupted finds what it left there.
+        inputs: Everything the result depends on, as JSON values.
+        work: Does the work inside the folder and returns results as JSON values.
+        overwrite: Replace a result that was made from other inputs.
+        cheap: The result costs little to make again, so that other inputs replace it without asking.
+
+    Returns:
+        `results` of the stage, with `seconds` of the work added.
+
+    Raises:
+        StageError: The folder holds a result of other inputs, and `overwrite` is off; the message names them.
+    """
+    inputs = json.loads(json.dumps(inputs))
+    found = read_json(folder / FINISHED) or read_json(folder / STARTED)
+    if found is None and folder.is_dir() and any(folder.iterdir()) and not cheap:
+        raise StageError(
+            f"`{folder}` is not empty and holds no stage of a run. Choose another `output`, or empty the folder."
+        )
+    if found is not None and found.get("inputs") != inputs:
+        if not (overwrite or cheap):
+            changes = ", ".join(_changes(found.get("inputs") or {}, inputs)[:5])
+            raise StageError(
+                f"`{folder}` was made with other settings: {changes}. Choose another `output`, or pass `--overwrite` to "
+                "replace it."
+            )
+        shutil.rmtree(folder)
+        found = None
+    if found is not None and "results" in found:
+        logger.info("%s: done before", folder.name)
+        results: dict[str, Any] = found["results"]
+        return results
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STARTED, {"inputs": inputs, "started": _now()})
+    start = time.perf_counter()
+    results = work(folder)
+    results = {**results, "seconds": time.perf_counter() - start}
+    write_json(folder / FINISHED, {"inputs": inputs, "results": results, "finished": _now()})
+    (folder / STARTED).unlink()
+    return results
+
+
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Keep every other process out of a run's folder.
+
+    Raises:
+        StageError: Another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise StageError(f"Another process works in `{folder}`. Wait for it, or choose another `output`.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or `None` when there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise StageError(f"`{path}` is not JSON ({error}). Remove its folder to make the stage again.") from error
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file; it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _changes(old: Any, new: Any, where: str = "") -> list[str]:
+    """List the leaves in which two JSON values differ, as `key: was OLD, is NEW`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        changes = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            if old.get(key) != new.get(key):
+                changes += _changes(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+        return changes
+    return [f"{where}: was {_short(old)}, is {_short(new)}"]
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,7 @@
+"""Training with TRL's trainers; the only package that imports trl."""
+
+from subnet_ft.training.algorithms import ALGORITHMS, Algorithm, config_fields
+from subnet_ft.training.restrict import restrict
+from subnet_ft.training.run import TrainingRun, train
+
+__all__ = ["ALGORITHMS", "Algorithm", "TrainingRun", "config_fields", "restrict", "train"]

@@ -1,0 +1,57 @@
+"""The table of algorithms: which TRL trainer and config each one is."""
+
+from __future__ import annotations
+
+import importlib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One algorithm, by the names of what runs it; nothing is imported before it is needed.
+
+    Args:
+        name: The recipe's `algorithm`.
+        trainer: `module:class` of the trainer.
+        config: `module:class` of its config, whose fields are the recipe's `training` section.
+    """
+
+    name: str
+    trainer: str
+    config: str
+
+    @property
+    def trainer_class(self) -> Any:
+        """The trainer class."""
+        return _load(self.trainer)
+
+    @property
+    def config_class(self) -> Any:
+        """The config dataclass."""
+        return _load(self.config)
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    algorithm.name: algorithm
+    for algorithm in (
+        Algorithm("dpo", "trl:DPOTrainer", "trl:DPOConfig"),
+        Algorithm("grpo", "trl:GRPOTrainer", "trl:GRPOConfig"),
+    )
+}
+
+
+def config_fields() -> Mapping[str, Mapping[str, Any]]:
+    """Return every algorithm's config fields with their types; importing TRL takes a few seconds."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, algorithm in ALGORITHMS.items():
+        hints = typing.get_type_hints(algorithm.config_class)
+        table[name] = {field.name: hints[field.name] for field in fields(algorithm.config_class) if field.init}
+    return table
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,102 @@
+"""`restrict`: turn a built trainer into a subnetwork trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from subnet_ft.masks import SubnetMask, canonical_name
+from subnet_ft.optim import MaskedAdamW
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Trainer
+
+TrainerT = TypeVar("TrainerT", bound="Trainer")
+
+# What the trainer would have built by itself is AdamW in some form; another choice must not vanish silently.
+_ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")
+
+
+def restrict(trainer: TrainerT, mask: SubnetMask, *, master: str = "fp32") -> TrainerT:
+    """Make `trainer.train()` train only the weights of `mask`; call it once, on a built trainer that has not started.
+
+    The trainer's own arguments set the hyper-parameters: learning rate, betas, epsilon, weight decay (not on the
+    parameters that transformers exempts), schedule and `max_grad_norm`, which clips on the norm of the masked gradient;
+    `grad_norm` in the logs is that norm. A mask in which everything is trainable gives a full run with the same code.
+
+    Args:
+        trainer: A `transformers.Trainer`, or a trainer of TRL.
+        mask: Which weights to train; must have been made for the model that the trainer holds.
+        master: How fp32 master weights are kept: `fp32` or `remainder` (see `MaskedAdamW`).
+
+    Returns:
+        The same trainer.
+
+    Raises:
+        MaskMismatchError: The mask belongs to another model, or to another base.
+        ValueError: The trainer is set up in a way that a masked optimizer cannot honour.
+    """
+    _refuse_what_would_break(trainer)
+    mask.check(trainer.model)
+    built: list[MaskedAdamW] = []
+
+    def create_optimizer(model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if trainer.optimizer is None:
+            # Built when training starts, because other tools replace parameter objects before that. A resumed run
+            # already holds trained weights then, so the base was checked above.
+            built.append(_build(trainer, trainer.model if model is None else model, mask, master))
+            trainer.optimizer = built[-1]
+        return trainer.optimizer
+
+    def clip_grad_norm(model: torch.nn.Module) -> torch.Tensor:
+        return built[-1].clip_grad_norm_(trainer.args.max_grad_norm)
+
+    def get_grad_norm(model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> float:
+        return float(built[-1].grad_norm() if grad_norm is None else grad_norm)
+
+    hooked: Any = trainer  # instance attributes shadow the methods of the same name
+    hooked.create_optimizer = create_optimizer
+    hooked._clip_grad_norm = clip_grad_norm
+    hooked._get_grad_norm = get_grad_norm
+    return trainer
+
+
+def _build(trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, master: str) -> MaskedAdamW:
+    args = trainer.args
+    decayed = {canonical_name(name) for name in trainer.get_decay_parameter_names(model)}
+    pairs = [(canonical_name(name), parameter) for name, parameter in model.named_parameters()]
+    groups: list[dict[str, Any]] = [
+        {"params": [pair for pair in pairs if pair[0] in decayed], "weight_decay": args.weight_decay},
+        {"params": [pair for pair in pairs if pair[0] not in decayed], "weight_decay": 0.0},
+    ]
+    return MaskedAdamW(
+        [group for group in groups if group["params"]],
+        mask,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        max_grad_norm=None,
+        master=master,
+        check_base=False,
+    )
+
+
+def _refuse_what_would_break(trainer: Trainer) -> None:
+    args = trainer.args
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"The trainer already has an optimizer, {type(trainer.optimizer).__name__}. Call `restrict` before "
+            "`train()`, and do not pass `optimizers` to the trainer."
+        )
+    if getattr(trainer, "optimizer_cls_and_kwargs", None) is not None or str(args.optim.value) not in _ADAMW_NAMES:
+        raise ValueError(
+            f"The trainer asks for the optimizer `{args.optim.value}`, which `restrict` would replace by MaskedAdamW. "
+            "Leave `optim` and `optimizer_cls_and_kwargs` at their defaults."
+        )
+    if args.fp16:
+        raise ValueError("`fp16=True` scales gradients behind the optimizer's back. Load the model in bfloat16 instead.")
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            "This release restricts trainers on one process or under DDP; DeepSpeed flattens parameters, and sharded "
+            "parameters need sharded masks."
+        )

@@ -1,0 +1,41 @@
+"""Every test runs offline, on one thread, from one seed, and away from the user's caches."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+# Read when transformers, datasets and tokenizers are first imported, so set before any test file is.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests, with the reason, where there is no GPU."""
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanted:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep converted checkpoints of this session in its own folder; subprocesses inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUBNET_FT_CACHE", str(tmp_path_factory.mktemp("subnet-ft-cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    """Give every test the same seed and one thread, so that its bits do not depend on the tests before it."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+        torch.set_num_threads(1)

@@ -1,0 +1,36 @@
+"""What several test files share: tolerances with their reasons, and small builders."""
+
+from __future__ import annotations
+
+import torch
+
+
+def ulp_distance(actual: torch.Tensor, expected: torch.Tensor) -> int:
+    """Return the largest distance in units in the last place between two float32 tensors (no NaN)."""
+
+    def ordered(tensor: torch.Tensor) -> torch.Tensor:
+        bits = tensor.contiguous().view(torch.int32).to(torch.int64)
+        return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+    if actual.numel() == 0:
+        return 0
+    return int((ordered(actual) - ordered(expected)).abs().max())
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Compare two tensors bit by bit, so that NaN equals itself and -0.0 differs from 0.0."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
+
+
+SIZES = (1, 63, 1000, 65539)
+"""Element counts: one element, a partial byte, a partial tile, and past one chunk of every op."""
+
+DENSITIES = (0.0, 1 / 1000, 0.2, 1.0)
+"""Empty, next to empty, typical and full."""
+
+
+def random_bits(size: int, density: float, seed: int = 0) -> torch.Tensor:
+    """Draw (size,) bool with about `density` of it true."""
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < density

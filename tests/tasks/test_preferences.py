@@ -1,0 +1,79 @@
+"""Preference data keeps TRL's formats and is refused by name when it has another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from subnet_ft.errors import TaskError
+from subnet_ft.recipe import DatasetSpec, TaskSpec
+from subnet_ft.tasks import preference_dataset
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+def _spec(folder: Path, rows: list[dict[str, Any]], num_train: int = 2, **fields: Any) -> TaskSpec:
+    path = folder / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return TaskSpec(name="dataset", dataset=DatasetSpec(path=str(path)), num_train=num_train, **fields)
+
+
+def _rows(data: Any) -> list[dict[str, Any]]:
+    return sorted(data.to_list(), key=str)
+
+
+TEXT = [{"prompt": f"{i} =", "chosen": f" {i}", "rejected": " 0", "source": "x"} for i in (1, 2, 3)]
+USER = [{"role": "user", "content": "1 ="}]
+RIGHT, WRONG = [{"role": "assistant", "content": " 1"}], [{"role": "assistant", "content": " 0"}]
+
+
+def test_preference_dataset_keeps_text_and_the_first_rows_of_a_seeded_order(tmp_path: Path) -> None:
+    data = preference_dataset(_spec(tmp_path, TEXT), seed=1)
+    assert data.column_names == ["prompt", "chosen", "rejected"]
+    assert len(data) == 2
+    assert data.to_list() == preference_dataset(_spec(tmp_path, TEXT, 3), seed=1).to_list()[:2]
+
+
+def test_preference_dataset_turns_text_into_messages_for_chat(tmp_path: Path) -> None:
+    data = preference_dataset(_spec(tmp_path, TEXT[:1], 1, chat=True))
+    assert data.to_list() == [{"prompt": USER, "chosen": RIGHT, "rejected": WRONG}]
+
+
+def test_preference_dataset_keeps_an_implicit_prompt(tmp_path: Path) -> None:
+    row = {"chosen": USER + RIGHT, "rejected": USER + WRONG}
+    data = preference_dataset(_spec(tmp_path, [row], 1))
+    assert data.to_list() == [row]
+
+
+def test_preference_dataset_fills_a_template(tmp_path: Path) -> None:
+    data = preference_dataset(_spec(tmp_path, TEXT, 3, prompt="[{source}] {prompt}"))
+    assert [row["prompt"] for row in _rows(data)] == ["[x] 1 =", "[x] 2 =", "[x] 3 ="]
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_train", "message"),
+    [
+        (
+            [{"prompt": "1", "chosn": "2"}],
+            1,
+            "no column `chosen` and no column `rejected`; its columns are prompt, chosn",
+        ),
+        (TEXT, 4, "has 3 rows, but task.num_train asks for 4"),
+        ([{"prompt": "1", "chosen": RIGHT, "rejected": WRONG}], 1, "holds prompt: str, chosen: list, rejected: list"),
+        ([{"prompt": "1", "chosen": None, "rejected": "0"}], 1, "chosen: NoneType"),
+    ],
+)
+def test_preference_dataset_explains_what_is_wrong(
+    tmp_path: Path, rows: list[dict[str, Any]], num_train: int, message: str
+) -> None:
+    with pytest.raises(TaskError, match=message):
+        preference_dataset(_spec(tmp_path, rows, num_train))

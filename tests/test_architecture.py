@@ -1,0 +1,182 @@
+"""The rules of CONTRIBUTING.md, "Architecture", read off the sources; each rule is also shown to catch a breach."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "subnet_ft"
+KERNELS = ROOT / "kernels" / "subnet_kernels"
+
+_WEIGHTS = {"deltas", "optim", "masks", "checkpoints", "errors"}
+# What each part of subnet_ft may import. A new part needs a line here and in CONTRIBUTING.md.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "recipe": {"errors"},
+    "tasks": {"recipe", "errors"},
+    "checkpoints": {"errors", "subnet_kernels"},
+    "masks": {"checkpoints", "errors", "subnet_kernels"},
+    "optim": {"masks", "checkpoints", "errors", "subnet_kernels"},
+    "deltas": {"optim", "masks", "checkpoints", "errors", "subnet_kernels"},
+    "evidence": {"deltas", "masks", "checkpoints", "tasks", "recipe", "errors", "subnet_kernels"},
+    "training": {*_WEIGHTS, "tasks", "recipe"},
+    "stages": {*_WEIGHTS, "tasks", "recipe", "training", "evidence"},
+    "pipeline": {*_WEIGHTS, "tasks", "recipe", "training", "evidence", "stages"},
+    "cli": {*_WEIGHTS, "tasks", "recipe", "training", "evidence", "stages", "pipeline"},
+}
+KERNEL_IMPORTS = {"torch", "triton", "numpy", "subnet_kernels", *sys.stdlib_module_names}
+LONGEST_FILE = 350
+HEAVY = {"torch", "transformers", "triton", "trl", "datasets", "matplotlib"}
+STARTS = {
+    "import subnet_ft": "import subnet_ft",
+    "subnet-ft --help": "from subnet_ft.cli import main\nsys.argv[1:] = ['--help']\nsys.exit(main())",
+}
+
+
+def _sources() -> list[Path]:
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "setup.py"]
+    return sorted(path for path in files if "__pycache__" not in path.parts)
+
+
+def _module(path: Path) -> str:
+    """Return the dotted name of a source file, `subnet_ft.masks.file`; a package's own file keeps `__init__`."""
+    for source_root in (ROOT / "kernels", ROOT):
+        if path.is_relative_to(source_root):
+            return ".".join(path.relative_to(source_root).with_suffix("").parts)
+    raise AssertionError(path)
+
+
+def _imports(tree: ast.AST, module: str) -> Iterator[str]:
+    """Yield the absolute dotted name of everything `module` imports, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _part(name: str) -> str:
+    """Return the part of the project that a dotted name belongs to, or else its top-level package."""
+    top, _, rest = name.partition(".")
+    if top != "subnet_ft":
+        return top
+    return rest.partition(".")[0] or "__init__"
+
+
+def wrong_arrows(source: str, module: str) -> list[str]:
+    """Return the imports of `module` that its line in `ARROWS` does not allow."""
+    part = _part(module)
+    names = set(_imports(ast.parse(source), module))
+    if part == "subnet_kernels":
+        return sorted(name for name in names if _part(name) not in KERNEL_IMPORTS)
+    if part == "__init__":
+        return []
+    ours = {*ARROWS, "__init__", "subnet_kernels"}
+    inside = {name for name in names if name.split(".")[0] in {"subnet_ft", "subnet_kernels"}}
+    unknown = {name for name in inside if _part(name) not in ours}
+    return sorted(unknown | {name for name in inside if _part(name) not in ARROWS[part] | {part}})
+
+
+def foreign_trl(source: str, module: str) -> list[str]:
+    """Return imports of TRL outside `subnet_ft/training`."""
+    if _part(module) == "training":
+        return []
+    return sorted(name for name in _imports(ast.parse(source), module) if _part(name) == "trl")
+
+
+def prints(source: str, module: str) -> list[str]:
+    """Return the lines of library code that print; the command line and benchmarks may."""
+    if _part(module) in {"cli", "benchmarks"}:
+        return []
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return [f"line {call.lineno}" for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def unpickling(source: str, module: str) -> list[str]:
+    """Return what could run a stranger's code while reading a file."""
+    unsafe = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    tree = ast.parse(source)
+    found = [name for name in _imports(tree, module) if _part(name) in unsafe]
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        callee = ast.unparse(call.func)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if callee == "torch.load" and keywords.get("weights_only") != "True":
+            found.append(f"line {call.lineno}: torch.load without weights_only=True")
+        if keywords.get("allow_pickle", "False") != "False" or callee in {"yaml.unsafe_load", "yaml.full_load"}:
+            found.append(f"line {call.lineno}: {callee}")
+    return found
+
+
+def too_long(source: str, module: str) -> list[str]:
+    """Return the length of a file that has grown past one job."""
+    lines = len(source.splitlines())
+    return [f"{lines} lines"] if lines > LONGEST_FILE else []
+
+
+RULES = {
+    "imports": (wrong_arrows, "subnet_ft.masks.mask", "from subnet_ft.optim.adamw import MaskedAdamW"),
+    "relative imports": (wrong_arrows, "subnet_ft.masks.mask", "from ..training import restrict"),
+    "imports of the package itself": (wrong_arrows, "subnet_ft.masks.mask", "import subnet_ft"),
+    "imports of an unlisted part": (wrong_arrows, "subnet_ft.cli", "from subnet_ft.utils import flatten"),
+    "kernel imports": (wrong_arrows, "subnet_kernels.ops", "from subnet_ft.errors import SubnetError"),
+    "only training imports TRL": (foreign_trl, "subnet_ft.pipeline", "def f():\n    from trl import GRPOConfig"),
+    "library code never prints": (prints, "subnet_ft.pipeline", "print('done')"),
+    "nothing imports pickle": (unpickling, "subnet_ft.masks.file", "import pickle"),
+    "torch.load is safe": (unpickling, "subnet_ft.masks.file", "torch.load(path, weights_only=False)"),
+    "files have one job": (too_long, "subnet_ft.pipeline", "x = 1\n" * (LONGEST_FILE + 1)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_sources_keep_the_rule(rule: str) -> None:
+    check = RULES[rule][0]
+    breaches = {_module(path): check(path.read_text(encoding="utf-8"), _module(path)) for path in _sources()}
+    assert {name: found for name, found in breaches.items() if found} == {}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_catches_a_breach(rule: str) -> None:
+    check, module, source = RULES[rule]
+    assert check(source, module)
+
+
+def test_arrows_name_every_part_and_point_one_way() -> None:
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))}
+    assert parts - {"__init__"} <= set(ARROWS)
+    order = list(ARROWS)
+    for part, allowed in ARROWS.items():
+        assert allowed - {"subnet_kernels"} <= set(order[: order.index(part)]), part
+
+
+def test_no_folder_becomes_a_module_named_kernels() -> None:
+    """transformers imports Hugging Face's package `kernels`; ours must never stand in its way."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "kernels").exists()
+
+
+@pytest.mark.parametrize("command", STARTS)
+def test_start_loads_nothing_heavy(command: str, tmp_path: Path) -> None:
+    loaded = f"atexit.register(lambda: print('LOADED', *sorted({HEAVY} & set(sys.modules))))"
+    program = f"import atexit, sys\n{loaded}\n{STARTS[command]}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "LOADED"
+
+
+def test_version_is_the_same_everywhere() -> None:
+    import subnet_ft
+
+    assert f"\nversion: {subnet_ft.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## [Unreleased] {subnet_ft.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
