@@ -120,7 +120,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"`{index}` is not a valid index of shards ({error!r}). Save the model again.") from error
     for name in sorted(names, key=str):
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not name or Path(name).name != name:
             raise CheckpointError(f"`{index}` names the shard {name!r}, which is not a file name in that folder.")
     return dict(weight_map)
 

@@ -75,7 +75,7 @@ def verdict(
     if gain.low <= 0:
         return Verdict(
             "nothing_to_recover",
-            f"The full run is not above the base model: {_difference_text(gain, 'full run minus base')}.",
+            f"The full run is not shown to be above the base model: {_difference_text(gain, 'full run minus base')}.",
         )
 
     gap = paired_difference(subnet, full, confidence=two_one_sided(confidence))
@@ -126,7 +126,8 @@ def above_control(subnet: Outcomes, control: Outcomes, *, margin: float, confide
     narrow = paired_difference(subnet, control, confidence=two_one_sided(confidence))
     label = "subnetwork minus control"
     if lead.low > 0:
-        return Comparison("yes", f"The subnetwork is above it: {_difference_text(lead, label)}.")
+        little = ", though by less than the margin" if _equivalent(narrow.low, narrow.high, margin) else ""
+        return Comparison("yes", f"The subnetwork is above it{little}: {_difference_text(lead, label)}.")
     if lead.high < 0:
         return Comparison("no", f"The subnetwork is below it: {_difference_text(lead, label)}.")
     if _equivalent(narrow.low, narrow.high, margin):

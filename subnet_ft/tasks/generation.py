@@ -114,9 +114,11 @@ def _pad_token(ends: list[int]) -> int:
 @contextmanager
 def _generating(model: Any, seed: int) -> Iterator[None]:
     training, device = model.training, model.device
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=kind), torch.no_grad():
-        torch.manual_seed(seed)
+    on_cpu = device.type == "cpu"
+    options: dict[str, Any] = {"devices": []} if on_cpu else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**options), torch.no_grad():
+        # torch.manual_seed would also reseed every other device, which nobody restores.
+        (torch.default_generator if on_cpu else torch.get_device_module(device)).manual_seed(seed)
         model.eval()
         try:
             yield

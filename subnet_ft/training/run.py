@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from subnet_ft.checkpoints.models import load_model, save_model
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW, memory_ledger
 from subnet_ft.training.algorithms import ALGORITHMS
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-    from subnet_ft.recipe import ModelSpec, Recipe
+    from subnet_ft.recipe import Recipe
     from subnet_ft.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -47,18 +50,6 @@ class TrainingRun:
     num_steps: int
 
 
-def load_model(folder: Path, spec: ModelSpec) -> PreTrainedModel:
-    """Load a checkpoint folder in the recipe's dtype."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype)}
-    if spec.attn_implementation is not None:
-        options["attn_implementation"] = spec.attn_implementation
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return model
-
-
 def full_mask(model: PreTrainedModel) -> SubnetMask:
     """Return the mask of the full run: every weight of `model` trainable."""
     return SubnetMask.full({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
@@ -72,6 +63,7 @@ def train(
     mask: SubnetMask | None,
     dataset: Dataset,
     task: Task | None,
+    progress: bool = False,
 ) -> TrainingRun:
     """Train from `base` and save an ordinary checkpoint in `folder`.
 
@@ -84,13 +76,16 @@ def train(
         mask: The subnetwork; `None` trains everything, through the same code.
         dataset: Prompts or preferences, in the format of the algorithm's trainer.
         task: Scores completions, for algorithms that sample; `None` for the others.
+        progress: Show a bar on stderr.
     """
-    from transformers import AutoTokenizer
     from transformers.trainer_utils import get_last_checkpoint
 
-    model = load_model(base, recipe.model)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    from subnet_ft.training.progress import show_progress
+
+    spec = recipe.model
+    model, tokenizer = load_model(base, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
     trainer = _build_trainer(recipe, model, tokenizer, folder, dataset, task)
+    show_progress(trainer, progress=progress)
     restrict(trainer, full_mask(model) if mask is None else mask, master=recipe.subnet.optimizer.master)
 
     checkpoints = folder / CHECKPOINTS
@@ -104,8 +99,7 @@ def train(
     # accelerate wraps the optimizer; the masked one is inside.
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     assert isinstance(optimizer, MaskedAdamW)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
     log_history = list(trainer.state.log_history)
     (folder / LOG).write_text(json.dumps(log_history, indent=1) + "\n")
     return TrainingRun(
@@ -126,6 +120,7 @@ def _build_trainer(
             "save_strategy": "steps" if "save_steps" in recipe.training else "no",
             "bf16": False,  # the weights already are in the recipe's dtype; mixed precision would add casts
             "report_to": "none",
+            "dataloader_pin_memory": torch.cuda.is_available(),
             **recipe.training,
             "output_dir": str(folder / CHECKPOINTS),
             "seed": recipe.seed,

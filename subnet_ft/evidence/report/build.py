@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from subnet_ft.errors import TaskError
 from subnet_ft.evidence.report.schema import Accuracy, Answered, Density, Difference, MaskInfo, Report, Sample
 from subnet_ft.evidence.statistics import PairedDifference, paired_difference, wilson_interval
-from subnet_ft.evidence.verdict import Comparison, Verdict, above_control, control_verdict, two_one_sided, verdict
+from subnet_ft.evidence.verdict import Comparison, Verdict, above_control, two_one_sided, verdict
 from subnet_ft.evidence.weights import WeightComparison
 from subnet_ft.masks.density import layer_and_kind
 
@@ -89,17 +89,20 @@ def build_report(
     if len(set(names)) != len(names):
         raise ValueError(f"Every model of a report needs its own name, got {', '.join(names)}.")
     _check_same_prompts(models)
-    rule = {"margin": margin, "confidence": confidence}
     solved = {model.name: _solved(model) for model in models}
 
-    result = verdict(solved[base.name], solved[full.name], solved[subnet.name], **rule)
+    def judge(name: str, subject: str) -> Verdict:
+        runs = solved[base.name], solved[full.name], solved[name]
+        return verdict(*runs, margin=margin, confidence=confidence, subject=subject)
+
+    result = judge(subnet.name, "subnetwork")
     control_verdicts: dict[str, Verdict] = {}
     comparisons: dict[str, Comparison] = {}
     for control in controls:
         outcomes, ours = solved[control.name], solved[subnet.name]
-        control_verdicts[control.name] = control_verdict(solved[base.name], solved[full.name], outcomes, **rule)
+        control_verdicts[control.name] = judge(control.name, "control")
         if outcomes is not None and ours is not None:
-            comparisons[control.name] = above_control(ours, outcomes, **rule)
+            comparisons[control.name] = above_control(ours, outcomes, margin=margin, confidence=confidence)
 
     def against(name: str) -> tuple[int, int]:
         answer = comparisons[name].answer if name in comparisons else "undecided"
@@ -286,7 +289,8 @@ def _gaps(
     if len(set(seeds)) <= 1:
         seed = f"seed {seeds[0]}" if seeds else "one seed"
         gaps.append(
-            f"Variation between seeds: every run has {seed}. Intervals cover the choice of prompts, not another training."
+            f"Variation between seeds: every run has {seed}. "
+            "Intervals cover the choice of prompts, not another training."
         )
     gaps.append("The floor: how far two full runs that differ only in their seed lie from each other.")
     if len(models) == 3:
@@ -297,5 +301,5 @@ def _gaps(
     gaps.append("The distance between the models' output distributions (KL), beyond whether answers are correct.")
     gaps.append("Other tasks than the one evaluated here, and sampled instead of greedy answers.")
     if not environment.get("gpu"):
-        gaps.append("Speed and memory on a GPU: no GPU was used.")
+        gaps.append("Speed and memory on a GPU.")
     return gaps

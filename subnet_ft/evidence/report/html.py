@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from subnet_ft.evidence.report import plots, tables, wording
+from subnet_ft.evidence.report import curve_plots, mask_plots, plots, tables, wording
+from subnet_ft.evidence.report.axes import css_class
 from subnet_ft.evidence.report.schema import Report
 
 _WIDE, _PHONE = 720.0, 340.0
@@ -45,10 +46,10 @@ def render_html(report: Report) -> str:
     page = environment.get_template("report.html.jinja").render(
         report=report,
         style=Markup(style),
-        word=wording.VERDICTS[report.verdict],
+        word=wording.headline(report),
         claim=wording.claim(report),
         off_mask=wording.off_mask_sentence(report),
-        off_mask_broken=_is_broken(report),
+        off_mask_broken=wording.is_mask_broken(report),
         controls=wording.control_sentences(report),
         rule=wording.rule_sentence(report),
         identity=wording.identity_sentence(report),
@@ -67,21 +68,19 @@ def render_html(report: Report) -> str:
             "accuracy": _figure(report, plots.accuracy_plot),
             "difference": _figure(report, plots.difference_plot),
             "identity": _figure(report, plots.identity_plot),
-            "density": _figure(report, plots.density_plot),
-            "tolerance": _figure(report, plots.tolerance_plot),
+            "density": _figure(report, mask_plots.density_plot),
+            "tolerance": _figure(report, mask_plots.tolerance_plot),
             "memory": _figure(report, plots.memory_plot),
             "time": _figure(report, plots.time_plot),
         },
         curves=_curves(report),
         curve_keys=[
-            Key(plots.css_class(report, name), wording.label(report, name))
-            for name in report.runs
-            if name in report.curves
+            Key(css_class(report, name), wording.label(report, name)) for name in report.runs if name in report.curves
         ],
-        memory_keys=_part_keys(report, "memory"),
-        time_keys=_part_keys(report, "time"),
+        memory_keys=_part_keys(plots.stack_parts(report.memory, report)),
+        time_keys=_part_keys(plots.stack_parts(report.seconds, report)),
         sample_models=[(name, wording.label(report, name)) for name in (report.base, report.full, report.subnet)],
-        provenance=_provenance(report),
+        conditions=wording.conditions(report),
         recipe=_json(report.recipe),
         environment=_json(report.environment),
     )
@@ -102,22 +101,17 @@ def _curves(report: Report) -> list[tuple[str, Markup, int]]:
     for metric in _METRICS:
 
         def draw(report: Report, width: float, metric: str = metric) -> str | None:
-            return plots.curves_plot(report, metric, width)
+            return curve_plots.curves_plot(report, metric, width)
 
         figure = _figure(report, draw)
         if figure is not None:
-            found.append((_METRIC_NAMES[metric], figure, plots.smoothing(report, metric)))
+            found.append((_METRIC_NAMES[metric], figure, curve_plots.smoothing(report, metric)))
     # The loss of an online algorithm measures no progress: a reward says all.
     return found[:1] if found and found[0][0] == "Reward" else found[:2]
 
 
-def _part_keys(report: Report, kind: str) -> list[Key]:
-    return [Key(f"part-{index % 6 + 1}", part) for index, part in enumerate(plots.stack_parts(report, kind))]
-
-
-def _is_broken(report: Report) -> bool:
-    weights = report.weights.get(report.subnet)
-    return bool(weights and weights.off_mask_changed)
+def _part_keys(parts: list[str]) -> list[Key]:
+    return [Key(f"part-{index % 6 + 1}", tables.words(part)) for index, part in enumerate(parts)]
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
@@ -133,24 +127,6 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if weights is not None and weights.in_mask_identical:
         facts.append(("identical in the mask", wording.percent(weights.in_mask_identical["0"])))
     return facts
-
-
-def _provenance(report: Report) -> list[tuple[str, str]]:
-    mask = report.mask
-    if mask is None:
-        return []
-    entries = [
-        ("trainable weights", f"{mask.num_trainable:,} of {mask.num_parameters:,}"),
-        ("base", mask.base),
-        ("tuned", mask.tuned),
-        ("criterion", mask.criterion),
-        ("tolerance", f"{mask.tolerance:g}" if mask.tolerance is not None else None),
-        ("compared in", mask.compare_dtype or ("the stored dtype" if mask.criterion else None)),
-        ("source", ", ".join(f"{key} {value}" for key, value in mask.source.items()) or None),
-        ("fingerprint", mask.fingerprint),
-        ("time to make it", wording.duration(mask.seconds) if mask.seconds is not None else None),
-    ]
-    return [(name, value) for name, value in entries if value]
 
 
 def _json(value: dict[str, object]) -> str:

@@ -10,8 +10,12 @@ from subnet_ft.evidence.report.schema import Report
 
 def render_markdown(report: Report) -> str:
     """Return the report as GitHub-flavoured Markdown."""
-    blocks = [f"# Verdict: {wording.VERDICTS[report.verdict].lower()}", wording.claim(report), report.verdict_reason]
-    points = [wording.off_mask_sentence(report), *wording.control_sentences(report), wording.cost_sentence(report)]
+    broken = wording.is_mask_broken(report)
+    blocks = [f"# Verdict: {wording.headline(report).lower()}"]
+    blocks += [f"**{_escape(wording.off_mask_sentence(report))}**" if broken else wording.claim(report)]
+    blocks.append(report.verdict_reason)
+    points = [None if broken else wording.off_mask_sentence(report)]
+    points += [*wording.control_sentences(report), wording.cost_sentence(report)]
     blocks.append("\n".join(f"- {_escape(point)}" for point in points if point))
     if report.title:
         blocks.append(f"{_escape(report.title)}. Written by subnet-ft {report.version}.")
@@ -24,7 +28,7 @@ def render_markdown(report: Report) -> str:
         level = f"{report.confidence * 100:g} %"
         blocks += [
             _table(accuracy),
-            f"\\* The base model's difference has the {level} interval: it decides whether there is anything to recover.",
+            f"\\* The base model's difference has the {level} interval, which decides if anything can be recovered.",
             wording.rule_sentence(report),
         ]
 
@@ -43,7 +47,8 @@ def render_markdown(report: Report) -> str:
         blocks.append("No mask was given.")
     else:
         by_tolerance = ", ".join(
-            f"{wording.percent(share)} at {key}" for key, share in report.density.by_tolerance.items()
+            f"{wording.percent(share)} at {wording.tolerance_text(key, '0')}"
+            for key, share in report.density.by_tolerance.items()
         )
         blocks.append(
             f"Density {wording.percent(report.density.overall, 2)}."
@@ -68,6 +73,7 @@ def render_markdown(report: Report) -> str:
             blocks.append("\n".join(lines))
 
     blocks += ["## What this report does not show", "\n".join(f"- {_escape(gap)}" for gap in report.not_measured)]
+    blocks += ["## Conditions", "\n".join(f"- {name}: {_code(value)}" for name, value in wording.conditions(report))]
     return "\n\n".join(blocks) + "\n"
 
 

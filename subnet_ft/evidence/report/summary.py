@@ -49,8 +49,8 @@ def summary_for_cli(report: Report) -> dict[str, Any]:
 
 
 def lines_for_terminal(report: Report) -> list[str]:
-    """Return the report's main tables and sentences as lines of plain ASCII-safe text."""
-    lines = [f"Verdict: {wording.VERDICTS[report.verdict].lower()}"]
+    """Return the report's main sentences and tables as lines of text."""
+    lines = [f"Verdict: {wording.headline(report).lower()}"]
     points = [report.verdict_reason, wording.off_mask_sentence(report), *wording.control_sentences(report)]
     points += [sentence for sentence in (wording.identity_sentence(report), wording.cost_sentence(report)) if sentence]
     for point in points:
@@ -65,8 +65,9 @@ def lines_for_terminal(report: Report) -> list[str]:
 def _aligned(content: tables.Table) -> list[str]:
     rows = [[cell.replace("\u2013", "-") for cell in row] for row in (content.header, *content.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(content.header))]
-    aligned = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return [f"  {line}".rstrip() for line in aligned]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from html import escape
 
 
@@ -23,9 +24,23 @@ class Svg:
         self._add("line", {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "class": style})
 
     def rect(
-        self, x: float, y: float, width: float, height: float, style: str, *, tip: str = "", opacity: float | None = None
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        style: str,
+        *,
+        tip: str = "",
+        opacity: float | None = None,
     ) -> None:
-        attributes = {"x": x, "y": y, "width": max(width, 0.0), "height": height, "class": style}
+        attributes: dict[str, str | float] = {
+            "x": x,
+            "y": y,
+            "width": max(width, 0.0),
+            "height": height,
+            "class": style,
+        }
         if opacity is not None:
             attributes["fill-opacity"] = opacity
         self._add("rect", attributes, tip=tip)
@@ -38,7 +53,7 @@ class Svg:
         self._add("path", {"d": steps, "class": style})
 
     def text(self, x: float, y: float, content: str, style: str = "tick", *, anchor: str = "start") -> None:
-        attributes = {"x": x, "y": y, "class": style, "text-anchor": anchor}
+        attributes: dict[str, str | float] = {"x": x, "y": y, "class": style, "text-anchor": anchor}
         self._parts.append(f"<text{_attributes(attributes)}>{escape(content)}</text>")
 
     def render(self, style: str = "") -> str:
@@ -47,12 +62,12 @@ class Svg:
         label = escape(self._title)
         return f'<svg{_attributes(head)} aria-label="{label}">{body}</svg>'
 
-    def _add(self, tag: str, attributes: dict[str, str | float], *, tip: str = "") -> None:
+    def _add(self, tag: str, attributes: Mapping[str, str | float], *, tip: str = "") -> None:
         inner = f"><title>{escape(tip)}</title></{tag}>" if tip else "/>"
         self._parts.append(f"<{tag}{_attributes(attributes)}{inner}")
 
 
-def _attributes(attributes: dict[str, str | float]) -> str:
+def _attributes(attributes: Mapping[str, str | float]) -> str:
     def value(entry: str | float) -> str:
         return escape(entry) if isinstance(entry, str) else f"{round(entry, 2):g}"
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.wording import (
     VERDICTS,
-    cost_of_subnet,
     duration,
     label,
     percent,
     points,
     size,
     tolerance_text,
+    whole_cost,
 )
 
 _NONE = "\u2013"
@@ -140,21 +140,20 @@ def memory_table(report: Report) -> Table | None:
 
 def time_table(report: Report) -> Table | None:
     """Time by stage and run, and what the subnetwork cost with the run that made its mask."""
-    names = [name for name in report.models if name in report.seconds]
-    if not names:
+    entries = [(label(report, name), report.seconds[name]) for name in report.models if name in report.seconds]
+    if not entries:
         return None
-    stages = list(dict.fromkeys(stage for name in names for stage in report.seconds[name]))
+    if (whole := whole_cost(report)) is not None:
+        entries.append(("subnetwork with its mask and the full run's training", whole))
+    stages = list(dict.fromkeys(stage for _, seconds in (*entries[1:], entries[0]) for stage in seconds))
     rows = [
         [
-            label(report, name),
-            *(duration(report.seconds[name][stage]) if stage in report.seconds[name] else _NONE for stage in stages),
-            duration(sum(report.seconds[name].values())),
+            name,
+            *(duration(seconds[stage]) if stage in seconds else _NONE for stage in stages),
+            duration(sum(seconds.values())),
         ]
-        for name in names
+        for name, seconds in entries
     ]
-    total = cost_of_subnet(report)
-    if total is not None and report.mask is not None and report.mask.needs_full_run:
-        rows.append(["subnetwork with its mask and the full run's training", *[_NONE] * len(stages), duration(total)])
     return Table(["", *map(words, stages), "together"], rows)
 
 
@@ -162,7 +161,9 @@ def density_table(report: Report) -> Table | None:
     """Density by matrix kind."""
     if report.density is None:
         return None
-    return Table(["", "density"], [[short_kind(kind), percent(share)] for kind, share in report.density.by_kind.items()])
+    return Table(
+        ["", "density"], [[short_kind(kind), percent(share)] for kind, share in report.density.by_kind.items()]
+    )
 
 
 def is_peak(component: str) -> bool:
@@ -180,4 +181,6 @@ def short_kind(kind: str) -> str:
     parts = [part for part in kind.split(".") if part not in ("weight", "model")]
     if not parts:
         return kind
-    return " ".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
+    short = " ".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
+    short = short.replace("layernorm", "norm")
+    return short if len(short) <= 21 else f"{short[:9]}\u2026{short[-11:]}"

@@ -77,18 +77,43 @@ def label(report: Report, name: str) -> str:
     roles = {report.base: "base model", report.full: "full run", report.subnet: "subnetwork"}
     if name in roles:
         return roles[name]
-    return name.removeprefix("control-").replace("magnitude_matched", "magnitude-matched").replace("_", " ") + " control"
+    return (
+        name.removeprefix("control-").replace("magnitude_matched", "magnitude-matched").replace("_", " ") + " control"
+    )
+
+
+def is_mask_broken(report: Report) -> bool:
+    """Whether a weight outside the subnetwork's mask changed."""
+    weights = report.weights.get(report.subnet)
+    return bool(weights and weights.off_mask_changed)
+
+
+def headline(report: Report) -> str:
+    """Return the verdict, and with it what voids it."""
+    return VERDICTS[report.verdict] + (", but the mask was broken" if is_mask_broken(report) else "")
 
 
 def claim(report: Report) -> str:
     """Say in one sentence what the verdict means, before any number."""
+    if report.verdict == "recovered":
+        return "Training only the subnetwork reached the full run's accuracy" + _reservation(report)
     return {
-        "recovered": "Training only the subnetwork reached the full run's accuracy.",
         "not_recovered": "Training only the subnetwork did not reach the full run's accuracy.",
-        "undecided": "There are too few prompts to say whether the subnetwork reached the full run's accuracy.",
-        "nothing_to_recover": "The full run gained nothing that a subnetwork could recover.",
-        "not_assessed": "Weights were compared; accuracy was not, so recovery cannot be judged.",
+        "undecided": "These prompts do not settle whether the subnetwork reached the full run's accuracy.",
+        "nothing_to_recover": "The full run is not shown to gain anything that a subnetwork could recover.",
+        "not_assessed": "Accuracy was not measured, so recovery cannot be judged.",
     }[report.verdict]
+
+
+def _reservation(report: Report) -> str:
+    """End the claim of a recovery with what stands against it."""
+    if not report.controls:
+        return "; no control was trained, so nothing is known about other masks of its size."
+    first = report.controls[0]
+    above = report.above_control.get(first)
+    if above is None or above.answer != "yes":
+        return f", but it is not shown to be above the {label(report, first)}."
+    return "."
 
 
 def off_mask_sentence(report: Report) -> str:
@@ -98,9 +123,10 @@ def off_mask_sentence(report: Report) -> str:
         return "Whether a weight outside the mask changed was not checked."
     if weights.off_mask_changed == 0:
         return "No weight outside the mask changed."
+    count = weights.off_mask_changed
     return (
-        f"{weights.off_mask_changed:,} weights outside the mask changed, first in {', '.join(weights.off_mask_tensors)}: "
-        "this was not a subnetwork run, and nothing below is evidence for one."
+        f"{count:,} weight{'s' if count > 1 else ''} outside the mask changed, first in "
+        f"{', '.join(weights.off_mask_tensors)}: this was not a subnetwork run, and nothing below is evidence for one."
     )
 
 
@@ -122,8 +148,8 @@ def identity_sentence(report: Report) -> str | None:
         return None
     inside, base_inside = weights.in_mask_identical, weights.base_in_mask_identical
     first = (
-        f"Inside the full run's mask {percent(inside['0'])} of the weights equal the full run's bit for bit; of the base "
-        f"model's weights {percent(base_inside['0'])} do."
+        f"Inside the full run's mask {percent(inside['0'])} of the weights equal the full run's bit for bit; of the "
+        f"base model's weights {percent(base_inside['0'])} do."
         if inside and base_inside
         else "The full run's mask is empty."
     )
@@ -138,25 +164,28 @@ def rule_sentence(report: Report) -> str:
     narrow = 2 * report.confidence - 1
     return (
         f"A run recovers when the {narrow * 100:g} % interval of its difference to the full run lies within "
-        f"{report.margin * 100:g} points of zero on both sides (two one-sided tests at {(1 - report.confidence) * 100:g} % "
-        "each), or wholly above zero; it fails when the interval lies wholly below the margin. The full run must first be "
-        f"above the base model at {report.confidence * 100:g} %. Intervals are Tango's for paired proportions, over "
+        f"{report.margin * 100:g} points of zero on both sides (two one-sided tests at "
+        f"{(1 - report.confidence) * 100:g} % each), or wholly above zero; it fails when the interval lies wholly "
+        "below the margin. The full run must first be above the base model at "
+        f"{report.confidence * 100:g} %. Intervals are Tango's for paired proportions, over "
         f"{report.num_prompts:,} held-out prompts, and cover the choice of prompts only."
     )
 
 
-def cost_of_subnet(report: Report) -> float | None:
-    """Return the time of the subnetwork run with the mask and, if it came from there, the full run."""
-    own = report.seconds.get(report.subnet)
-    if own is None:
+def whole_cost(report: Report) -> dict[str, float] | None:
+    """Return the subnetwork's time by stage with the mask and the full run's training; `None` if not all is known.
+
+    `None` also for a mask that needed no full run: then the subnetwork's own time is all.
+    """
+    own, full = report.seconds.get(report.subnet), report.seconds.get(report.full)
+    if own is None or full is None or report.mask is None or not report.mask.needs_full_run:
         return None
-    total = sum(own.values()) + (report.mask.seconds or 0.0 if report.mask else 0.0)
-    if report.mask is not None and report.mask.needs_full_run:
-        full = report.seconds.get(report.full)
-        if full is None:
-            return None
-        total += sum(seconds for stage, seconds in full.items() if not stage.startswith("eval"))
-    return total
+    whole = {stage: seconds for stage, seconds in full.items() if not stage.startswith("eval")}
+    if report.mask.seconds is not None:
+        whole["extract"] = report.mask.seconds
+    for stage, seconds in own.items():
+        whole[stage] = whole.get(stage, 0.0) + seconds
+    return whole
 
 
 def cost_sentence(report: Report) -> str | None:
@@ -165,9 +194,29 @@ def cost_sentence(report: Report) -> str | None:
         return None
     if not report.mask.needs_full_run:
         return "The mask was made without a full run; its own cost is small."
-    total = cost_of_subnet(report)
-    known = f" With that run the subnetwork took {duration(total)}." if total is not None else ""
+    whole = whole_cost(report)
+    known = f" With that run the subnetwork took {duration(sum(whole.values()))}." if whole else ""
     return (
         "The mask was extracted from the finished full run, so that run's time and peak memory were spent first. "
         f"This is evidence about a subnetwork, not a saving.{known}"
     )
+
+
+def conditions(report: Report) -> list[tuple[str, str]]:
+    """Return what a reader needs to repeat the run: the mask's origin and the seeds."""
+    entries: list[tuple[str, str | None]] = []
+    if (mask := report.mask) is not None:
+        entries = [
+            ("trainable weights", f"{mask.num_trainable:,} of {mask.num_parameters:,}"),
+            ("base", mask.base),
+            ("tuned", mask.tuned),
+            ("criterion", mask.criterion),
+            ("tolerance", f"{mask.tolerance:g}" if mask.tolerance is not None else None),
+            ("compared in", mask.compare_dtype or ("the stored dtype" if mask.criterion else None)),
+            ("source of the mask", ", ".join(f"{key} {value}" for key, value in mask.source.items())),
+            ("fingerprint", mask.fingerprint),
+            ("time to make it", duration(mask.seconds) if mask.seconds is not None else None),
+        ]
+    entries.append(("training seeds", ", ".join(map(str, report.seeds))))
+    entries.append(("subnet-ft", report.version))
+    return [(name, value) for name, value in entries if value]

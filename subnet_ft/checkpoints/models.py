@@ -1,0 +1,53 @@
+"""Loading a whole model with its tokenizer, and saving it as an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    folder: Path, *, dtype: str, attn_implementation: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the causal language model in `folder` and its tokenizer.
+
+    Args:
+        folder: A checkpoint folder.
+        dtype: Dtype of the weights in memory, such as `bfloat16`.
+        attn_implementation: Passed to transformers; `None` lets it choose.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    with _without_bars():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save model and tokenizer in `folder`."""
+    with _without_bars():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    # Bars for loading and saving last a moment each and bury the ones that matter; downloads keep theirs.
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

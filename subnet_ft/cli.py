@@ -1,0 +1,309 @@
+"""The command line: `subnet-ft COMMAND`. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from subnet_ft import __version__
+from subnet_ft.errors import SubnetError
+
+if TYPE_CHECKING:
+    from subnet_ft.masks import SubnetMask
+
+FINE, VERIFICATION_FAILED, WRONG_INPUT = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 fine, 1 a verification failed, 2 wrong usage or input."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # What transformers deprecates inside TRL is nothing that a user of this command can change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)(\.|$)")
+    logging.getLogger("subnet_ft").setLevel(logging.WARNING if options.quiet else logging.INFO)
+    try:
+        with _stdout_for_results() as emit:
+            code: int = options.command(options, emit)
+            return code
+    except SubnetError as error:
+        sys.stderr.write(f"{error}\n")
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted. The same command goes on from here.\n")
+        return 130
+
+
+Emit = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def _stdout_for_results() -> Iterator[Emit]:
+    """Send what libraries print to stderr; only what is emitted reaches stdout."""
+    stdout = sys.stdout
+
+    def emit(text: str) -> None:
+        stdout.write(text + "\n")
+        stdout.flush()
+
+    with contextlib.redirect_stdout(sys.stderr):
+        yield emit
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="subnet-ft", description="Finetune only the subnetwork that reinforcement learning really changes."
+    )
+    parser.add_argument("--version", action="version", version=f"subnet-ft {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = _command(commands, _run, "run", "full run, mask, subnetwork run, controls, report; finished stages are kept")
+    _recipe_arguments(run)
+    run.add_argument("--json", action="store_true", help="print the verdict as one JSON object")
+
+    train = _command(commands, _train, "train", "one run: `method=full` or `method=subnet`")
+    _recipe_arguments(train)
+    train.add_argument("--json", action="store_true", help="print what was measured as one JSON object")
+
+    extract = _command(commands, _extract, "extract", "write the mask of the weights that differ between two checkpoints")
+    extract.add_argument("base", help="folder, Hub id, .gguf file, package:MODULE/FILE.gguf or tiny:FAMILY")
+    extract.add_argument("tuned", help="the same, after training")
+    extract.add_argument("-o", "--output", required=True, metavar="MASK", help="NAME.subnet.safetensors to write")
+    extract.add_argument("--criterion", choices=["exact", "absolute", "relative"], default="exact")
+    extract.add_argument("--tolerance", type=float, default=0.0, help="of the criteria absolute and relative")
+    extract.add_argument("--dtype", help="compare in this dtype instead of the stored one")
+    extract.add_argument("--json", action="store_true", help="print the mask's figures as one JSON object")
+
+    mask = commands.add_parser("mask", help="look at masks", description="Look at masks.")
+    mask_commands = mask.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    info = _command(mask_commands, _mask_info, "info", "what a mask file holds")
+    info.add_argument("mask", help="a NAME.subnet.safetensors file")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    evaluate = _command(commands, _evaluate, "evaluate", "accuracy of a model on a recipe's held-out prompts")
+    evaluate.add_argument("model", help="folder or other name of a model")
+    evaluate.add_argument("recipe", help="recipe file or the name of a shipped recipe")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to change")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verify = _command(commands, _verify, "verify", "judge whether a subnetwork run recovered a full run")
+    for name, what in (("base", "base model"), ("full", "full run"), ("subnet", "subnetwork run"), ("mask", "mask file")):
+        verify.add_argument(f"--{name}", required=True, help=what)
+    verify.add_argument("--recipe", help="measure accuracy on this recipe's held-out prompts")
+    verify.add_argument("-o", "--output", metavar="DIR", help="write report.html, report.md and report.json there")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+
+    recipes = _command(commands, _recipes, "recipes", "list the recipes that come with subnet-ft")
+    recipes.add_argument("--json", action="store_true", help="print one JSON object")
+    env = _command(commands, _env, "env", "versions and hardware, for a bug report")
+    env.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _command(commands: Any, function: Callable[..., int], name: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("-q", "--quiet", action="store_true", help="only warnings and the result")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="recipe file or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to change")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and stop before any weight is loaded")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace stages that were made with other settings"
+    )
+
+
+def _run(options: argparse.Namespace, emit: Emit) -> int:
+    from subnet_ft.evidence.report import lines_for_terminal, summary_for_cli
+    from subnet_ft.pipeline import Pipeline, load_checked_recipe
+    from subnet_ft.stages import lock_run
+    from subnet_ft.verification import has_failed
+
+    recipe = load_checked_recipe(options.recipe, options.overrides)
+    if options.dry_run:
+        return _dry_run(recipe, options, emit)
+    pipeline = Pipeline(recipe, overwrite=options.overwrite, progress=not options.quiet)
+    with lock_run(pipeline.folder):
+        report = pipeline.run()
+    if options.json:
+        emit(json.dumps({**summary_for_cli(report), "output": str(pipeline.folder)}))
+    else:
+        emit("\n".join([*lines_for_terminal(report), "", f"  Report: {pipeline.folder / 'report.html'}"]))
+    return VERIFICATION_FAILED if has_failed(report) else FINE
+
+
+def _train(options: argparse.Namespace, emit: Emit) -> int:
+    from subnet_ft.pipeline import Pipeline, load_checked_recipe
+    from subnet_ft.stages import lock_run
+
+    recipe = load_checked_recipe(options.recipe, options.overrides)
+    if options.dry_run:
+        return _dry_run(recipe, options, emit)
+    pipeline = Pipeline(recipe, overwrite=options.overwrite, progress=not options.quiet)
+    with lock_run(pipeline.folder):
+        stage = pipeline.train()
+    result = {"version": __version__, "method": recipe.method, "folder": str(stage.folder), **stage.results}
+    if options.json:
+        emit(json.dumps(result))
+    else:
+        emit(
+            f"{recipe.method}: {result['num_steps']} steps in {result['train_seconds']:.0f} s, density "
+            f"{result['density']:.4f}, saved in {stage.folder}"
+        )
+    return FINE
+
+
+def _dry_run(recipe: Any, options: argparse.Namespace, emit: Emit) -> int:
+    from subnet_ft.recipe import recipe_to_dict
+
+    if options.json:
+        emit(json.dumps({"version": __version__, "recipe": recipe_to_dict(recipe)}))
+    else:
+        emit(f"`{options.recipe}` is fine: {recipe.algorithm} on {recipe.model.name}, into {recipe.output}")
+    return FINE
+
+
+def _extract(options: argparse.Namespace, emit: Emit) -> int:
+    from subnet_ft.masks import extract
+
+    mask = extract(
+        options.base,
+        options.tuned,
+        criterion=options.criterion,
+        tolerance=options.tolerance,
+        dtype=options.dtype,
+        progress=not options.quiet,
+    )
+    path = mask.save(options.output)
+    _emit_mask(mask, options, emit)
+    if not options.json:
+        emit(f"  saved in {path}")
+    return FINE
+
+
+def _mask_info(options: argparse.Namespace, emit: Emit) -> int:
+    from subnet_ft.masks import SubnetMask
+
+    _emit_mask(SubnetMask.load(options.mask), options, emit)
+    return FINE
+
+
+def _emit_mask(mask: SubnetMask, options: argparse.Namespace, emit: Emit) -> None:
+    provenance = mask.provenance
+    if options.json:
+        tensors = {
+            name: {"shape": list(tensor.shape), "count": tensor.count, "density": tensor.count / max(tensor.num_elements, 1)}
+            for name, tensor in mask.tensors.items()
+        }
+        figures = {
+            "version": __version__,
+            "density": mask.density,
+            "num_trainable": mask.num_trainable,
+            "num_parameters": mask.num_parameters,
+            "density_by_tolerance": provenance.density_by_tolerance,
+            "density_by_layer": mask.density_by_layer(),
+            "density_by_kind": mask.density_by_kind(),
+            "criterion": provenance.criterion,
+            "tolerance": provenance.tolerance,
+            "compare_dtype": provenance.compare_dtype,
+            "base": provenance.base.name if provenance.base else None,
+            "tuned": provenance.tuned.name if provenance.tuned else None,
+            "source": provenance.source,
+            "fingerprint": mask.fingerprint,
+            "tensors": tensors,
+        }
+        emit(json.dumps(figures))
+        return
+    lines = [
+        f"{mask.num_trainable:,} of {mask.num_parameters:,} weights, density {mask.density:.4f} "
+        f"(update sparsity {1 - mask.density:.1%})"
+    ]
+    if provenance.base:
+        lines.append(f"  base       {provenance.base.name}")
+    if provenance.tuned:
+        lines.append(f"  tuned      {provenance.tuned.name}")
+    if provenance.criterion:
+        lines.append(f"  criterion  {provenance.criterion}, tolerance {provenance.tolerance:g}")
+    for title, densities in (
+        ("tolerance", provenance.density_by_tolerance),
+        ("layer", mask.density_by_layer()),
+        ("kind", mask.density_by_kind()),
+    ):
+        if densities:
+            width = max(len(key) for key in densities)
+            lines += ["", f"  density by {title}", *(f"    {key:<{width}}  {value:.4f}" for key, value in densities.items())]
+    emit("\n".join(lines))
+
+
+def _evaluate(options: argparse.Namespace, emit: Emit) -> int:
+    from subnet_ft.checkpoints import resolve_checkpoint
+    from subnet_ft.evidence.statistics import wilson_interval
+    from subnet_ft.pipeline import load_checked_recipe
+    from subnet_ft.tasks import load_task
+    from subnet_ft.verification import answer_prompts
+
+    recipe = load_checked_recipe(options.recipe, options.overrides)
+    task = load_task(recipe.evaluation.task or recipe.task, seed=recipe.seed)
+    records = answer_prompts(resolve_checkpoint(options.model), recipe, task, progress=not options.quiet)
+    correct, total = sum(record["correct"] for record in records), len(records)
+    low, high = wilson_interval(correct, total, recipe.evaluation.confidence)
+    if options.json:
+        figures = {"accuracy": correct / total, "num_prompts": total, "ci_low": low, "ci_high": high}
+        emit(json.dumps({"version": __version__, "model": options.model, "task": task.name, **figures}))
+    else:
+        emit(f"{options.model}: {correct / total:.1%} of {total} prompts ({low:.1%} to {high:.1%})")
+    return FINE
+
+
+def _verify(options: argparse.Namespace, emit: Emit) -> int:
+    from subnet_ft.evidence.report import lines_for_terminal, summary_for_cli
+    from subnet_ft.pipeline import load_checked_recipe
+    from subnet_ft.verification import has_failed, verify
+
+    report = verify(
+        options.base,
+        options.full,
+        options.subnet,
+        options.mask,
+        recipe=load_checked_recipe(options.recipe) if options.recipe else None,
+        output=options.output,
+        progress=not options.quiet,
+    )
+    emit(json.dumps(summary_for_cli(report)) if options.json else "\n".join(lines_for_terminal(report)))
+    return VERIFICATION_FAILED if has_failed(report) else FINE
+
+
+def _recipes(options: argparse.Namespace, emit: Emit) -> int:
+    from subnet_ft.recipe import shipped_recipes
+
+    recipes = shipped_recipes()
+    if options.json:
+        emit(json.dumps({"version": __version__, "recipes": dict(recipes)}))
+    else:
+        width = max(len(name) for name, _ in recipes)
+        emit("\n".join(f"{name:<{width}}  {summary}" for name, summary in recipes))
+    return FINE
+
+
+def _env(options: argparse.Namespace, emit: Emit) -> int:
+    from subnet_ft.environment import environment
+
+    found = environment()
+    if options.json:
+        emit(json.dumps({"version": __version__, **found}))
+    else:
+        rows = {**{key: value for key, value in found.items() if key != "packages"}, **found["packages"]}
+        emit("\n".join(f"{key:<16} {'not found' if value is None else value}" for key, value in rows.items()))
+    return FINE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Judging checkpoints that already exist, without a run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import subnet_ft
+from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.checkpoints.models import load_model
+from subnet_ft.environment import environment
+from subnet_ft.evidence.accuracy import evaluate_model
+from subnet_ft.evidence.report import Report, RunEvidence, build_report, write_report
+from subnet_ft.evidence.weights import RunWeights, compare_weights
+from subnet_ft.masks import SubnetMask
+from subnet_ft.recipe import Recipe, recipe_to_dict
+from subnet_ft.tasks import Task, load_task
+
+
+def answer_prompts(folder: Path, recipe: Recipe, task: Task, *, progress: bool = False) -> list[dict[str, Any]]:
+    """Load the model in `folder` and answer the held-out prompts of `task` greedily."""
+    spec = recipe.model
+    model, tokenizer = load_model(folder, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
+    return evaluate_model(
+        model,
+        tokenizer,
+        task,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        batch_size=recipe.evaluation.batch_size,
+        progress=progress,
+    )
+
+
+def verify(
+    base: str,
+    full: str,
+    subnet: str,
+    mask_path: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    output: str | Path | None = None,
+    progress: bool = False,
+) -> Report:
+    """Judge three existing checkpoints; accuracy is measured when a recipe says on what.
+
+    Args:
+        base: Folder or name of the base checkpoint.
+        full: The full run's checkpoint.
+        subnet: The subnetwork run's checkpoint.
+        mask_path: The mask that the subnetwork run trained under.
+        recipe: Gives the held-out prompts, the margin and the confidence.
+        output: Folder for the report's files, if they are wanted.
+        progress: Show progress bars on stderr.
+    """
+    checkpoints = {name: open_checkpoint(model) for name, model in (("base", base), ("full", full), ("subnet", subnet))}
+    mask = SubnetMask.load(mask_path, base=checkpoints["base"])
+    weights = compare_weights(
+        checkpoints["base"], checkpoints["full"], {"subnet": RunWeights(checkpoints["subnet"], mask)}
+    )
+    records: dict[str, list[dict[str, Any]]] = {}
+    if recipe is not None and recipe.evaluation.enabled:
+        task = load_task(recipe.evaluation.task or recipe.task, seed=recipe.seed)
+        for name, checkpoint in checkpoints.items():
+            records[name] = answer_prompts(checkpoint.folder, recipe, task, progress=progress)
+    report = build_report(
+        version=subnet_ft.__version__,
+        base=RunEvidence("base", records=records.get("base")),
+        full=RunEvidence("full", records=records.get("full")),
+        subnet=RunEvidence("subnet", records=records.get("subnet"), weights=weights["subnet"]),
+        mask=mask,
+        margin=recipe.evaluation.margin if recipe else 0.02,
+        confidence=recipe.evaluation.confidence if recipe else 0.95,
+        recipe=recipe_to_dict(recipe) if recipe else None,
+        environment=environment(),
+        title=f"{subnet} against {full}",
+    )
+    if output is not None:
+        write_report(report, output)
+    return report
+
+
+def has_failed(report: Report) -> bool:
+    """Tell whether a report fails: the full run was not recovered, or a weight outside a mask changed."""
+    return report.verdict == "not_recovered" or any(entry.off_mask_changed for entry in report.weights.values())

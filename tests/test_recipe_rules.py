@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipe_texts import DPO, GRPO, PREFERENCES, load_text, problems_of
+
+
+class Scheduler(str, Enum):
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "seed": 42,
+        "learning_rate": float,
+        "max_completion_length": int | None,
+        "num_generations": 8,
+        "lr_scheduler_type": Scheduler | str,
+        "report_to": str | list[str] | None,
+        "top_k": None,
+        "use_vllm": bool,
+        "loss_type": "dapo",
+    },
+    "dpo": {"beta": float},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "key", "reason"),
+    [
+        (GRPO, ["subnet.source.kind=file"], "subnet.source.path", "needs the path"),
+        (GRPO, ["subnet.source.path=m"], "subnet.source.path", "only for `kind: file`"),
+        (
+            GRPO,
+            ["subnet.source={kind: file, path: m, criterion: absolute}"],
+            "subnet.source.kind",
+            "remove `criterion`",
+        ),
+        (GRPO, ["subnet.source.tolerance=1e-5"], "subnet.source.tolerance", "must be 0 with `criterion: exact`"),
+        (
+            GRPO,
+            ["subnet.optimizer.master=remainder", "model.dtype=float32"],
+            "subnet.optimizer.master",
+            "`model.dtype` is float32",
+        ),
+        (GRPO, ["task.pairs.num_prompts=10"], "task.pairs", "not used by `grpo`"),
+        (GRPO, ["algorithm=dpo"], "task.pairs", "learns from preferences"),
+        (GRPO, ["task.num_train=0"], "task.num_train", ">= 1"),
+        (GRPO, ["task.num_eval=0"], "task.num_eval", ">= 1"),
+        (GRPO, ["task.dataset.path=a/b"], "task.dataset", "only for `name: dataset`"),
+        (GRPO, ["task.answer='{a}'"], "task.answer", "only for `name: dataset`"),
+        (GRPO, ["task.system_prompt=Hi"], "task.system_prompt", "needs `chat: true`"),
+        (GRPO, ["task.prompt='{a'"], "task.prompt", "not a format template"),
+        (GRPO, ["task.answer_pattern='('"], "task.answer_pattern", "not a regular expression"),
+        (GRPO, [r"task.answer_pattern='\d+'"], "task.answer_pattern", "got 0"),
+        (GRPO, [r"task.answer_pattern='(-)?(\d+)'"], "task.answer_pattern", "got 2"),
+        (GRPO, ["task.rewards=[]"], "task.rewards", "at least one"),
+        (GRPO, ["task.rewards=[corect]"], "task.rewards", "did you mean `correct`?"),
+        (DPO, ["task.pairs.num_prompts=101"], "task.pairs.num_prompts", "<= task.num_train (100), got 101"),
+        (DPO, ["task.pairs.num_samples=1"], "task.pairs.num_samples", ">= 2"),
+        (PREFERENCES, ["evaluation.task="], "evaluation.task", "no right answer"),
+        (PREFERENCES, ["evaluation.task.num_eval=0"], "evaluation.task.num_eval", ">= 1"),
+        (PREFERENCES, ["evaluation.task.pairs={num_prompts: 3}"], "evaluation.task.pairs", "not used in evaluation"),
+        (PREFERENCES, ["evaluation.task.answer_pattern='#'"], "evaluation.task.answer_pattern", "one group"),
+        (PREFERENCES, ["task.dataset="], "task.dataset", "needs `dataset: {path: ...}`"),
+        (PREFERENCES, ["task.params={min_terms: 2}"], "task.params", "only for `reasoning_gym/...`"),
+    ],
+)
+def test_load_recipe_refuses_an_impossible_combination(
+    tmp_path: Path, text: str, overrides: list[str], key: str, reason: str
+) -> None:
+    load_text(tmp_path, text)
+    (problem,) = problems_of(tmp_path, text, *overrides)
+    assert problem.startswith(f"{key}: ")
+    assert reason in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        (GRPO, ["subnet.source.criterion=absolute"]),
+        (GRPO, ["subnet.source={criterion: relative, tolerance: 1e-3}"]),
+        (GRPO, ["subnet.source={kind: file, path: m}", "controls=[uniform]"]),
+        (GRPO, ["subnet.optimizer.master=remainder"]),
+        (GRPO, ["task.num_eval=0", "evaluation.enabled=false"]),
+        (GRPO, ["training.bf16=false", "training.fp16=false"]),
+        (GRPO, ["task.rewards=[correct, score, my.rewards:short]"]),
+        (PREFERENCES, ["evaluation={enabled: false}"]),
+        (PREFERENCES, ["task.pairs.num_prompts=20", "task.num_eval=5", "evaluation="]),
+    ],
+)
+def test_load_recipe_allows_what_can_run(tmp_path: Path, text: str, overrides: list[str]) -> None:
+    load_text(tmp_path, text, *[item if item != "evaluation=" else "evaluation={}" for item in overrides])
+
+
+def test_load_recipe_draws_no_conclusions_from_a_misspelled_key(tmp_path: Path) -> None:
+    """`pairs` is required by dpo: once its misspelling is named, its absence is not a second problem."""
+    assert problems_of(tmp_path, DPO.replace("pairs:", "piars:")) == [
+        "task.piars: unknown key; did you mean `pairs`?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("training.output_dir=runs", "set `output` at the top level"),
+        ("training.seed=1", "set `seed` at the top level"),
+        ("training.bf16=true", "would upcast"),
+        ("training.fp16=true", "GradScaler"),
+        ("training.optim=adamw_torch", "`subnet.optimizer`"),
+        ("training.peft_config={r: 8}", "PEFT"),
+        ("training.deepspeed=ds.json", "ZeRO flattens"),
+        ("training.model_init_kwargs={dtype: float32}", "`model.dtype`"),
+        ("training.learning_rate='fast'", 'must be a number, got "fast"'),
+        ("training.learning_rate=.inf", "must be >= 0, got Infinity"),
+        ("training.max_steps=0", "must be >= 1, or -1"),
+        ("training.num_generations=1", "must be >= 2, got 1"),
+        ("training.per_device_train_batch_size=8.0", "must be an integer, got 8.0"),
+    ],
+)
+def test_load_recipe_checks_training_without_knowing_its_fields(tmp_path: Path, override: str, reason: str) -> None:
+    (problem,) = problems_of(tmp_path, GRPO, override)
+    assert problem.startswith(override.partition("=")[0] + ": ")
+    assert reason in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.num_generation=4", "unknown key; did you mean `num_generations`?"),
+        ("training.sede=1", "unknown key; known: learning_rate, max_completion_length"),
+        ("training.use_vllm=1", "must be true or false, got 1"),
+        ("training.max_completion_length=a", 'must be an integer, got "a"'),
+        ("training.loss_type=3", "must be a string, got 3"),
+        ("training.report_to=3", "must be a string or a list or null, got 3"),
+        ("training.lr_scheduler_type=constan", "must be one of linear, constant, got "),
+        ("training.seed=1", "not allowed here, got 1"),
+    ],
+)
+def test_load_recipe_checks_training_against_injected_fields(tmp_path: Path, override: str, expected: str) -> None:
+    (problem,) = problems_of(tmp_path, GRPO, override, algorithms=ALGORITHMS)
+    assert problem.startswith(f"{override.partition('=')[0]}: {expected}")
+
+
+def test_load_recipe_takes_the_algorithms_from_the_injected_table(tmp_path: Path) -> None:
+    assert load_text(tmp_path, GRPO, "algorithm=ppo", algorithms={**ALGORITHMS, "ppo": ALGORITHMS["grpo"]})
+    assert problems_of(tmp_path, GRPO, algorithms={"dpo": {}}) == ['algorithm: unknown, got "grpo"; known: dpo']
+
+
+def test_load_recipe_allows_every_field_that_the_config_has(tmp_path: Path) -> None:
+    overrides = ["training.top_k=5", "training.report_to=[tensorboard]", "training.num_generations=4"]
+    recipe = load_text(tmp_path, GRPO, *overrides, "training.lr_scheduler_type=constant", algorithms=ALGORITHMS)
+    assert recipe.training == {
+        "learning_rate": 2e-5,
+        "max_completion_length": 4,
+        "top_k": 5,
+        "report_to": ["tensorboard"],
+        "num_generations": 4,
+        "lr_scheduler_type": "constant",
+    }

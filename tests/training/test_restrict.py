@@ -1,0 +1,148 @@
+"""`restrict` on real trainers: what moves, what is logged, what is refused; and the upstream methods it hooks."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import random_bits, same_bits
+from transformers import Trainer, TrainingArguments
+
+from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
+from subnet_ft.errors import MaskMismatchError
+from subnet_ft.masks import ModelRecord, Provenance, SubnetMask
+from subnet_ft.optim import MaskedAdamW
+from subnet_ft.training import restrict
+
+
+def build(folder: Path, **options: Any) -> Trainer:
+    tokenizer = tiny_tokenizer()
+    rows = [tokenizer(f"{a} + {b} = {a + b}")["input_ids"] for a in range(10) for b in (3, 4)]
+    length = max(map(len, rows))
+    padded = [[0] * (length - len(row)) + row for row in rows]
+    dataset = Dataset.from_dict({"input_ids": padded, "labels": padded})
+    arguments = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        **options,
+    }
+    return Trainer(model=tiny_model("llama"), args=TrainingArguments(**arguments), train_dataset=dataset)
+
+
+def half_mask(model: torch.nn.Module) -> SubnetMask:
+    dense = {
+        name: random_bits(parameter.numel(), 0.3, seed).view(parameter.shape)
+        for seed, (name, parameter) in enumerate(model.named_parameters())
+    }
+    dense["model.layers.0.self_attn.q_proj.weight"][:] = False
+    return SubnetMask.from_dense(dense)
+
+
+def test_restrict_trains_the_mask_and_nothing_else(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    mask = half_mask(trainer.model)
+    start = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    assert restrict(trainer, mask) is trainer
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        chosen = mask[name]
+        assert same_bits(parameter.detach()[~chosen], start[name][~chosen])
+        assert not chosen.any() or (parameter.detach()[chosen] != start[name][chosen]).float().mean() > 0.5
+    assert not dict(trainer.model.named_parameters())["model.layers.0.self_attn.q_proj.weight"].requires_grad
+
+
+def test_restrict_takes_the_hyper_parameters_of_the_trainer(tmp_path: Path) -> None:
+    trainer = restrict(build(tmp_path, adam_beta2=0.95, adam_epsilon=1e-6), half_mask(tiny_model("llama")))
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, MaskedAdamW)
+    decayed, exempt = optimizer.param_groups
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
+    assert decayed["lr"] == 1e-2
+    assert decayed["betas"] == (0.9, 0.95)
+    assert decayed["eps"] == 1e-6
+    assert all("norm" in name for name in exempt["param_names"])
+    assert not any("norm" in name for name in decayed["param_names"])
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.25])
+def test_restrict_clips_and_logs_the_masked_norm(tmp_path: Path, max_grad_norm: float) -> None:
+    trainer = build(tmp_path, max_grad_norm=max_grad_norm, max_steps=2)
+    mask = half_mask(trainer.model)
+    seen: list[tuple[float, float]] = []
+    restrict(trainer, mask)
+    optimizer = trainer.create_optimizer()
+    step = optimizer.step
+
+    def spy(*args: Any) -> Any:
+        squares = [
+            p.grad[mask[n]].float().square().sum() for n, p in trainer.model.named_parameters() if p.grad is not None
+        ]
+        before = {p: s["exp_avg"].clone() for p, s in optimizer.state.items()}
+        result = step(*args)
+        moved = [(s["exp_avg"] - 0.9 * before.get(p, 0.0)) / 0.1 for p, s in optimizer.state.items()]
+        seen.append((float(sum(squares)) ** 0.5, float(torch.cat(moved).norm())))
+        return result
+
+    optimizer.step = spy
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    for (masked, used), shown in zip(seen, logged, strict=True):
+        assert shown == pytest.approx(masked, rel=1e-4)
+        expected = min(masked, max_grad_norm) if max_grad_norm else masked
+        assert used == pytest.approx(expected, rel=1e-3)
+
+
+def test_restrict_with_a_full_mask_trains_everything(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    start = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    restrict(trainer, SubnetMask.full({name: tuple(value.shape) for name, value in start.items()}))
+    trainer.train()
+    assert all(not torch.equal(p.detach(), start[n]) for n, p in trainer.model.named_parameters() if p.dim() > 1)
+
+
+def test_restrict_refuses_a_mask_of_another_base(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    mask = half_mask(trainer.model)
+    other = Provenance(base=ModelRecord("other/base", fingerprints=dict.fromkeys(mask.names, "0" * 32)))
+    with pytest.raises(MaskMismatchError, match="other/base"):
+        restrict(trainer, SubnetMask(mask.tensors, other))
+
+
+def test_restrict_refuses_a_trainer_that_has_an_optimizer(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    trainer.create_optimizer()
+    with pytest.raises(ValueError, match="already has an optimizer, AdamW"):
+        restrict(trainer, half_mask(trainer.model))
+
+
+def test_restrict_refuses_to_replace_a_chosen_optimizer(tmp_path: Path) -> None:
+    trainer = build(tmp_path, optim="adafactor")
+    with pytest.raises(ValueError, match="asks for the optimizer `adafactor`"):
+        restrict(trainer, half_mask(trainer.model))
+
+
+def test_upstream_methods_that_restrict_hooks_have_the_known_signatures() -> None:
+    signatures = {
+        "create_optimizer": ["self", "model"],
+        "_clip_grad_norm": ["self", "model"],
+        "_get_grad_norm": ["self", "model", "grad_norm"],
+        "get_decay_parameter_names": ["self", "model"],
+    }
+    for name, parameters in signatures.items():
+        assert list(inspect.signature(getattr(Trainer, name)).parameters) == parameters, name
+    body = inspect.getsource(Trainer)
+    assert body.count("self._clip_grad_norm(model)") == 1
+    assert body.count("self._get_grad_norm(model, grad_norm=grad_norm)") == 1
