@@ -18,7 +18,6 @@ help:  ## List the targets.
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-smollm2  ## Run a whole recipe on a real 135M model on the CPU and write its report.
 	$(VENV)/bin/subnet-ft run $(DEMO) $(OVERRIDES)
-	@echo "Report: $$(ls -t runs/*/report.html | head -n 1)"
 
 test: $(VENV)/.stamp-dev  ## Run the tests that need neither minutes nor a pretrained model.
 	$(PYTEST) -m "not slow" -n $(WORKERS)

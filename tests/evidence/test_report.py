@@ -228,6 +228,12 @@ def test_reports_escape_what_models_and_files_say():
     assert "<script" in markdown
 
 
+def test_render_markdown_fences_prompts_that_hold_fences():
+    entries = records(0.5, prompt="```python\nprint(1)\n```")
+    runs = {name: RunEvidence(name, entries) for name in ("base", "full", "subnet")}
+    assert "````text\n```python\nprint(1)\n``` 0\n````" in render_markdown(whole_report(controls=[], **runs))
+
+
 @pytest.mark.parametrize(("accuracy", "verdict"), [(0.55, "recovered"), (0.35, "not_recovered"), (0.51, "undecided")])
 def test_render_markdown_states_the_verdict_in_its_first_line(accuracy, verdict):
     report = whole_report(subnet=RunEvidence("subnet", records(accuracy), weights=weights(0.5, 0.9)))

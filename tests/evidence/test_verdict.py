@@ -46,6 +46,13 @@ def test_verdict_undecided_says_how_many_prompts_would_do():
     assert "prompts would decide it if" in result.reason
 
 
+def test_verdict_undecided_when_worse_than_the_margin_but_not_beyond_doubt():
+    result = verdict(BASE, FULL, solves(0.50, swapped=150), **RULE)
+    assert result.name == "undecided"
+    assert "-5.0 points" in result.reason
+    assert "prompts would decide it if" in result.reason
+
+
 def test_verdict_undecided_at_the_margin_says_that_none_would_do():
     result = verdict(BASE, FULL, solves(0.51), **RULE)
     assert result.name == "undecided"

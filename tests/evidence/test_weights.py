@@ -128,8 +128,8 @@ def test_compare_weights_when_the_full_run_changed_nothing():
 
 
 def test_compare_weights_compares_bits_not_values():
-    base = {"w": torch.tensor([0.0, float("nan"), 1.0, float("inf")])}
-    run = {"w": torch.tensor([-0.0, float("nan"), 1.0, float("inf")])}
+    base = {"w": torch.tensor([0.0, 0.0, float("nan"), float("inf")])}
+    run = {"w": torch.tensor([-0.0, -0.0, float("nan"), float("inf")])}
     outside = {"w": torch.zeros(4, dtype=torch.bool)}
     result = compare_weights(
         FakeCheckpoint("base", base),
@@ -137,8 +137,8 @@ def test_compare_weights_compares_bits_not_values():
         {"run": RunWeights(FakeCheckpoint("run", run), outside)},
         full_mask={"w": torch.ones(4, dtype=torch.bool)},
     )["run"]
-    assert result.off_mask_changed == 1
-    assert result.identical == {"0": 0.75, "1e-06": 1.0, "1e-05": 1.0, "0.0001": 1.0}
+    assert result.off_mask_changed == 2
+    assert result.identical == {"0": 0.5, "1e-06": 1.0, "1e-05": 1.0, "0.0001": 1.0}
 
 
 def test_compare_weights_subtracts_in_fp32():

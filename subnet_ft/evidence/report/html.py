@@ -78,7 +78,7 @@ def render_html(report: Report) -> str:
             Key(css_class(report, name), wording.label(report, name)) for name in report.runs if name in report.curves
         ],
         memory_keys=_part_keys(plots.stack_parts(report.memory, report)),
-        time_keys=_part_keys(plots.stack_parts(report.seconds, report)),
+        time_keys=_part_keys(plots.time_parts(report)),
         sample_models=[(name, wording.label(report, name)) for name in (report.base, report.full, report.subnet)],
         conditions=wording.conditions(report),
         recipe=_json(report.recipe),

@@ -122,7 +122,12 @@ def time_plot(report: Report, width: float) -> str | None:
             stacks["with the full run"] = whole
     if not stacks:
         return None
-    return _stacked(stacks, stack_parts(report.seconds, report), width, duration, "Time by stage")
+    return _stacked(stacks, time_parts(report), width, duration, "Time by stage")
+
+
+def time_parts(report: Report) -> list[str]:
+    """Return the stages in the order in which they are coloured, the mask's own last."""
+    return list(dict.fromkeys([*stack_parts(report.seconds, report), *(whole_cost(report) or {})]))
 
 
 def stack_parts(source: Mapping[str, Mapping[str, float]], report: Report) -> list[str]:
@@ -142,7 +147,7 @@ def _stacked(
         row_label(svg, name, y)
         start = 0.0
         for part, value in stack.items():
-            style = f"part part-{parts.index(part) % 6 + 1}" if part in parts else "part part-5"
+            style = f"part part-{parts.index(part) % 6 + 1}"
             length = x(start + value) - x(start)
             svg.rect(x(start), y - 9, max(length - 1, 0.5), 18, style, tip=f"{name}, {words(part)}: {write(value)}")
             start += value

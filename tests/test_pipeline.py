@@ -1,0 +1,201 @@
+"""The main job on a tiny model: every stage, nothing twice, resumed to the same bits, refused when it must be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import same_bits
+from safetensors.torch import load_file
+
+from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.errors import MaskMismatchError, StageError
+from subnet_ft.masks import SubnetMask, extract
+from subnet_ft.optim import MaskedAdamW
+from subnet_ft.pipeline import Pipeline, load_checked_recipe
+from subnet_ft.recipe import Recipe
+from subnet_ft.verification import has_failed, verify
+
+SHORT = [
+    "training.max_steps=4", "training.save_steps=2", "task.num_train=120", "task.num_eval=40",
+    "subnet.source.tolerance=0.002",
+]  # fmt: skip
+STAGES = ["full", "subnet", "control-uniform", "control-magnitude_matched"]
+
+
+def recipe(algorithm: str, output: Path, *overrides: str) -> Recipe:
+    pairs = ["task.pairs.num_prompts=60", "task.num_train=60"] if algorithm == "dpo" else []
+    return load_checked_recipe(f"tiny/{algorithm}", [*SHORT, *pairs, f"output={output}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def grpo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "grpo"
+    Pipeline(recipe("grpo", folder)).run()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dpo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "dpo"
+    Pipeline(recipe("dpo", folder)).run()
+    return folder
+
+
+@pytest.fixture(params=["grpo", "dpo"])
+def run_folder(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(f"{request.param}_run")
+    return folder
+
+
+def test_pipeline_leaves_what_the_design_names(run_folder: Path) -> None:
+    for stage in STAGES:
+        names = {path.name for path in (run_folder / stage).iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.json", "log.json", "stage.json"} <= names
+        assert "checkpoints" not in names
+    files = {path.name for path in run_folder.iterdir() if path.is_file()}
+    assert {
+        "recipe.resolved.yaml", "environment.json", "mask.subnet.safetensors", "control-uniform.subnet.safetensors",
+        "report.html", "report.md", "report.json",
+    } <= files  # fmt: skip
+
+
+def test_pipeline_changes_no_weight_outside_any_mask(run_folder: Path) -> None:
+    report = json.loads((run_folder / "report.json").read_text())
+    assert {name: report["weights"][name]["off_mask_changed"] for name in STAGES[1:]} == dict.fromkeys(STAGES[1:], 0)
+    base = open_checkpoint("tiny:llama")
+    for stage, mask_file in [
+        ("subnet", "mask.subnet.safetensors"),
+        ("control-uniform", "control-uniform.subnet.safetensors"),
+        ("control-magnitude_matched", "control-magnitude_matched.subnet.safetensors"),
+    ]:
+        mask, tuned = SubnetMask.load(run_folder / mask_file, base=base), open_checkpoint(run_folder / stage)
+        for name, weight in base.tensors():
+            assert same_bits(tuned.tensor(name)[~mask[name]], weight[~mask[name]])
+
+
+def test_pipeline_extracts_the_mask_of_its_own_full_run(run_folder: Path) -> None:
+    mask = SubnetMask.load(run_folder / "mask.subnet.safetensors")
+    source = Pipeline(recipe("grpo" if run_folder.name == "grpo" else "dpo", run_folder)).recipe.subnet.source
+    again = extract("tiny:llama", run_folder / "full", criterion=source.criterion, tolerance=source.tolerance)
+    assert mask == again
+    assert 0.0 < mask.density < 1.0
+
+
+def test_pipeline_does_nothing_twice(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a finished stage was repeated")
+
+    for name in ("train", "answer_prompts", "extract", "sample_pairs"):
+        monkeypatch.setattr(f"subnet_ft.pipeline.{name}", never)
+    before = (run_folder / "full" / "stage.json").read_text()
+    Pipeline(recipe(run_folder.name, run_folder)).run()
+    assert (run_folder / "full" / "stage.json").read_text() == before
+
+
+def test_pipeline_refuses_a_folder_of_other_settings(grpo_run: Path) -> None:
+    with pytest.raises(StageError, match=r"training\.learning_rate: was 0\.001, is 0\.5"):
+        Pipeline(recipe("grpo", grpo_run, "training.learning_rate=0.5")).run()
+
+
+def test_pipeline_judges_again_when_only_the_evaluation_changed(grpo_run: Path) -> None:
+    before = (grpo_run / "full" / "stage.json").read_text()
+    report = Pipeline(recipe("grpo", grpo_run, "evaluation.max_new_tokens=1", "evaluation.margin=0.3")).run()
+    assert (report.num_prompts, report.margin) == (40, 0.3)
+    assert (grpo_run / "full" / "stage.json").read_text() == before
+    Pipeline(recipe("grpo", grpo_run)).run()
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_pipeline_resumes_an_interrupted_run_to_the_same_bits(
+    algorithm: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninterrupted: Path = request.getfixturevalue(f"{algorithm}_run")
+    step, calls = MaskedAdamW.step, []
+
+    def interrupted(self: MaskedAdamW, closure: Any = None) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self, closure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedAdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(recipe(algorithm, tmp_path / "run")).run()
+    assert (tmp_path / "run" / "full" / "checkpoints" / "checkpoint-2").is_dir()
+    resumed = Pipeline(recipe(algorithm, tmp_path / "run", "method=full")).train()
+    assert resumed.results["resumed_from"] == "checkpoint-2"
+    ours, theirs = (load_file(folder / "full" / "model.safetensors") for folder in (tmp_path / "run", uninterrupted))
+    assert all(same_bits(ours[name], theirs[name]) for name in theirs)
+
+
+def test_pipeline_notices_a_checkpoint_that_somebody_changed(grpo_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(grpo_run, copy)
+    path = copy / "full" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StageError, match="are not those that this stage saved"):
+        Pipeline(recipe("grpo", copy)).run()
+
+
+def test_pipeline_says_when_the_full_run_changed_nothing(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="changed no weight by the criterion `absolute` with tolerance 0.5"):
+        Pipeline(recipe("grpo", tmp_path / "run", "training.max_steps=1", "subnet.source.tolerance=0.5")).run()
+
+
+def test_train_of_a_subnetwork_needs_a_mask(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="needs a mask"):
+        Pipeline(recipe("grpo", tmp_path / "run", "method=subnet")).train()
+
+
+def test_train_of_a_subnetwork_takes_a_mask_file(grpo_run: Path, tmp_path: Path) -> None:
+    source = f"subnet.source={{kind: file, path: {grpo_run / 'mask.subnet.safetensors'}}}"
+    stage = Pipeline(recipe("grpo", tmp_path / "run", "method=subnet", source)).train()
+    ours, theirs = (load_file(folder / "subnet" / "model.safetensors") for folder in (tmp_path / "run", grpo_run))
+    assert all(same_bits(ours[name], theirs[name]) for name in theirs)
+    assert stage.results["memory"]["moments"] == 8 * SubnetMask.load(grpo_run / "mask.subnet.safetensors").num_trainable
+
+
+def test_train_refuses_a_mask_of_another_base(grpo_run: Path, tmp_path: Path) -> None:
+    source = f"subnet.source={{kind: file, path: {grpo_run / 'mask.subnet.safetensors'}}}"
+    with pytest.raises(MaskMismatchError):
+        Pipeline(recipe("grpo", tmp_path / "run", "method=subnet", source, "model.name=tiny:qwen3")).train()
+
+
+def test_verify_agrees_with_the_pipeline(grpo_run: Path, tmp_path: Path) -> None:
+    report = json.loads((grpo_run / "report.json").read_text())
+    models = ["tiny:llama", str(grpo_run / "full"), str(grpo_run / "subnet")]
+    again = verify(*models, grpo_run / "mask.subnet.safetensors", recipe=recipe("grpo", tmp_path), output=tmp_path / "r")
+    assert again.verdict == report["verdict"]
+    assert {n: a.accuracy for n, a in again.accuracy.items()} == {
+        name: report["accuracy"][name]["accuracy"] for name in ("base", "full", "subnet")
+    }
+    assert again.weights["subnet"].identical == report["weights"]["subnet"]["identical"]
+    assert (tmp_path / "r" / "report.html").is_file()
+
+
+def test_verify_fails_when_a_weight_outside_the_mask_changed(grpo_run: Path) -> None:
+    paths = ["tiny:llama", str(grpo_run / "full"), str(grpo_run / "full"), grpo_run / "mask.subnet.safetensors"]
+    report = verify(*paths)  # type: ignore[arg-type]
+    changed = report.weights["subnet"].off_mask_changed
+    mask, base, full = SubnetMask.load(paths[3]), open_checkpoint(paths[0]), open_checkpoint(paths[1])
+    expected = sum(int(((base.tensor(n) != full.tensor(n)) & ~mask[n]).sum()) for n in mask.names)
+    assert changed == expected > 0
+    assert report.verdict == "not_assessed"
+    assert has_failed(report)
+    assert not has_failed(dataclasses.replace(report, weights={}))
+
+
+def test_full_and_subnet_runs_see_the_same_first_batch(grpo_run: Path) -> None:
+    logs = [json.loads((grpo_run / stage / "log.json").read_text())[0] for stage in STAGES]
+    assert len({(log["reward"], log["entropy"]) for log in logs}) == 1
+    assert torch.tensor([log["grad_norm"] for log in logs]).argmax() == 0
