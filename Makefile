@@ -17,7 +17,7 @@ help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-smollm2  ## Run a whole recipe on a real 135M model on the CPU and write its report.
-	$(VENV)/bin/subnet-ft run $(DEMO) $(OVERRIDES)
+	HF_HUB_OFFLINE=1 $(VENV)/bin/subnet-ft run $(DEMO) $(OVERRIDES) || [ $$? -eq 1 ]  # 1: an honest "not recovered"
 
 test: $(VENV)/.stamp-dev  ## Run the tests that need neither minutes nor a pretrained model.
 	$(PYTEST) -m "not slow" -n $(WORKERS)

@@ -22,7 +22,7 @@ FINE, VERIFICATION_FAILED, WRONG_INPUT = 0, 1, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 fine, 1 a verification failed, 2 wrong usage or input."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # What transformers deprecates inside TRL is nothing that a user of this command can change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)(\.|$)")
@@ -55,6 +55,17 @@ def _stdout_for_results() -> Iterator[Emit]:
         yield emit
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives up on `key=value` behind an option; they are overrides wherever they stand.
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="subnet-ft", description="Finetune only the subnetwork that reinforcement learning really changes."
@@ -70,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_arguments(train)
     train.add_argument("--json", action="store_true", help="print what was measured as one JSON object")
 
-    extract = _command(commands, _extract, "extract", "write the mask of the weights that differ between two checkpoints")
+    extract = _command(
+        commands, _extract, "extract", "write the mask of the weights that differ between two checkpoints"
+    )
     extract.add_argument("base", help="folder, Hub id, .gguf file, package:MODULE/FILE.gguf or tiny:FAMILY")
     extract.add_argument("tuned", help="the same, after training")
     extract.add_argument("-o", "--output", required=True, metavar="MASK", help="NAME.subnet.safetensors to write")
@@ -92,7 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     verify = _command(commands, _verify, "verify", "judge whether a subnetwork run recovered a full run")
-    for name, what in (("base", "base model"), ("full", "full run"), ("subnet", "subnetwork run"), ("mask", "mask file")):
+    for name, what in (
+        ("base", "base model"),
+        ("full", "full run"),
+        ("subnet", "subnetwork run"),
+        ("mask", "mask file"),
+    ):
         verify.add_argument(f"--{name}", required=True, help=what)
     verify.add_argument("--recipe", help="measure accuracy on this recipe's held-out prompts")
     verify.add_argument("-o", "--output", metavar="DIR", help="write report.html, report.md and report.json there")
@@ -116,9 +134,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="recipe file or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to change")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and stop before any weight is loaded")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace stages that were made with other settings"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace stages that were made with other settings")
 
 
 def _run(options: argparse.Namespace, emit: Emit) -> int:
@@ -200,7 +216,11 @@ def _emit_mask(mask: SubnetMask, options: argparse.Namespace, emit: Emit) -> Non
     provenance = mask.provenance
     if options.json:
         tensors = {
-            name: {"shape": list(tensor.shape), "count": tensor.count, "density": tensor.count / max(tensor.num_elements, 1)}
+            name: {
+                "shape": list(tensor.shape),
+                "count": tensor.count,
+                "density": tensor.count / max(tensor.num_elements, 1),
+            }
             for name, tensor in mask.tensors.items()
         }
         figures = {
@@ -239,7 +259,11 @@ def _emit_mask(mask: SubnetMask, options: argparse.Namespace, emit: Emit) -> Non
     ):
         if densities:
             width = max(len(key) for key in densities)
-            lines += ["", f"  density by {title}", *(f"    {key:<{width}}  {value:.4f}" for key, value in densities.items())]
+            lines += [
+                "",
+                f"  density by {title}",
+                *(f"    {key:<{width}}  {value:.4f}" for key, value in densities.items()),
+            ]
     emit("\n".join(lines))
 
 

@@ -17,7 +17,7 @@ def environment() -> dict[str, Any]:
     """Return versions, processor, memory in bytes and, if there is one, the accelerator."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

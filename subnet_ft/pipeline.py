@@ -210,7 +210,11 @@ class Pipeline:
         weights = compare_weights(
             open_checkpoint(self.base),
             open_checkpoint(full.folder),
-            {name: RunWeights(open_checkpoint(run.folder), run.mask) for name, run in trained.items() if name != "full"},
+            {
+                name: RunWeights(open_checkpoint(run.folder), run.mask)
+                for name, run in trained.items()
+                if name != "full"
+            },
             full_mask=subnet.mask if source.kind == "extract" else None,
         )
 
@@ -301,13 +305,13 @@ class Pipeline:
         def work(folder: Path) -> dict[str, Any]:
             spec = self.recipe.model
             model, tokenizer = load_model(self.base, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
-            sampled = sample_pairs(
-                model, tokenizer, self.task, pairs, seed=self.recipe.seed, progress=self.progress
-            )
+            sampled = sample_pairs(model, tokenizer, self.task, pairs, seed=self.recipe.seed, progress=self.progress)
             write_json(folder / "pairs.json", sampled.to_list())
             return {"num_pairs": len(sampled)}
 
-        self._announce("pairs", f"{pairs.num_samples} samples of each of {pairs.num_prompts} prompts from the base model")
+        self._announce(
+            "pairs", f"{pairs.num_samples} samples of each of {pairs.num_prompts} prompts from the base model"
+        )
         inputs = {"base": self.base_sha256, "task": asdict(self.recipe.task), "seed": self.recipe.seed}
         run_stage(self.folder / "pairs", inputs, work, overwrite=self.overwrite)
         return Dataset.from_list(json.loads((self.folder / "pairs" / "pairs.json").read_text()))

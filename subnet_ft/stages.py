@@ -1,4 +1,4 @@
-"""Stages of a run: a folder each, finished when its `stage.json` is there, not repeated while its inputs stay the same."""
+"""Stages of a run: a folder each, finished when `stage.json` is there, not repeated while its inputs stay the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ STARTED = "started.json"
 
 
 def run_stage(
-    folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]], *, overwrite: bool, cheap: bool = False
+    folder: Path,
+    inputs: dict[str, Any],
+    work: Callable[[Path], dict[str, Any]],
+    *,
+    overwrite: bool,
+    cheap: bool = False,
 ) -> dict[str, Any]:
     """Do a stage's work unless it is already done, and return what it produced.
 
@@ -49,8 +54,8 @@ def run_stage(
         if not (overwrite or cheap):
             changes = ", ".join(_changes(found.get("inputs") or {}, inputs)[:5])
             raise StageError(
-                f"`{folder}` was made with other settings: {changes}. Choose another `output`, or pass `--overwrite` to "
-                "replace it."
+                f"`{folder}` was made with other settings: {changes}. Choose another `output`, or pass `--overwrite` "
+                "to replace it."
             )
         shutil.rmtree(folder)
         found = None

@@ -19,8 +19,10 @@ def ulp_distance(actual: torch.Tensor, expected: torch.Tensor) -> int:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Compare two tensors bit by bit, so that NaN equals itself and -0.0 differs from 0.0."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
     )
 
 

@@ -43,9 +43,13 @@ def test_extract_prints_the_keys_that_scripts_rely_on(
     pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "m.subnet.safetensors"
-    code, extracted = run_json(capsys, "extract", *pair, "-o", str(path), "--criterion", "absolute", "--tolerance", "0.1")
+    code, extracted = run_json(
+        capsys, "extract", *pair, "-o", str(path), "--criterion", "absolute", "--tolerance", "0.1"
+    )
     assert code == 0
-    assert {"density", "num_trainable", "num_parameters", "density_by_tolerance", "tensors", "version"} <= set(extracted)
+    assert {"density", "num_trainable", "num_parameters", "density_by_tolerance", "tensors", "version"} <= set(
+        extracted
+    )
     assert extracted["density"] == extracted["num_trainable"] / extracted["num_parameters"]
     code, shown = run_json(capsys, "mask", "info", str(path))
     assert (code, shown) == (0, extracted)
@@ -75,9 +79,7 @@ def test_verify_exits_with_1_when_off_mask_weights_changed(
     main(["extract", *pair, "-o", path, "--criterion", "absolute", "--tolerance", "0.1", "-q"])
     capsys.readouterr()
     base, tuned = pair
-    code, figures = run_json(
-        capsys, "verify", "--base", base, "--full", tuned, "--subnet", tuned, "--mask", path
-    )
+    code, figures = run_json(capsys, "verify", "--base", base, "--full", tuned, "--subnet", tuned, "--mask", path)
     assert code == 1
     assert figures["off_mask_changed"] > 0
     assert {"verdict", "in_mask_identical", "identical", "base_identical", "relative_distance"} <= set(figures)
@@ -128,10 +130,27 @@ def test_wrong_input_exits_with_2_and_one_message(tmp_path: Path, capsys: pytest
     assert (captured.out, captured.err.count("\n")) == ("", 1)
 
 
+def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
+    code, checked = run_json(capsys, "run", "tiny/grpo", "seed=3", "--dry-run", "-q")
+    assert (code, checked["recipe"]["seed"]) == (0, 3)
+    assert main(["run", "tiny/grpo", "--dry-run", "--json", "seed=4", "-q", "output=elsewhere"]) == 0
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    assert (recipe["seed"], recipe["output"]) == (4, "elsewhere")
+
+
+def test_unknown_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["run", "tiny/grpo", "--dry-rum"], ["env", "seed=3"], ["run", "tiny/grpo", "--seed=3"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_recipes_lists_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
     code, listed = run_json(capsys, "recipes")
     assert code == 0
-    assert {"tiny/grpo", "tiny/dpo", "smollm2_135m/grpo_arithmetic", "smollm2_135m/dpo_arithmetic"} <= set(listed["recipes"])
+    assert {"tiny/grpo", "tiny/dpo", "smollm2_135m/grpo_arithmetic", "smollm2_135m/dpo_arithmetic"} <= set(
+        listed["recipes"]
+    )
 
 
 def test_env_names_versions_and_hardware(capsys: pytest.CaptureFixture[str]) -> None:

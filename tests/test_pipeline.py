@@ -148,7 +148,7 @@ def test_pipeline_notices_a_checkpoint_that_somebody_changed(grpo_run: Path, tmp
 
 
 def test_pipeline_says_when_the_full_run_changed_nothing(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="changed no weight by the criterion `absolute` with tolerance 0.5"):
+    with pytest.raises(StageError, match=r"changed no weight by the criterion `absolute` with tolerance 0\.5"):
         Pipeline(recipe("grpo", tmp_path / "run", "training.max_steps=1", "subnet.source.tolerance=0.5")).run()
 
 
@@ -174,7 +174,9 @@ def test_train_refuses_a_mask_of_another_base(grpo_run: Path, tmp_path: Path) ->
 def test_verify_agrees_with_the_pipeline(grpo_run: Path, tmp_path: Path) -> None:
     report = json.loads((grpo_run / "report.json").read_text())
     models = ["tiny:llama", str(grpo_run / "full"), str(grpo_run / "subnet")]
-    again = verify(*models, grpo_run / "mask.subnet.safetensors", recipe=recipe("grpo", tmp_path), output=tmp_path / "r")
+    again = verify(
+        *models, grpo_run / "mask.subnet.safetensors", recipe=recipe("grpo", tmp_path), output=tmp_path / "r"
+    )
     assert again.verdict == report["verdict"]
     assert {n: a.accuracy for n, a in again.accuracy.items()} == {
         name: report["accuracy"][name]["accuracy"] for name in ("base", "full", "subnet")

@@ -1,7 +1,7 @@
 """Kernels for training a subnetwork: tensors in, tensors out; no names, no models, no config.
 
-Dense tensors are flat `(N,)`, compact ones `(K,)` in the order of the mask's true bits, masks `(ceil(N / 8),)` uint8 with
-bit `i` of byte `j` standing for element `8 * j + i` and padding bits zero.
+Dense tensors are flat `(N,)`, compact ones `(K,)` in the order of the mask's true bits, masks `(ceil(N / 8),)` uint8:
+bit `i` of byte `j` stands for element `8 * j + i`, and padding bits are zero.
 """
 
 from subnet_kernels.dispatch import backends, choose

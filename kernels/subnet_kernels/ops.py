@@ -121,9 +121,7 @@ def fingerprint(tensor: torch.Tensor, *, offset: int = 0) -> tuple[int, int]:
     return sums
 
 
-def gather(
-    dense: torch.Tensor, bits: torch.Tensor, count: int, *, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def gather(dense: torch.Tensor, bits: torch.Tensor, count: int, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Copy the masked elements of a dense tensor into a new compact one.
 
     Args:

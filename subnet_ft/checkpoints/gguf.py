@@ -78,7 +78,8 @@ def _dequantize(file: Path, folder: Path) -> None:
     import transformers
 
     options = {}
-    if hasattr(transformers, "GgufConfig"):  # where it exists, weights may stay in GGUF blocks unless told otherwise
+    # Releases that have it load a GGUF as a quantized model, neither saveable nor trainable, unless told not to.
+    if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
@@ -90,8 +91,5 @@ def _dequantize(file: Path, folder: Path) -> None:
             f"transformers {transformers.__version__} cannot read the GGUF `{file}`: {error}. Check that the file is "
             "complete and of an architecture transformers supports, or use the model's safetensors checkpoint."
         ) from error
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:  # it holds nothing any more, but a model that has one cannot be saved or trained
-        quantizer.remove_quantization_config(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -42,7 +42,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
     # Bars for loading and saving last a moment each and bury the ones that matter; downloads keep theirs.
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
 
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

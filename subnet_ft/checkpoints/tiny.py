@@ -65,9 +65,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
     vocabulary = {token: index for index, token in enumerate([_PAD, _EOS, *_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    build: Any = PreTrainedTokenizerFast  # untyped upstream
+    fast: PreTrainedTokenizerFast = build(
         tokenizer_object=tokenizer,
         pad_token=_PAD,
         eos_token=_EOS,
@@ -79,6 +80,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
             "{% if add_generation_prompt %}assistant: {% endif %}"
         ),
     )
+    return fast
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
@@ -102,9 +104,7 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     )
 
 
-def tiny_model(
-    family: str, *, dtype: torch.dtype | None = None, seed: int = 0, **overrides: Any
-) -> PreTrainedModel:
+def tiny_model(family: str, *, dtype: torch.dtype | None = None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Build a random causal language model of `family`; the same seed gives the same weights.
 
     Args:
@@ -119,12 +119,14 @@ def tiny_model(
     config = tiny_config(family, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        build: Any = AutoModelForCausalLM.from_config  # untyped upstream
+        model: Any = build(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(4.0)  # the default scale of 0.02 leaves two layers with next to no signal
-    return model.to(torch.bfloat16 if dtype is None else dtype).eval()
+    converted: PreTrainedModel = model.to(torch.bfloat16 if dtype is None else dtype).eval()
+    return converted
 
 
 def save_tiny(family: str, folder: str | Path, **options: Any) -> Path:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import subnet_kernels
 import torch
 
+import subnet_kernels
 from subnet_ft.errors import MaskError
 from subnet_ft.masks.mask import Provenance, SubnetMask, TensorMask
 
@@ -90,7 +90,9 @@ def _draw_segment(
         bins = _bins(weight, tile)
         here = np.bincount(bins, minlength=_NUM_BINS)
         take = rng.hypergeometric(wanted, population - wanted, here)
-        order = np.argsort((bins.astype(np.uint64) << np.uint64(48)) | rng.integers(1 << 48, size=bins.size, dtype=np.uint64))
+        order = np.argsort(
+            (bins.astype(np.uint64) << np.uint64(48)) | rng.integers(1 << 48, size=bins.size, dtype=np.uint64)
+        )
         rank = np.arange(bins.size) - (np.cumsum(here) - here)[bins[order]]
         drawn[tile] = torch.from_numpy(_scattered(order, rank < take[bins[order]]))
         population -= here

@@ -72,7 +72,9 @@ def extract(
     comparison = _Comparison(criterion, tolerance, None if dtype is None else getattr(torch, dtype))
     tensors: dict[str, TensorMask] = {}
     with _progress_bar(num_parameters, enabled=progress) as bar:
-        for (name, old), (_, new) in zip(before.tensors(), after.tensors(before.specs), strict=True):
+        tuned_tensors = after.tensors(before.specs)
+        for name, old in before.tensors():
+            _, new = next(tuned_tensors)
             tensors[name] = comparison.compare(name, old, new)
             bar.update(old.numel())
             del old, new  # or the next pair is read while this one is still held

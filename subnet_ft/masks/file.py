@@ -1,8 +1,8 @@
 """The mask file, `NAME.subnet.safetensors`: what it holds, and a reader that trusts nothing.
 
 Per tensor with at least one trainable weight: uint8 `(ceil(N / 8),)`, bit `i` of byte `j` = flat element `8 * j + i`,
-padding bits zero. The header's metadata are JSON strings: `format`, `version`, `tensors` (shape and count of every tensor,
-also the empty ones, in the model's order) and `provenance`.
+padding bits zero. The header's metadata are JSON strings: `format`, `version`, `tensors` (shape and count of every
+tensor, also the empty ones, in the model's order) and `provenance`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import subnet_kernels
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import subnet_kernels
 from subnet_ft.errors import MaskFileError
 from subnet_ft.masks.mask import ModelRecord, Provenance, SubnetMask, TensorMask
 
@@ -61,7 +61,9 @@ def load_mask(path: Path) -> SubnetMask:
             if stored != expected:
                 odd = sorted(stored ^ expected)[0]
                 where = "stored but not described" if odd in stored else "described but not stored"
-                raise MaskFileError(f"`{path}`: tensor `{odd}` is {where}; the file is damaged. Extract the mask again.")
+                raise MaskFileError(
+                    f"`{path}`: tensor `{odd}` is {where}; the file is damaged. Extract the mask again."
+                )
             tensors = {
                 name: _checked_tensor(path, name, shape, count, file.get_tensor(name) if count else None)
                 for name, (shape, count) in described.items()
@@ -92,16 +94,15 @@ def _described_tensors(path: Path, metadata: dict[str, str]) -> dict[str, tuple[
     return described
 
 
-def _checked_tensor(
-    path: Path, name: str, shape: tuple[int, ...], count: int, bits: torch.Tensor | None
-) -> TensorMask:
+def _checked_tensor(path: Path, name: str, shape: tuple[int, ...], count: int, bits: torch.Tensor | None) -> TensorMask:
     if bits is None:
         return TensorMask(torch.empty(0, dtype=torch.uint8), shape, 0)
     num_elements = math.prod(shape)
     expected = (num_elements + 7) // 8
     if bits.dtype != torch.uint8 or tuple(bits.shape) != (expected,):
         raise MaskFileError(
-            f"`{path}`: the bits of `{name}` are {bits.dtype} {tuple(bits.shape)}; shape {shape} needs uint8 ({expected},)."
+            f"`{path}`: the bits of `{name}` are {bits.dtype} {tuple(bits.shape)}; shape {shape} needs uint8 "
+            f"({expected},)."
         )
     if num_elements % 8 and int(bits[-1]) >> (num_elements % 8):
         raise MaskFileError(f"`{path}`: padding bits of `{name}` are set, last byte {int(bits[-1]):#010b}.")

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import subnet_kernels
 import torch
 
+import subnet_kernels
 from subnet_ft.errors import MaskError, MaskMismatchError
 from subnet_ft.masks import density
 
@@ -130,9 +130,7 @@ class SubnetMask:
                 )
 
     @classmethod
-    def from_dense(
-        cls, dense: Mapping[str, torch.Tensor], provenance: Provenance | None = None
-    ) -> SubnetMask:
+    def from_dense(cls, dense: Mapping[str, torch.Tensor], provenance: Provenance | None = None) -> SubnetMask:
         """Build a mask from bool tensors of the parameters' shapes, `True` = trainable."""
         tensors = {}
         for name, value in dense.items():
@@ -248,13 +246,13 @@ class SubnetMask:
         for name, tensor in self.tensors.items():
             if tuple(shapes[name]) != tensor.shape:
                 raise MaskMismatchError(
-                    f"Mask for `{name}` has shape {tensor.shape} but the parameter has shape {tuple(shapes[name])}. The "
-                    f"mask was made for {self._base_name()}, not for this model. Extract it again from a checkpoint of "
-                    "this model."
+                    f"Mask for `{name}` has shape {tensor.shape} but the parameter has shape {tuple(shapes[name])}. "
+                    f"The mask was made for {self._base_name()}, not for this model. Extract it again from a "
+                    "checkpoint of this model."
                 )
 
     def check_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Compare dtype and fingerprint of every tensor with the recorded base; nothing is compared without a record."""
+        """Compare every tensor's dtype and fingerprint with the recorded base; without a record nothing is compared."""
         base = self.provenance.base
         if base is None or not base.fingerprints:
             return
@@ -263,8 +261,8 @@ class SubnetMask:
             expected_dtype = base.dtypes.get(name, dtype)
             if dtype != expected_dtype:
                 raise MaskMismatchError(
-                    f"`{name}` is {dtype} but the mask was compared in {expected_dtype} of {self._base_name()}. Load the "
-                    f"model in {expected_dtype}, or extract a mask from {dtype} checkpoints."
+                    f"`{name}` is {dtype} but the mask was compared in {expected_dtype} of {self._base_name()}. Load "
+                    f"the model in {expected_dtype}, or extract a mask from {dtype} checkpoints."
                 )
             found = format_fingerprint(subnet_kernels.fingerprint(tensor))
             if found != base.fingerprints.get(name):

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import subnet_kernels
 import torch
 
+import subnet_kernels
 from subnet_ft.errors import MaskMismatchError
 from subnet_ft.masks import SubnetMask, canonical_name
 from subnet_ft.optim import state
@@ -135,7 +135,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Return the state keyed by parameter name: tensors, numbers and strings only."""
         return state.keyed_by_name(super().state_dict(), self._ordered_names())
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state bit by bit; nothing is cast to the parameters' dtype.
 
         Raises:
@@ -154,7 +154,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         grad = parameter.grad
         assert grad is not None
         if grad.is_sparse:
-            raise RuntimeError(f"`{self._names[parameter]}` has a sparse gradient; build its embedding with sparse=False.")
+            raise RuntimeError(
+                f"`{self._names[parameter]}` has a sparse gradient; build its embedding with sparse=False."
+            )
         count = self.mask.tensors[self._names[parameter]].count
         return subnet_kernels.gather(grad.reshape(-1), self._mask_bits(parameter), count)
 
@@ -208,8 +210,8 @@ def _named_groups(named_parameters: NamedParameters | Iterable[dict[str, Any]]) 
         pairs = list(group["params"])
         if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
             raise TypeError(
-                "MaskedAdamW finds a parameter's mask by its name: pass `model.named_parameters()`, or groups with such "
-                "pairs under `params`."
+                "MaskedAdamW finds a parameter's mask by its name: pass `model.named_parameters()`, or groups with "
+                "such pairs under `params`."
             )
         named.append({**group, "params": [(canonical_name(name), parameter) for name, parameter in pairs]})
     return named
@@ -221,7 +223,9 @@ def _check_parameters(parameters: Mapping[str, torch.nn.Parameter], mask: Subnet
         raise MaskMismatchError("The mask has no trainable weight: nothing would be trained.")
     for name, parameter in parameters.items():
         if mask.tensors[name].count and parameter.dtype not in _WEIGHT_DTYPES:
-            raise MaskMismatchError(f"`{name}` is {parameter.dtype}; masked training needs bfloat16, float16 or float32.")
+            raise MaskMismatchError(
+                f"`{name}` is {parameter.dtype}; masked training needs bfloat16, float16 or float32."
+            )
         if mask.tensors[name].count and not parameter.is_contiguous():
             raise MaskMismatchError(f"`{name}` is not contiguous; call `.contiguous()` on it before training.")
     if check_base:

@@ -1,7 +1,7 @@
 """Saving and loading the compact optimizer state.
 
-The saved form is keyed by parameter name, because trainers replace parameter objects. Every param group carries the mask's
-fingerprint, because checkpointing tools keep param groups and drop what else they do not know.
+The saved form is keyed by parameter name, because trainers replace parameter objects. Every param group carries the
+mask's fingerprint, because checkpointing tools keep param groups and drop what else they do not know.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     }
 
 
-def load_state(
-    optimizer: MaskedAdamW, names: Mapping[torch.nn.Parameter, str], state_dict: Mapping[str, Any]
-) -> None:
+def load_state(optimizer: MaskedAdamW, names: Mapping[torch.nn.Parameter, str], state_dict: Mapping[str, Any]) -> None:
     """Load what `keyed_by_name` returned, after all of it was checked."""
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(optimizer.param_groups):
@@ -49,7 +47,7 @@ def load_state(
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         _check_group(group, saved, [names[parameter] for parameter in group["params"]])
     parameters = {name: parameter for parameter, name in names.items()}
-    loaded = {}
+    loaded: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for name, values in state_dict["state"].items():
         if name not in parameters:
             raise OptimizerStateError(f"The saved state has values for `{name}`, which this optimizer does not train.")
@@ -71,13 +69,13 @@ def _check_group(group: Mapping[str, Any], saved: Mapping[str, Any], names: list
         )
     if saved.get("master") != group["master"]:
         raise OptimizerStateError(
-            f"The saved state has `master={saved.get('master')}`, this optimizer `master={group['master']}`. Resume with "
-            "the setting that the run was started with."
+            f"The saved state has `master={saved.get('master')}`, this optimizer `master={group['master']}`. Resume "
+            "with the setting that the run was started with."
         )
     if list(saved["params"]) != names:
         raise OptimizerStateError(
-            f"The saved param group holds {len(saved['params'])} tensors, this one {len(names)}, or their order differs. "
-            "Resume with the parameter groups that the run was started with."
+            f"The saved param group holds {len(saved['params'])} tensors, this one {len(names)}, or their order "
+            "differs. Resume with the parameter groups that the run was started with."
         )
 
 

@@ -43,12 +43,33 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
+# TRL before 1.16, the newest for Python 3.10, knows this field by its old name.
+_OLD_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
+
+
+def build_config(algorithm: Algorithm, arguments: Mapping[str, Any]) -> Any:
+    """Build an algorithm's TRL config; a field that this TRL knows by an older name is passed under that one.
+
+    Args:
+        algorithm: Whose config.
+        arguments: Field name to value.
+    """
+    known = {field.name for field in fields(algorithm.config_class)}
+    return algorithm.config_class(**{_name_in(known, name): value for name, value in arguments.items()})
+
+
+def _name_in(known: set[str], name: str) -> str:
+    return name if name in known else _OLD_NAMES.get(name, name)
+
+
 def config_fields() -> Mapping[str, Mapping[str, Any]]:
     """Return every algorithm's config fields with their types; importing TRL takes a few seconds."""
     table: dict[str, dict[str, Any]] = {}
     for name, algorithm in ALGORITHMS.items():
         hints = typing.get_type_hints(algorithm.config_class)
-        table[name] = {field.name: hints[field.name] for field in fields(algorithm.config_class) if field.init}
+        known = {field.name: hints[field.name] for field in fields(algorithm.config_class) if field.init}
+        aliases = {new: known[old] for new, old in _OLD_NAMES.items() if old in known}
+        table[name] = {**aliases, **known}
     return table
 
 

@@ -37,14 +37,15 @@ def restrict(trainer: TrainerT, mask: SubnetMask, *, master: str = "fp32") -> Tr
         ValueError: The trainer is set up in a way that a masked optimizer cannot honour.
     """
     _refuse_what_would_break(trainer)
-    mask.check(trainer.model)
+    own_model: Any = trainer.model
+    mask.check(own_model)
     built: list[MaskedAdamW] = []
 
     def create_optimizer(model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if trainer.optimizer is None:
             # Built when training starts, because other tools replace parameter objects before that. A resumed run
             # already holds trained weights then, so the base was checked above.
-            built.append(_build(trainer, trainer.model if model is None else model, mask, master))
+            built.append(_build(trainer, own_model if model is None else model, mask, master))
             trainer.optimizer = built[-1]
         return trainer.optimizer
 
@@ -88,13 +89,16 @@ def _refuse_what_would_break(trainer: Trainer) -> None:
             f"The trainer already has an optimizer, {type(trainer.optimizer).__name__}. Call `restrict` before "
             "`train()`, and do not pass `optimizers` to the trainer."
         )
-    if getattr(trainer, "optimizer_cls_and_kwargs", None) is not None or str(args.optim.value) not in _ADAMW_NAMES:
+    wanted = str(getattr(args.optim, "value", args.optim))
+    if getattr(trainer, "optimizer_cls_and_kwargs", None) is not None or wanted not in _ADAMW_NAMES:
         raise ValueError(
-            f"The trainer asks for the optimizer `{args.optim.value}`, which `restrict` would replace by MaskedAdamW. "
+            f"The trainer asks for the optimizer `{wanted}`, which `restrict` would replace by MaskedAdamW. "
             "Leave `optim` and `optimizer_cls_and_kwargs` at their defaults."
         )
     if args.fp16:
-        raise ValueError("`fp16=True` scales gradients behind the optimizer's back. Load the model in bfloat16 instead.")
+        raise ValueError(
+            "`fp16=True` scales gradients behind the optimizer's back. Load the model in bfloat16 instead."
+        )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(
             "This release restricts trainers on one process or under DDP; DeepSpeed flattens parameters, and sharded "

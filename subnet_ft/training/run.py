@@ -14,7 +14,7 @@ import torch
 from subnet_ft.checkpoints.models import load_model, save_model
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW, memory_ledger
-from subnet_ft.training.algorithms import ALGORITHMS
+from subnet_ft.training.algorithms import ALGORITHMS, build_config
 from subnet_ft.training.peak_memory import PeakMemory
 from subnet_ft.training.restrict import restrict
 
@@ -89,7 +89,7 @@ def train(
     restrict(trainer, full_mask(model) if mask is None else mask, master=recipe.subnet.optimizer.master)
 
     checkpoints = folder / CHECKPOINTS
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last: str | None = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
     if last is not None:
         logger.info("resuming from %s", last)
     with PeakMemory() as peak:
@@ -115,8 +115,9 @@ def _build_trainer(
     recipe: Recipe, model: PreTrainedModel, tokenizer: Any, folder: Path, dataset: Dataset, task: Task | None
 ) -> Any:
     algorithm = ALGORITHMS[recipe.algorithm]
-    args = algorithm.config_class(
-        **{
+    args = build_config(
+        algorithm,
+        {
             "save_strategy": "steps" if "save_steps" in recipe.training else "no",
             "bf16": False,  # the weights already are in the recipe's dtype; mixed precision would add casts
             "report_to": "none",
@@ -124,13 +125,11 @@ def _build_trainer(
             **recipe.training,
             "output_dir": str(folder / CHECKPOINTS),
             "seed": recipe.seed,
-        }
+        },
     )
     options: dict[str, Any] = {}
     if task is not None:
         from subnet_ft.tasks import reward_functions
 
         options["reward_funcs"] = reward_functions(task, recipe.task)
-    return algorithm.trainer_class(
-        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options
-    )
+    return algorithm.trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options)

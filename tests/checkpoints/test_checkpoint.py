@@ -10,9 +10,11 @@ import pytest
 import torch
 from helpers import same_bits
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM, LlamaModel, conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, WeightTransform
 
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
+from subnet_ft.checkpoints.shards import ShardReader
 from subnet_ft.checkpoints.tiny import FAMILIES, tiny_model
 from subnet_ft.errors import CheckpointError
 
@@ -83,8 +85,6 @@ def test_open_checkpoint_reads_no_weight(llama: Path, monkeypatch: pytest.Monkey
 
 
 def test_tensors_converts_a_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from subnet_ft.checkpoints.shards import ShardReader
-
     tiny_model("deepseek_v3").save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     read: list[str] = []
@@ -92,6 +92,43 @@ def test_tensors_converts_a_group_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(ShardReader, "read", lambda self, key: read.append(key) or plain(self, key))
     list(checkpoint.tensors())
     assert sorted(read) == sorted(load_file(tmp_path / "model.safetensors").keys() - checkpoint.ignored.keys())
+
+
+@pytest.fixture
+def llama_conversion(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[WeightTransform]], None]:
+    """Give llama other rules of conversion, as some families have them, for one test."""
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # fills the cache
+    cache = conversion_mapping._checkpoint_conversion_mapping_cache
+    return lambda rules: monkeypatch.setitem(cache, "llama", rules)
+
+
+def test_tensors_splits_a_fused_weight_once(
+    llama: Path, llama_conversion: Callable[[list[WeightTransform]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fuse(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for layer in ("model.layers.0.mlp", "model.layers.1.mlp"):
+            parts = [tensors.pop(f"{layer}.{part}_proj.weight") for part in ("gate", "up")]
+            tensors[f"{layer}.both_proj.weight"] = torch.cat(parts)
+        return tensors
+
+    rewrite(llama, fuse)
+    targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    llama_conversion([WeightConverter("mlp.both_proj.weight", targets, operations=[Chunk(dim=0)])])
+    assert_equals_from_pretrained(open_checkpoint(llama))
+
+    checkpoint = open_checkpoint(llama)
+    read: list[str] = []
+    plain = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda self, key: read.append(key) or plain(self, key))
+    list(checkpoint.tensors())
+    assert sorted(read) == sorted(load_file(llama / "model.safetensors"))
+
+
+def test_open_checkpoint_takes_names_that_need_no_renaming(
+    llama: Path, llama_conversion: Callable[[list[WeightTransform]], None]
+) -> None:
+    llama_conversion([WeightRenaming("self_attn", "attention")])
+    assert_equals_from_pretrained(open_checkpoint(llama))
 
 
 def test_tensors_yields_the_wanted_ones_in_the_given_order(llama: Path) -> None:

@@ -252,6 +252,14 @@ def test_reports_say_first_when_the_mask_was_broken():
     assert summary_for_cli(report)["off_mask_changed"] == 3
 
 
+def test_reports_say_when_a_control_broke_its_mask():
+    control = RunEvidence("control-uniform", records(0.40), weights=weights(0.1, 0.9, off_mask=5))
+    text = render_markdown(whole_report(controls=[control]))
+    assert text.splitlines()[0] == "# Verdict: recovered"
+    assert "It changed 5 weights outside its mask" in text
+    assert "It changed" not in render_markdown(whole_report())
+
+
 def test_write_report_round_trips_through_json(tmp_path):
     report = whole_report()
     paths = write_report(report, tmp_path / "new")
@@ -277,10 +285,10 @@ def test_write_report_replaces_nothing_when_one_form_fails(tmp_path, monkeypatch
 
 def test_build_report_states_what_no_run_measured():
     text = " ".join(bare_report().not_measured)
-    for words in ("Accuracy of base, full, subnet", "one seed", "The floor", "A control", "KL", "GPU"):
+    for words in ("Accuracy of base, full, subnet", "Variation between seeds", "The floor", "A control", "KL", "GPU"):
         assert words in text
     whole = " ".join(whole_report(seeds=[1, 2], environment={"gpu": "H200"}, not_measured=["Extra."]).not_measured)
-    assert "seed 1" not in whole
+    assert "Variation between seeds" not in whole
     assert "GPU" not in whole
     assert "A control" not in whole
     assert whole.endswith("Extra.")

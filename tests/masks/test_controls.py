@@ -23,7 +23,9 @@ def weights() -> dict[str, torch.Tensor]:
 
 def small_weights_mask() -> SubnetMask:
     """A mask as bf16 training leaves it: mostly small weights."""
-    dense = {name: (w.float().abs() < 0.3) & random_bits(w.numel(), 0.7, 5).view(w.shape) for name, w in weights().items()}
+    dense = {
+        name: (w.float().abs() < 0.3) & random_bits(w.numel(), 0.7, 5).view(w.shape) for name, w in weights().items()
+    }
     dense["none"][:] = False
     dense["all"][:] = True
     return SubnetMask.from_dense(dense)

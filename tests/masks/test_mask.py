@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import subnet_kernels
 import torch
 from helpers import random_bits
 
+import subnet_kernels
 from subnet_ft.errors import MaskError, MaskMismatchError
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, TensorMask, canonical_name, layer_and_kind
 

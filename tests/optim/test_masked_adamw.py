@@ -138,7 +138,12 @@ def test_masked_adamw_remainder_gives_the_weights_of_fp32_masters() -> None:
     for master in ("fp32", "remainder"):
         model = small_model(torch.bfloat16)
         optimizer = MaskedAdamW(
-            model.named_parameters(), random_mask(model, 0.4), lr=1e-3, weight_decay=0.1, max_grad_norm=1.0, master=master
+            model.named_parameters(),
+            random_mask(model, 0.4),
+            lr=1e-3,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            master=master,
         )
         for step in range(100):
             set_gradients(model, step)

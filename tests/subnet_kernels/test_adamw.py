@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import DENSITIES, SIZES, random_bits, same_bits
+
 from subnet_kernels import masked_adamw, pack_bits, round_to_bfloat16
 
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}

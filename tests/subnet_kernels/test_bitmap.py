@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import DENSITIES, SIZES, random_bits, same_bits
+
 from subnet_kernels import count_bits, gather, pack_bits, scatter, unpack_bits
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import SIZES
+
 from subnet_kernels import changed_bits, unpack_bits
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import subnet_kernels
 import torch
+
+import subnet_kernels
 
 
 def test_choose_says_which_backend_and_why() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from subnet_kernels import fingerprint
 
 MASK = 2**64 - 1

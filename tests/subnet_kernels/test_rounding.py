@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import same_bits
+
 from subnet_kernels import round_to_bfloat16
 from subnet_kernels.reference import join_master, split_master
 

@@ -287,11 +287,8 @@ def _gaps(
     if missing:
         gaps.append(f"Accuracy of {', '.join(missing)}.")
     if len(set(seeds)) <= 1:
-        seed = f"seed {seeds[0]}" if seeds else "one seed"
-        gaps.append(
-            f"Variation between seeds: every run has {seed}. "
-            "Intervals cover the choice of prompts, not another training."
-        )
+        known = f"every run has seed {seeds[0]}. Intervals" if seeds else "intervals"
+        gaps.append(f"Variation between seeds: {known} cover the choice of prompts, not another training.")
     gaps.append("The floor: how far two full runs that differ only in their seed lie from each other.")
     if len(models) == 3:
         gaps.append(

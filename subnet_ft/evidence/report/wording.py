@@ -137,7 +137,12 @@ def control_sentences(report: Report) -> list[str]:
         result = VERDICTS[report.control_verdicts[name].name].lower()
         above = report.above_control.get(name)
         comparison = f" {above.reason}" if above else ""
-        sentences.append(f"The {label(report, name)}, judged by the same rule: {result}.{comparison}")
+        weights = report.weights.get(name)
+        changed = weights.off_mask_changed if weights else None
+        broken = (
+            f" It changed {changed:,} weights outside its mask, so it is no control of equal size." if changed else ""
+        )
+        sentences.append(f"The {label(report, name)}, judged by the same rule: {result}.{comparison}{broken}")
     return sentences or ["No control of equal size was trained: random masks can match full finetuning too."]
 
 
