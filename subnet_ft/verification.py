@@ -72,6 +72,7 @@ def verify(
         confidence=recipe.evaluation.confidence if recipe else 0.95,
         recipe=recipe_to_dict(recipe) if recipe else None,
         environment=environment(),
+        seeds=[recipe.seed] if recipe else [],
         title=f"{subnet} against {full}",
     )
     if output is not None:

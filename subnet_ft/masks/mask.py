@@ -74,8 +74,9 @@ class ModelRecord:
     Args:
         name: Folder, Hub id or other name as the user wrote it.
         revision: Hub revision, if one was asked for.
-        dtypes: Parameter name to stored dtype, such as `bfloat16`.
-        fingerprints: Parameter name to 32 hexadecimal digits.
+        dtypes: Parameter name to dtype, such as `bfloat16`: the stored one, or the one that the weights were cast to
+            before the comparison.
+        fingerprints: Parameter name to 32 hexadecimal digits, of the tensor in that dtype.
     """
 
     name: str
@@ -231,7 +232,11 @@ class SubnetMask:
 
         checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(base)
         self.check_shapes({name: spec.shape for name, spec in checkpoint.specs.items()})
-        self.check_weights(checkpoint.tensors())
+        compared_in = self.provenance.compare_dtype
+        weights = checkpoint.tensors()
+        if compared_in is not None:  # the mask belongs to the base in that dtype, however it is stored
+            weights = ((name, tensor.to(getattr(torch, compared_in))) for name, tensor in weights)
+        self.check_weights(weights)
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check names and shapes of a model's parameters against the mask's."""

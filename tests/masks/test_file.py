@@ -125,3 +125,14 @@ def test_load_with_a_base_refuses_another_model(tmp_path: Path) -> None:
     assert SubnetMask.load(path, base=base).num_trainable > 0
     with pytest.raises(MaskMismatchError, match="not those that the mask was made for"):
         SubnetMask.load(path, base=open_checkpoint(tuned))
+
+
+def test_load_with_a_base_accepts_the_folder_that_a_cast_mask_came_from(tmp_path: Path) -> None:
+    from subnet_ft.checkpoints.tiny import save_tiny
+    from subnet_ft.masks import extract
+
+    base, tuned = (save_tiny("llama", tmp_path / str(seed), seed=seed, dtype=torch.float32) for seed in (0, 1))
+    path = extract(base, tuned, dtype="bfloat16").save(tmp_path / "m.subnet.safetensors")
+    assert SubnetMask.load(path, base=base).provenance.compare_dtype == "bfloat16"
+    with pytest.raises(MaskMismatchError, match="not those that the mask was made for"):
+        SubnetMask.load(path, base=tuned)

@@ -25,14 +25,15 @@ def fingerprint(tensor: torch.Tensor, *, offset: int) -> tuple[int, int]:
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     # int64 products wrap modulo 2**64, which is what the finaliser asks for.
-    x = (x ^ _shift_right(x, 30)) * _signed(_MULTIPLIERS[0])
-    x = (x ^ _shift_right(x, 27)) * _signed(_MULTIPLIERS[1])
-    return x ^ _shift_right(x, 31)
+    x = x ^ _shift_right(x, 30)
+    x = x.mul_(_signed(_MULTIPLIERS[0]))
+    x = x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_MULTIPLIERS[1]))
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 def _shift_right(x: torch.Tensor, count: int) -> torch.Tensor:
     # A logical shift: torch has only the arithmetic one for int64.
-    return (x >> count) & ((1 << (64 - count)) - 1)
+    return (x >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _signed(value: int) -> int:

@@ -160,7 +160,7 @@ def identity_sentence(report: Report) -> str | None:
     )
     return (
         f"{first} Over all weights it is {percent(weights.identical['0'])} against the base model's own "
-        f"{percent(weights.base_identical['0'])}, as most weights are touched by no run."
+        f"{percent(weights.base_identical['0'])}: the weights that the full run left alone."
     )
 
 
