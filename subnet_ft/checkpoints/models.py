@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def load_model(
     folder: Path, *, dtype: str, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the causal language model in `folder` and its tokenizer.
+    """Load the causal language model in `folder` onto the GPU, if there is one, and its tokenizer.
 
     Args:
         folder: A checkpoint folder.
@@ -29,6 +29,8 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     with _without_bars():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if torch.cuda.is_available():
+        model.to("cuda")  # type: ignore[arg-type]
     return model, AutoTokenizer.from_pretrained(folder)
 
 

@@ -7,6 +7,7 @@ import torch
 from helpers import DENSITIES, SIZES, random_bits, same_bits
 
 from subnet_kernels import count_bits, gather, pack_bits, scatter, unpack_bits
+from subnet_kernels.reference import bitmap
 
 
 def test_pack_bits_gives_the_bytes_of_its_example() -> None:
@@ -23,6 +24,14 @@ def test_pack_bits_round_trips_and_pads_with_zeros(size: int, density: float) ->
     assert torch.equal(unpack_bits(packed, size), dense)
     assert count_bits(packed) == int(dense.sum())
     assert not size % 8 or int(packed[-1]) >> (size % 8) == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_form_for_other_devices_gives_the_same_bytes(size: int) -> None:
+    dense = random_bits(size, 0.3)
+    packed = pack_bits(dense)
+    assert torch.equal(bitmap._pack_with_torch(dense), packed)
+    assert torch.equal(bitmap._unpack_with_torch(packed, size), dense)
 
 
 def test_pack_bits_refuses_other_dtypes() -> None:

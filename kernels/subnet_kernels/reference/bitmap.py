@@ -5,19 +5,22 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+_SHIFTS = torch.arange(8, dtype=torch.uint8)
 _POPCOUNT = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 
 
 def pack_bits(dense: torch.Tensor) -> torch.Tensor:
     """Pack (N,) bool into (ceil(N / 8),) uint8."""
-    packed = np.packbits(dense.cpu().contiguous().view(torch.uint8).numpy(), bitorder="little")
-    return torch.from_numpy(packed).to(dense.device)
+    if dense.device.type != "cpu":
+        return _pack_with_torch(dense)
+    return torch.from_numpy(np.packbits(dense.contiguous().view(torch.uint8).numpy(), bitorder="little"))
 
 
 def unpack_bits(bits: torch.Tensor, num_elements: int) -> torch.Tensor:
     """Unpack (ceil(N / 8),) uint8 into (N,) bool."""
-    unpacked = np.unpackbits(bits.cpu().numpy(), count=num_elements, bitorder="little")
-    return torch.from_numpy(unpacked).view(torch.bool).to(bits.device)
+    if bits.device.type != "cpu":
+        return _unpack_with_torch(bits, num_elements)
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=num_elements, bitorder="little")).view(torch.bool)
 
 
 def count_bits(bits: torch.Tensor) -> int:
@@ -27,8 +30,22 @@ def count_bits(bits: torch.Tensor) -> int:
 
 def indices(bits: torch.Tensor, num_elements: int) -> torch.Tensor:
     """Return the (K,) int64 sorted flat indices of the set bits."""
-    unpacked = np.unpackbits(bits.cpu().numpy(), count=num_elements, bitorder="little").view(np.bool_)
-    return torch.from_numpy(np.flatnonzero(unpacked)).to(bits.device)
+    unpacked = unpack_bits(bits, num_elements)
+    if bits.device.type != "cpu":
+        return unpacked.nonzero().view(-1)
+    return torch.from_numpy(np.flatnonzero(unpacked.numpy()))
+
+
+def _pack_with_torch(dense: torch.Tensor) -> torch.Tensor:
+    """Do what numpy does in `pack_bits`, on any device."""
+    padded = torch.nn.functional.pad(dense.to(torch.uint8), (0, -dense.numel() % 8))
+    return (padded.view(-1, 8) << _SHIFTS.to(dense.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpack_with_torch(bits: torch.Tensor, num_elements: int) -> torch.Tensor:
+    """Do what numpy does in `unpack_bits`, on any device."""
+    unpacked = (bits.unsqueeze(-1) >> _SHIFTS.to(bits.device)) & 1
+    return unpacked.view(-1)[:num_elements].to(torch.bool)
 
 
 def gather(dense: torch.Tensor, bits: torch.Tensor, count: int, *, dtype: torch.dtype) -> torch.Tensor:

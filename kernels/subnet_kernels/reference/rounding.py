@@ -41,6 +41,5 @@ def join_master(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
 
 
 def _upper_half(bits: torch.Tensor, is_nan: torch.Tensor) -> torch.Tensor:
-    # In 64 bits, since adding the half to a NaN's bits would overflow int32.
-    upper = ((bits.to(torch.int64) + _HALF) >> 16).masked_fill(is_nan, _QUIET_NAN)
-    return upper.to(torch.int16)
+    # Adding the half overflows int32 for some NaNs only, and those are replaced.
+    return ((bits + _HALF) >> 16).masked_fill_(is_nan, _QUIET_NAN).to(torch.int16)
