@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,7 +25,7 @@ from subnet_ft.recipe.training import ALGORITHM_DATA
 from subnet_ft.stages import read_json, run_stage, write_json
 from subnet_ft.tasks import Task, load_task, preference_dataset, prompt_dataset, sample_pairs
 from subnet_ft.training import config_fields, train
-from subnet_ft.training.run import CHECKPOINTS, LOG
+from subnet_ft.training.run import LOG, remove_checkpoints
 from subnet_ft.verification import answer_prompts
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MASK_FILE = "mask.subnet.safetensors"
+RECIPE_FILE = "recipe.resolved.yaml"
 
 # Fields that change what is seen of a run, not what it computes.
 _ONLY_SHOWN = ("logging_steps", "logging_strategy", "report_to", "run_name", "disable_tqdm", "save_total_limit")
@@ -97,7 +97,7 @@ class Pipeline:
     def prepare(self) -> None:
         """Write down what is about to run, and on what."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_recipe(self.recipe, self.folder / "recipe.resolved.yaml")
+        save_recipe(self.recipe, self.folder / RECIPE_FILE)
         write_json(self.folder / "environment.json", environment())
 
     @cached_property
@@ -250,6 +250,7 @@ class Pipeline:
 
     def _train(self, name: str, mask: SubnetMask | None) -> TrainedStage:
         def work(folder: Path) -> dict[str, Any]:
+            save_recipe(self.recipe, folder / RECIPE_FILE)
             scorer = self.task if ALGORITHM_DATA[self.recipe.algorithm] == "prompts" else None
             run = train(
                 self.recipe,
@@ -261,7 +262,7 @@ class Pipeline:
                 progress=self.progress,
             )
             if not self.recipe.keep_checkpoints:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+                remove_checkpoints(folder)
             gc.collect()
             return {
                 "sha256": weights_sha256(folder),

@@ -55,8 +55,10 @@ def run_folder(request: pytest.FixtureRequest) -> Path:
 def test_pipeline_leaves_what_the_design_names(run_folder: Path) -> None:
     for stage in STAGES:
         names = {path.name for path in (run_folder / stage).iterdir()}
-        assert {"model.safetensors", "config.json", "tokenizer.json", "log.json", "stage.json"} <= names
-        assert "checkpoints" not in names
+        assert {
+            "model.safetensors", "config.json", "tokenizer.json", "log.json", "recipe.resolved.yaml", "stage.json",
+        } <= names  # fmt: skip
+        assert not list((run_folder / stage / "trainer").glob("checkpoint-*"))
     files = {path.name for path in run_folder.iterdir() if path.is_file()}
     assert {
         "recipe.resolved.yaml", "environment.json", "mask.subnet.safetensors", "control-uniform.subnet.safetensors",
@@ -127,7 +129,7 @@ def test_pipeline_resumes_an_interrupted_run_to_the_same_bits(
         patch.setattr(MaskedAdamW, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Pipeline(recipe(algorithm, tmp_path / "run")).run()
-    assert (tmp_path / "run" / "full" / "checkpoints" / "checkpoint-2").is_dir()
+    assert (tmp_path / "run" / "full" / "trainer" / "checkpoint-2").is_dir()
     resumed = Pipeline(recipe(algorithm, tmp_path / "run", "method=full")).train()
     assert resumed.results["resumed_from"] == "checkpoint-2"
     ours, theirs = (load_file(folder / "full" / "model.safetensors") for folder in (tmp_path / "run", uninterrupted))
@@ -163,6 +165,18 @@ def test_train_of_a_subnetwork_takes_a_mask_file(grpo_run: Path, tmp_path: Path)
     ours, theirs = (load_file(folder / "subnet" / "model.safetensors") for folder in (tmp_path / "run", grpo_run))
     assert all(same_bits(ours[name], theirs[name]) for name in theirs)
     assert stage.results["memory"]["moments"] == 8 * SubnetMask.load(grpo_run / "mask.subnet.safetensors").num_trainable
+
+
+def test_train_keeps_the_logs_of_report_to(tmp_path: Path) -> None:
+    overrides = ["training.report_to=tensorboard", "training.max_steps=1", "method=full"]
+    stage = Pipeline(recipe("grpo", tmp_path / "run", *overrides)).train()
+    assert list(stage.folder.glob("trainer/runs/*/events.out.tfevents.*"))
+
+
+def test_train_keeps_checkpoints_when_asked_to(tmp_path: Path) -> None:
+    overrides = ["keep_checkpoints=true", "training.max_steps=2", "method=full"]
+    stage = Pipeline(recipe("grpo", tmp_path / "run", *overrides)).train()
+    assert [path.name for path in stage.folder.glob("trainer/checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_train_refuses_a_mask_of_another_base(grpo_run: Path, tmp_path: Path) -> None:

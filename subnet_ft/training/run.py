@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
+TRAINER = "trainer"
+"""What the trainer writes by itself: checkpoints to resume from, and the logs of `report_to`."""
 LOG = "log.json"
 
 
@@ -67,7 +69,7 @@ def train(
 ) -> TrainingRun:
     """Train from `base` and save an ordinary checkpoint in `folder`.
 
-    An interrupted run continues from its newest trainer checkpoint in `folder/checkpoints`.
+    An interrupted run continues from its newest trainer checkpoint in `folder/trainer`.
 
     Args:
         recipe: Algorithm, hyper-parameters, optimizer and seed.
@@ -88,7 +90,7 @@ def train(
     show_progress(trainer, progress=progress)
     restrict(trainer, full_mask(model) if mask is None else mask, master=recipe.subnet.optimizer.master)
 
-    checkpoints = folder / CHECKPOINTS
+    checkpoints = folder / TRAINER
     last: str | None = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
     if last is not None:
         logger.info("resuming from %s", last)
@@ -111,6 +113,12 @@ def train(
     )
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the trainer checkpoints of a finished run; the logs of `report_to` stay."""
+    for path in (folder / TRAINER).glob("checkpoint-*"):
+        shutil.rmtree(path)
+
+
 def _build_trainer(
     recipe: Recipe, model: PreTrainedModel, tokenizer: Any, folder: Path, dataset: Dataset, task: Task | None
 ) -> Any:
@@ -123,7 +131,7 @@ def _build_trainer(
             "report_to": "none",
             "dataloader_pin_memory": torch.cuda.is_available(),
             **recipe.training,
-            "output_dir": str(folder / CHECKPOINTS),
+            "output_dir": str(folder / TRAINER),
             "seed": recipe.seed,
         },
     )
