@@ -7,21 +7,28 @@ import contextlib
 import json
 import logging
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subnet_ft import __version__
-from subnet_ft.errors import SubnetError
+from subnet_ft.errors import RecipeError, SubnetError
 
 if TYPE_CHECKING:
     from subnet_ft.masks import SubnetMask
+    from subnet_ft.pipeline import Pipeline
+    from subnet_ft.recipe import Recipe
 
-FINE, VERIFICATION_FAILED, WRONG_INPUT = 0, 1, 2
+logger = logging.getLogger(__name__)
+
+FINE, VERIFICATION_FAILED, WRONG_INPUT, UNEXPECTED = 0, 1, 2, 3
+_EXIT_CODES = "Exit codes: 0 fine, 1 a verification failed, 2 wrong usage or input, 3 unexpected error."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 fine, 1 a verification failed, 2 wrong usage or input."""
+    """Run one command and return its exit code, one of those above; only an unexpected error shows a traceback."""
     options = _parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # What transformers deprecates inside TRL is nothing that a user of this command can change.
@@ -34,9 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SubnetError as error:
         sys.stderr.write(f"{error}\n")
         return WRONG_INPUT
+    except OSError as error:
+        named = f"{error.strerror}: `{error.filename}`" if error.strerror and error.filename else str(error)
+        sys.stderr.write(f"{named or type(error).__name__}\n")
+        return WRONG_INPUT
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. The same command goes on from here.\n")
+        goes_on = " The same command goes on from here." if options.command in (_run, _train) else ""
+        sys.stderr.write(f"\nInterrupted.{goes_on}\n")
         return 130
+    except Exception:  # a bug, or something that torch, transformers or TRL refuses
+        logger.exception("Unexpected error. If it is not yours, report it with the output of `subnet-ft env`:")
+        return UNEXPECTED
 
 
 Emit = Callable[[str], None]
@@ -68,7 +83,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="subnet-ft", description="Finetune only the subnetwork that reinforcement learning really changes."
+        prog="subnet-ft",
+        description="Finetune only the subnetwork that reinforcement learning really changes.",
+        epilog=_EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"subnet-ft {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -139,14 +156,12 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace, emit: Emit) -> int:
     from subnet_ft.evidence.report import lines_for_terminal, summary_for_cli
-    from subnet_ft.pipeline import Pipeline, load_checked_recipe
     from subnet_ft.stages import lock_run
     from subnet_ft.verification import has_failed
 
-    recipe = load_checked_recipe(options.recipe, options.overrides)
-    if options.dry_run:
-        return _dry_run(recipe, options, emit)
-    pipeline = Pipeline(recipe, overwrite=options.overwrite, progress=not options.quiet)
+    pipeline = _checked_pipeline(options, emit)
+    if pipeline is None:
+        return FINE
     with lock_run(pipeline.folder):
         report = pipeline.run()
     if options.json:
@@ -157,39 +172,72 @@ def _run(options: argparse.Namespace, emit: Emit) -> int:
 
 
 def _train(options: argparse.Namespace, emit: Emit) -> int:
-    from subnet_ft.pipeline import Pipeline, load_checked_recipe
     from subnet_ft.stages import lock_run
 
-    recipe = load_checked_recipe(options.recipe, options.overrides)
-    if options.dry_run:
-        return _dry_run(recipe, options, emit)
-    pipeline = Pipeline(recipe, overwrite=options.overwrite, progress=not options.quiet)
+    pipeline = _checked_pipeline(options, emit)
+    if pipeline is None:
+        return FINE
     with lock_run(pipeline.folder):
         stage = pipeline.train()
-    result = {"version": __version__, "method": recipe.method, "folder": str(stage.folder), **stage.results}
+    method = pipeline.recipe.method
+    result = {"version": __version__, "method": method, "folder": str(stage.folder), **stage.results}
     if options.json:
         emit(json.dumps(result))
     else:
         emit(
-            f"{recipe.method}: {result['num_steps']} steps in {result['train_seconds']:.0f} s, density "
+            f"{method}: {result['num_steps']} steps in {result['train_seconds']:.0f} s, density "
             f"{result['density']:.4f}, saved in {stage.folder}"
         )
     return FINE
 
 
-def _dry_run(recipe: Any, options: argparse.Namespace, emit: Emit) -> int:
+def _checked_pipeline(options: argparse.Namespace, emit: Emit) -> Pipeline | None:
+    """Check recipe, launch and output folder; `None` after a dry run, which ends with the recipe."""
+    from subnet_ft.pipeline import Pipeline, load_checked_recipe
     from subnet_ft.recipe import recipe_to_dict
+    from subnet_ft.training.one_process import refuse_many_devices, refuse_many_processes
 
-    if options.json:
-        emit(json.dumps({"version": __version__, "recipe": recipe_to_dict(recipe)}))
-    else:
-        emit(f"`{options.recipe}` is fine: {recipe.algorithm} on {recipe.model.name}, into {recipe.output}")
-    return FINE
+    refuse_many_processes()
+    recipe = load_checked_recipe(options.recipe, options.overrides)
+    if options.dry_run:
+        if options.json:
+            emit(json.dumps({"version": __version__, "recipe": recipe_to_dict(recipe)}))
+        else:
+            emit(f"`{options.recipe}` is fine: {recipe.algorithm} on {recipe.model.name}, into {recipe.output}")
+        return None
+    refuse_many_devices()
+    _check_folder(Path(recipe.output))
+    return Pipeline(recipe, overwrite=options.overwrite, progress=not options.quiet)
+
+
+def _recipe_to_judge(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe where nothing is trained, so that the machine need not have what training needs."""
+    from subnet_ft.recipe import load_recipe
+    from subnet_ft.training import config_fields
+
+    return load_recipe(path, overrides, algorithms=config_fields())
+
+
+def _check_folder(path: Path) -> None:
+    """Check that files can be made in a folder, which may not exist yet, before the work whose results it will hold."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        # Only making a file tells: root may do what the permissions of /proc or of a read-only disk seem to allow.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        reason = "is a file" if existing.is_file() else f"cannot be written to ({error.strerror})"
+        raise SubnetError(f"`{path}` cannot be an output folder: `{existing}` {reason}. Choose another one.") from error
 
 
 def _extract(options: argparse.Namespace, emit: Emit) -> int:
     from subnet_ft.masks import extract
+    from subnet_ft.masks.file import check_writable
 
+    check_writable(Path(options.output))
+    _check_folder(Path(options.output).parent)
     mask = extract(
         options.base,
         options.tuned,
@@ -213,70 +261,26 @@ def _mask_info(options: argparse.Namespace, emit: Emit) -> int:
 
 
 def _emit_mask(mask: SubnetMask, options: argparse.Namespace, emit: Emit) -> None:
-    provenance = mask.provenance
+    from subnet_ft.masks.description import mask_figures, mask_lines
+
     if options.json:
-        tensors = {
-            name: {
-                "shape": list(tensor.shape),
-                "count": tensor.count,
-                "density": tensor.count / max(tensor.num_elements, 1),
-            }
-            for name, tensor in mask.tensors.items()
-        }
-        figures = {
-            "version": __version__,
-            "density": mask.density,
-            "num_trainable": mask.num_trainable,
-            "num_parameters": mask.num_parameters,
-            "density_by_tolerance": provenance.density_by_tolerance,
-            "density_by_layer": mask.density_by_layer(),
-            "density_by_kind": mask.density_by_kind(),
-            "criterion": provenance.criterion,
-            "tolerance": provenance.tolerance,
-            "compare_dtype": provenance.compare_dtype,
-            "base": provenance.base.name if provenance.base else None,
-            "tuned": provenance.tuned.name if provenance.tuned else None,
-            "source": provenance.source,
-            "fingerprint": mask.fingerprint,
-            "tensors": tensors,
-        }
-        emit(json.dumps(figures))
-        return
-    lines = [
-        f"{mask.num_trainable:,} of {mask.num_parameters:,} weights, density {mask.density:.4f} "
-        f"(update sparsity {1 - mask.density:.1%})"
-    ]
-    if provenance.base:
-        lines.append(f"  base       {provenance.base.name}")
-    if provenance.tuned:
-        lines.append(f"  tuned      {provenance.tuned.name}")
-    if provenance.criterion:
-        lines.append(f"  criterion  {provenance.criterion}, tolerance {provenance.tolerance:g}")
-    for title, densities in (
-        ("tolerance", provenance.density_by_tolerance),
-        ("layer", mask.density_by_layer()),
-        ("kind", mask.density_by_kind()),
-    ):
-        if densities:
-            width = max(len(key) for key in densities)
-            lines += [
-                "",
-                f"  density by {title}",
-                *(f"    {key:<{width}}  {value:.4f}" for key, value in densities.items()),
-            ]
-    emit("\n".join(lines))
+        emit(json.dumps({"version": __version__, **mask_figures(mask)}))
+    else:
+        emit("\n".join(mask_lines(mask)))
 
 
 def _evaluate(options: argparse.Namespace, emit: Emit) -> int:
-    from subnet_ft.checkpoints import resolve_checkpoint
+    from subnet_ft.checkpoints import open_checkpoint
     from subnet_ft.evidence.statistics import wilson_interval
-    from subnet_ft.pipeline import load_checked_recipe
-    from subnet_ft.tasks import load_task
+    from subnet_ft.tasks import load_recipe_data
     from subnet_ft.verification import answer_prompts
 
-    recipe = load_checked_recipe(options.recipe, options.overrides)
-    task = load_task(recipe.evaluation.task or recipe.task, seed=recipe.seed)
-    records = answer_prompts(resolve_checkpoint(options.model), recipe, task, progress=not options.quiet)
+    recipe = _recipe_to_judge(options.recipe, options.overrides)
+    folder = open_checkpoint(options.model).folder
+    task = load_recipe_data(recipe).evaluation
+    if task is None:
+        raise RecipeError(str(options.recipe), ["evaluation.enabled: is false, so there are no held-out prompts"])
+    records = answer_prompts(folder, recipe, task, progress=not options.quiet)
     correct, total = sum(record["correct"] for record in records), len(records)
     low, high = wilson_interval(correct, total, recipe.evaluation.confidence)
     if options.json:
@@ -289,15 +293,16 @@ def _evaluate(options: argparse.Namespace, emit: Emit) -> int:
 
 def _verify(options: argparse.Namespace, emit: Emit) -> int:
     from subnet_ft.evidence.report import lines_for_terminal, summary_for_cli
-    from subnet_ft.pipeline import load_checked_recipe
     from subnet_ft.verification import has_failed, verify
 
+    if options.output is not None:
+        _check_folder(Path(options.output))
     report = verify(
         options.base,
         options.full,
         options.subnet,
         options.mask,
-        recipe=load_checked_recipe(options.recipe) if options.recipe else None,
+        recipe=_recipe_to_judge(options.recipe) if options.recipe else None,
         output=options.output,
         progress=not options.quiet,
     )

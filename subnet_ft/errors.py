@@ -8,6 +8,7 @@
     │   ├── MaskFileError                           a mask file that breaks its format
     │   └── MaskMismatchError                       a mask that belongs to another model
     ├── OptimizerStateError         (ValueError)    a saved optimizer state that does not fit
+    ├── TrainerError                (ValueError)    a trainer that a masked optimizer cannot serve
     ├── TaskError                   (ValueError)    data or rewards that cannot be used
     ├── StageError                  (RuntimeError)  a run folder that cannot be continued
     └── MissingDependencyError      (ImportError)   an optional package that is not installed
@@ -61,6 +62,10 @@ class MaskMismatchError(MaskError):
 
 class OptimizerStateError(SubnetError, ValueError):
     """A saved optimizer state belongs to another mask, model or setting."""
+
+
+class TrainerError(SubnetError, ValueError):
+    """A trainer is set up in a way that a masked optimizer cannot serve."""
 
 
 class TaskError(SubnetError, ValueError):

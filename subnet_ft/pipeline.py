@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -13,20 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import subnet_ft
-from subnet_ft.checkpoints import open_checkpoint, resolve_checkpoint
+from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.models import load_model
+from subnet_ft.digests import checkpoint_sha256
 from subnet_ft.environment import environment
 from subnet_ft.errors import StageError
 from subnet_ft.evidence.report import Report, RunEvidence, build_report, write_report
 from subnet_ft.evidence.weights import RunWeights, compare_weights
+from subnet_ft.inputs import RunInputs
 from subnet_ft.masks import SubnetMask, control_mask, extract
 from subnet_ft.recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
-from subnet_ft.recipe.training import ALGORITHM_DATA
-from subnet_ft.stages import read_json, run_stage, write_json
-from subnet_ft.tasks import Task, load_task, preference_dataset, prompt_dataset, sample_pairs
+from subnet_ft.stages import finished_results, read_json, run_stage, write_json
+from subnet_ft.tasks import prompt_dataset, sample_pairs
 from subnet_ft.training import config_fields, train
-from subnet_ft.training.run import LOG, remove_checkpoints
-from subnet_ft.verification import answer_prompts
+from subnet_ft.training.config_check import config_problems
+from subnet_ft.training.resume import remove_checkpoints
+from subnet_ft.training.run import LOG, TRAINER
+from subnet_ft.verification import answer_prompts, compare_dtype
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,13 +38,10 @@ logger = logging.getLogger(__name__)
 MASK_FILE = "mask.subnet.safetensors"
 RECIPE_FILE = "recipe.resolved.yaml"
 
-# Fields that change what is seen of a run, not what it computes.
-_ONLY_SHOWN = ("logging_steps", "logging_strategy", "report_to", "run_name", "disable_tqdm", "save_total_limit")
-
 
 def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe with its `training` section checked against the config of its algorithm."""
-    return load_recipe(path, overrides, algorithms=config_fields())
+    return load_recipe(path, overrides, algorithms=config_fields(), check_config=config_problems)
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,14 @@ class Pipeline:
 
     def __init__(self, recipe: Recipe, *, overwrite: bool = False, progress: bool = False) -> None:
         self.recipe = recipe
+        self.inputs = RunInputs(recipe)
         self.folder = Path(recipe.output)
         self.overwrite = overwrite
         self.progress = progress
 
     def run(self) -> Report:
         """Do every stage that is not done yet, and write the report."""
-        self.prepare()
+        self._start()
         full = self.full_run()
         mask = self.mask(full)
         subnet = self.masked_run("subnet", mask)
@@ -82,53 +82,30 @@ class Pipeline:
 
     def train(self) -> TrainedStage:
         """Do the one run that the recipe's `method` names."""
-        self.prepare()
+        self._start()
         if self.recipe.method == "full":
             return self.full_run()
         if self.recipe.subnet.source.kind == "file":
-            return self.masked_run("subnet", self._mask_from_file())
-        if not (self.folder / MASK_FILE).is_file():
+            return self.masked_run("subnet", self.inputs.mask_from_file())
+        results = finished_results(self.folder / "full", self.inputs.of_training(None))
+        if results is None:
             raise StageError(
-                f"`method: subnet` needs a mask, and `{self.folder / MASK_FILE}` does not exist. Use `subnet-ft run`, "
-                "train with `method=full` first, or set `subnet.source.kind` to `file`."
+                f"`method: subnet` extracts its mask from the full run, and `{self.folder / 'full'}` holds no finished "
+                "one of this recipe. Train with `method=full` first, or set `subnet.source.kind` to `file`."
             )
-        return self.masked_run("subnet", SubnetMask.load(self.folder / MASK_FILE, base=self.base))
+        return self.masked_run("subnet", self.mask(TrainedStage(self.folder / "full", None, results)))
 
-    def prepare(self) -> None:
-        """Write down what is about to run, and on what."""
+    def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_recipe(self.recipe, self.folder / RECIPE_FILE)
-        write_json(self.folder / "environment.json", environment())
-
-    @cached_property
-    def base(self) -> Path:
-        """Folder of the base checkpoint."""
-        return resolve_checkpoint(self.recipe.model.name, revision=self.recipe.model.revision)
-
-    @cached_property
-    def base_sha256(self) -> str:
-        """Digest of the base checkpoint's weights."""
-        return weights_sha256(self.base)
-
-    @cached_property
-    def task(self) -> Task:
-        """The training task; its examples are the same in every process."""
-        return load_task(self.recipe.task, seed=self.recipe.seed)
-
-    @cached_property
-    def evaluation_task(self) -> Task:
-        """The task of the held-out prompts."""
-        spec = self.recipe.evaluation.task
-        return self.task if spec is None else load_task(spec, seed=self.recipe.seed)
+        self.inputs.check()
 
     @cached_property
     def dataset(self) -> Dataset:
         """What the algorithm's trainer reads: prompts, or preference pairs."""
-        if ALGORITHM_DATA[self.recipe.algorithm] == "prompts":
-            return prompt_dataset(self.task)
-        if self.recipe.task.pairs is None:
-            return preference_dataset(self.recipe.task, seed=self.recipe.seed)
-        return self._sampled_pairs()
+        if self.inputs.data.task is None:
+            assert self.inputs.data.preferences is not None
+            return self.inputs.data.preferences
+        return prompt_dataset(self.inputs.data.task) if self.inputs.samples else self._sampled_pairs()
 
     def full_run(self) -> TrainedStage:
         """Train every weight."""
@@ -142,11 +119,16 @@ class Pipeline:
         """Make the subnetwork's mask, or load the one that the recipe names."""
         source = self.recipe.subnet.source
         if source.kind == "file":
-            return self._mask_from_file()
+            return self.inputs.mask_from_file()
 
         def work(folder: Path) -> dict[str, Any]:
             mask = extract(
-                self.base, full.folder, criterion=source.criterion, tolerance=source.tolerance, progress=self.progress
+                self.inputs.base,
+                full.folder,
+                criterion=source.criterion,
+                tolerance=source.tolerance,
+                dtype=compare_dtype(self.inputs.base, self.recipe),
+                progress=self.progress,
             )
             if not mask.num_trainable:
                 raise StageError(
@@ -157,80 +139,71 @@ class Pipeline:
             mask.save(self.folder / MASK_FILE)
             return {"fingerprint": mask.fingerprint, "density": mask.density}
 
-        self._announce("mask", "comparing the full run with its base")
-        inputs = {"base": self.base_sha256, "full": full.results["sha256"], "source": asdict(source)}
-        results = run_stage(self.folder / "mask", inputs, work, overwrite=self.overwrite, cheap=True)
-        mask = SubnetMask.load(self.folder / MASK_FILE)
+        path = self.folder / MASK_FILE
+        logger.info("mask: comparing the full run with its base")
+        inputs = {"base": self.inputs.base_sha256, "full": full.results["sha256"], "source": asdict(source)}
+        results = run_stage(self.folder / "mask", inputs, work, overwrite=self.overwrite, cheap=True, products=[path])
+        mask = SubnetMask.load(path)
         if mask.fingerprint != results["fingerprint"]:
-            raise StageError(
-                f"`{self.folder / MASK_FILE}` is not the mask that this run extracted. Remove the folder "
-                f"`{self.folder / 'mask'}` to extract it again."
-            )
+            raise StageError(f"`{path}` is not the mask that this run extracted. Remove it to extract it again.")
         return mask
 
     def control_run(self, kind: str, mask: SubnetMask) -> TrainedStage:
         """Draw a control of the mask's size and train it."""
-        weights = open_checkpoint(self.base).tensors() if kind == "magnitude_matched" else None
+        weights = self.inputs.base.tensors() if kind == "magnitude_matched" else None
         control = control_mask(mask, kind, seed=self.recipe.seed, weights=weights)
+        stage = self.masked_run(f"control-{kind}", control)
         control.save(self.folder / f"control-{kind}.subnet.safetensors")
-        return self.masked_run(f"control-{kind}", control)
+        return stage
 
     def answers(self, name: str, folder: Path, sha256: str) -> list[dict[str, Any]] | None:
         """Answer the held-out prompts with the model in `folder`; `None` when evaluation is off."""
-        spec = self.recipe.evaluation
-        if not spec.enabled:
+        task = self.inputs.data.evaluation
+        if task is None:
             return None
 
         def work(stage: Path) -> dict[str, Any]:
-            records = answer_prompts(folder, self.recipe, self.evaluation_task, progress=self.progress)
+            records = answer_prompts(folder, self.recipe, task, progress=self.progress)
             write_json(stage / "records.json", records)
             return {"accuracy": sum(record["correct"] for record in records) / len(records)}
 
-        self._announce(f"evaluate {name}", f"greedy answers to {len(self.evaluation_task.evaluation)} held-out prompts")
-        inputs = {
-            "model": sha256,
-            "dtype": self.recipe.model.dtype,
-            "task": asdict(spec.task or self.recipe.task),
-            "seed": self.recipe.seed,
-            "max_new_tokens": spec.max_new_tokens,
-            "batch_size": spec.batch_size,
-        }
+        logger.info("evaluate %s: greedy answers to %d held-out prompts", name, len(task.evaluation))
         stage = self.folder / "evaluation" / name
-        run_stage(stage, inputs, work, overwrite=self.overwrite, cheap=True)
-        records: list[dict[str, Any]] = json.loads((stage / "records.json").read_text())
+        path = stage / "records.json"
+        run_stage(stage, self.inputs.of_answers(sha256), work, overwrite=self.overwrite, cheap=True, products=[path])
+        records: list[dict[str, Any]] = json.loads(path.read_text())
         return records
 
     def report(self, full: TrainedStage, subnet: TrainedStage, controls: dict[str, TrainedStage]) -> Report:
         """Evaluate every model, compare their weights, and write the report's three files."""
-        base_records = self.answers("base", self.base, self.base_sha256)
+        base_records = self.answers("base", self.inputs.base.folder, self.inputs.base_sha256)
         trained = {"full": full, "subnet": subnet, **controls}
         records = {name: self.answers(name, run.folder, run.results["sha256"]) for name, run in trained.items()}
-        self._announce("verify", "comparing weights")
-        source = self.recipe.subnet.source
+        logger.info("verify: comparing weights")
         weights = compare_weights(
-            open_checkpoint(self.base),
+            self.inputs.base,
             open_checkpoint(full.folder),
             {
                 name: RunWeights(open_checkpoint(run.folder), run.mask)
                 for name, run in trained.items()
                 if name != "full"
             },
-            full_mask=subnet.mask if source.kind == "extract" else None,
+            dtype=compare_dtype(self.inputs.base, self.recipe),
         )
 
         def evidence(name: str) -> RunEvidence:
             run = trained[name]
-            seconds = {"train": run.results["train_seconds"], **self._evaluation_seconds(name)}
             return RunEvidence(
                 name,
                 records=records[name],
                 log_history=json.loads((run.folder / LOG).read_text()),
-                seconds=seconds,
+                seconds={"train": run.results["train_seconds"], **self._evaluation_seconds(name)},
                 memory=run.results["memory"],
                 weights=weights.get(name),
             )
 
-        mask_stage = read_json(self.folder / "mask" / "stage.json")
+        from_full = self.recipe.subnet.source.kind == "extract"
+        mask_stage = read_json(self.folder / "mask" / "stage.json") if from_full else None
         report = build_report(
             version=subnet_ft.__version__,
             base=RunEvidence("base", records=base_records, seconds=self._evaluation_seconds("base")),
@@ -238,34 +211,40 @@ class Pipeline:
             subnet=evidence("subnet"),
             controls=[evidence(name) for name in controls],
             mask=subnet.mask,
-            mask_seconds=mask_stage["results"]["seconds"] if mask_stage and source.kind == "extract" else None,
+            mask_seconds=mask_stage["results"]["seconds"] if mask_stage else None,
             margin=self.recipe.evaluation.margin,
             confidence=self.recipe.evaluation.confidence,
             recipe=recipe_to_dict(self.recipe),
-            environment=read_json(self.folder / "environment.json"),
+            environment=full.results["environment"],
             seeds=[self.recipe.seed],
+            not_measured=[
+                f"The whole training time of `{name}`: it was interrupted and resumed from "
+                f"{run.results['resumed_from']}, and the time shown is that of the last part."
+                for name, run in trained.items()
+                if run.results["resumed_from"]
+            ],
         )
+        self._describe(full)
         write_report(report, self.folder)
         return report
 
     def _train(self, name: str, mask: SubnetMask | None) -> TrainedStage:
+        folder = self.folder / name
+
         def work(folder: Path) -> dict[str, Any]:
             save_recipe(self.recipe, folder / RECIPE_FILE)
-            scorer = self.task if ALGORITHM_DATA[self.recipe.algorithm] == "prompts" else None
             run = train(
                 self.recipe,
-                base=self.base,
+                base=self.inputs.base.folder,
                 folder=folder,
                 mask=mask,
                 dataset=self.dataset,
-                task=scorer,
+                task=self.inputs.data.task if self.inputs.samples else None,
                 progress=self.progress,
             )
-            if not self.recipe.keep_checkpoints:
-                remove_checkpoints(folder)
             gc.collect()
             return {
-                "sha256": weights_sha256(folder),
+                "sha256": checkpoint_sha256(folder),
                 "density": 1.0 if mask is None else mask.density,
                 "train_seconds": run.seconds,
                 "num_steps": run.num_steps,
@@ -275,67 +254,46 @@ class Pipeline:
             }
 
         what = "every weight" if mask is None else f"{mask.num_trainable:,} of {mask.num_parameters:,} weights"
-        self._announce(name, f"{self.recipe.algorithm} on {what}")
-        folder = self.folder / name
-        results = run_stage(folder, self._training_inputs(mask), work, overwrite=self.overwrite)
-        if weights_sha256(folder) != results["sha256"]:
+        logger.info("%s: %s on %s", name, self.recipe.algorithm, what)
+        inputs = self.inputs.of_training(mask)
+        results = run_stage(folder, inputs, work, overwrite=self.overwrite, products=[folder / LOG])
+        if checkpoint_sha256(folder) != results["sha256"]:
             raise StageError(
-                f"The weights in `{folder}` are not those that this stage saved. Remove the folder to train again."
+                f"The checkpoint in `{folder}` is not the one that this stage saved. Remove the folder to train again."
             )
-        return TrainedStage(folder, mask, results)
+        if not self.recipe.keep_checkpoints:
+            # Only now: while `stage.json` was not there, the run might have had to resume.
+            remove_checkpoints(folder / TRAINER)
+        stage = TrainedStage(folder, mask, results)
+        if mask is None:
+            self._describe(stage)
+        return stage
 
-    def _training_inputs(self, mask: SubnetMask | None) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "base": self.base_sha256,
-            "model": {"dtype": recipe.model.dtype, "attn_implementation": recipe.model.attn_implementation},
-            "task": asdict(recipe.task),
-            "algorithm": recipe.algorithm,
-            "training": {key: value for key, value in recipe.training.items() if key not in _ONLY_SHOWN},
-            "optimizer": asdict(recipe.subnet.optimizer),
-            "seed": recipe.seed,
-            "mask": None if mask is None else mask.fingerprint,
-        }
+    def _describe(self, full: TrainedStage) -> None:
+        """Write down what this folder holds, once its stages have accepted the recipe."""
+        save_recipe(self.recipe, self.folder / RECIPE_FILE)
+        write_json(self.folder / "environment.json", full.results["environment"])
 
     def _sampled_pairs(self) -> Dataset:
         from datasets import Dataset
 
-        pairs = self.recipe.task.pairs
+        task, pairs, model = self.inputs.data.task, self.recipe.task.pairs, self.recipe.model
+        assert task is not None
         assert pairs is not None
 
         def work(folder: Path) -> dict[str, Any]:
-            spec = self.recipe.model
-            model, tokenizer = load_model(self.base, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
-            sampled = sample_pairs(model, tokenizer, self.task, pairs, seed=self.recipe.seed, progress=self.progress)
+            loaded = load_model(
+                self.inputs.base.folder, dtype=model.dtype, attn_implementation=model.attn_implementation
+            )
+            sampled = sample_pairs(*loaded, task, pairs, seed=self.recipe.seed, progress=self.progress)
             write_json(folder / "pairs.json", sampled.to_list())
             return {"num_pairs": len(sampled)}
 
-        self._announce(
-            "pairs", f"{pairs.num_samples} samples of each of {pairs.num_prompts} prompts from the base model"
-        )
-        inputs = {"base": self.base_sha256, "task": asdict(self.recipe.task), "seed": self.recipe.seed}
-        run_stage(self.folder / "pairs", inputs, work, overwrite=self.overwrite)
-        return Dataset.from_list(json.loads((self.folder / "pairs" / "pairs.json").read_text()))
-
-    def _mask_from_file(self) -> SubnetMask:
-        path = self.recipe.subnet.source.path
-        assert path is not None  # the recipe was checked
-        return SubnetMask.load(path, base=self.base)
+        logger.info("pairs: %d samples of each of %d prompts from the base model", pairs.num_samples, pairs.num_prompts)
+        path = self.folder / "pairs" / "pairs.json"
+        run_stage(path.parent, self.inputs.of_pairs(), work, overwrite=self.overwrite, products=[path])
+        return Dataset.from_list(json.loads(path.read_text()))
 
     def _evaluation_seconds(self, name: str) -> dict[str, float]:
         stage = read_json(self.folder / "evaluation" / name / "stage.json")
         return {"evaluate": stage["results"]["seconds"]} if stage else {}
-
-    def _announce(self, stage: str, what: str) -> None:
-        logger.info("%s: %s", stage, what)
-
-
-def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a checkpoint folder's safetensors files, by name and content."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ def run_stage(
     *,
     overwrite: bool,
     cheap: bool = False,
+    products: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Do a stage's work unless it is already done, and return what it produced.
 
@@ -37,6 +38,7 @@ def run_stage(
         work: Does the work inside the folder and returns results as JSON values.
         overwrite: Replace a result that was made from other inputs.
         cheap: The result costs little to make again, so that other inputs replace it without asking.
+        products: Files that the work leaves; where one is missing, the work is done again.
 
     Returns:
         `results` of the stage, with `seconds` of the work added.
@@ -46,7 +48,7 @@ def run_stage(
     """
     inputs = json.loads(json.dumps(inputs))
     found = read_json(folder / FINISHED) or read_json(folder / STARTED)
-    if found is None and folder.is_dir() and any(folder.iterdir()) and not cheap:
+    if found is None and not cheap and _holds_something(folder):
         raise StageError(
             f"`{folder}` is not empty and holds no stage of a run. Choose another `output`, or empty the folder."
         )
@@ -57,9 +59,9 @@ def run_stage(
                 f"`{folder}` was made with other settings: {changes}. Choose another `output`, or pass `--overwrite` "
                 "to replace it."
             )
-        shutil.rmtree(folder)
+        _remove(folder)
         found = None
-    if found is not None and "results" in found:
+    if found is not None and "results" in found and all(path.exists() for path in products):
         logger.info("%s: done before", folder.name)
         results: dict[str, Any] = found["results"]
         return results
@@ -70,6 +72,14 @@ def run_stage(
     results = {**results, "seconds": time.perf_counter() - start}
     write_json(folder / FINISHED, {"inputs": inputs, "results": results, "finished": _now()})
     (folder / STARTED).unlink()
+    return results
+
+
+def finished_results(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the results of a stage that was finished with the same inputs, else `None`."""
+    found = read_json(folder / FINISHED)
+    same = found is not None and found.get("inputs") == json.loads(json.dumps(inputs))
+    results: dict[str, Any] | None = found["results"] if found is not None and same else None
     return results
 
 
@@ -114,6 +124,19 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _holds_something(folder: Path) -> bool:
+    # A file that was being written when a run was killed is hidden, and is no reason to refuse.
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a stage's folder; killed on the way, nothing half removed is left under its name."""
+    aside = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _changes(old: Any, new: Any, where: str = "") -> list[str]:

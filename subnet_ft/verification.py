@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import subnet_ft
-from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.checkpoints import Checkpoint, open_checkpoint
 from subnet_ft.checkpoints.models import load_model
 from subnet_ft.environment import environment
 from subnet_ft.evidence.accuracy import evaluate_model
@@ -14,7 +14,13 @@ from subnet_ft.evidence.report import Report, RunEvidence, build_report, write_r
 from subnet_ft.evidence.weights import RunWeights, compare_weights
 from subnet_ft.masks import SubnetMask
 from subnet_ft.recipe import Recipe, recipe_to_dict
-from subnet_ft.tasks import Task, load_task
+from subnet_ft.tasks import Task, load_recipe_data
+
+
+def compare_dtype(base: Checkpoint, recipe: Recipe) -> str | None:
+    """Return the dtype in which runs of `recipe` are compared with their base; `None` when it is stored in that one."""
+    stored = {str(spec.dtype).removeprefix("torch.") for spec in base.specs.values()}
+    return None if stored == {recipe.model.dtype} else recipe.model.dtype
 
 
 def answer_prompts(folder: Path, recipe: Recipe, task: Task, *, progress: bool = False) -> list[dict[str, Any]]:
@@ -55,11 +61,15 @@ def verify(
     checkpoints = {name: open_checkpoint(model) for name, model in (("base", base), ("full", full), ("subnet", subnet))}
     mask = SubnetMask.load(mask_path, base=checkpoints["base"])
     weights = compare_weights(
-        checkpoints["base"], checkpoints["full"], {"subnet": RunWeights(checkpoints["subnet"], mask)}
+        checkpoints["base"],
+        checkpoints["full"],
+        {"subnet": RunWeights(checkpoints["subnet"], mask)},
+        dtype=mask.provenance.compare_dtype,
     )
     records: dict[str, list[dict[str, Any]]] = {}
     if recipe is not None and recipe.evaluation.enabled:
-        task = load_task(recipe.evaluation.task or recipe.task, seed=recipe.seed)
+        task = load_recipe_data(recipe).evaluation
+        assert task is not None
         for name, checkpoint in checkpoints.items():
             records[name] = answer_prompts(checkpoint.folder, recipe, task, progress=progress)
     report = build_report(

@@ -20,6 +20,8 @@ _WEIGHTS = {"deltas", "optim", "masks", "checkpoints", "errors"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "environment": set(),
+    "digests": set(),
+    "inputs": {*_WEIGHTS, "digests", "recipe", "tasks"},
     "recipe": {"errors"},
     "tasks": {"recipe", "errors"},
     "checkpoints": {"errors", "subnet_kernels"},
@@ -30,7 +32,18 @@ ARROWS: dict[str, set[str]] = {
     "training": {*_WEIGHTS, "tasks", "recipe"},
     "stages": {"errors"},
     "verification": {*_WEIGHTS, "tasks", "recipe", "training", "evidence", "stages", "environment"},
-    "pipeline": {*_WEIGHTS, "tasks", "recipe", "training", "evidence", "stages", "environment", "verification"},
+    "pipeline": {
+        *_WEIGHTS,
+        "tasks",
+        "recipe",
+        "training",
+        "evidence",
+        "stages",
+        "environment",
+        "verification",
+        "digests",
+        "inputs",
+    },
     "cli": {*_WEIGHTS, "tasks", "recipe", "training", "evidence", "stages", "environment", "verification", "pipeline"},
     "__main__": {"cli"},
 }

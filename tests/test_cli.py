@@ -72,6 +72,11 @@ def test_evaluate_prints_the_keys_that_scripts_rely_on(capsys: pytest.CaptureFix
     assert figures["num_prompts"] == 20
 
 
+def test_evaluate_says_when_a_recipe_has_no_held_out_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "tiny:llama", "tiny/grpo", "evaluation.enabled=false"]) == 2
+    assert "evaluation.enabled" in capsys.readouterr().err
+
+
 def test_verify_exits_with_1_when_off_mask_weights_changed(
     pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +133,131 @@ def test_wrong_input_exits_with_2_and_one_message(tmp_path: Path, capsys: pytest
     assert main(["mask", "info", str(tmp_path / "no.subnet.safetensors")]) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
+
+
+def one_message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main([*arguments, "-q"]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_run_and_train_refuse_an_output_that_cannot_hold_a_run(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for output, reason in (
+        (file, "is a file"),
+        (file / "run", "is a file"),
+        ("/proc/no", "`/proc` cannot be written to"),
+    ):
+        message = one_message(capsys, command, "tiny/grpo", f"output={output}")
+        assert f"`{output}` cannot be an output folder" in message
+        assert reason in message
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("output", [".", "/proc/x/m"])
+def test_extract_refuses_an_output_before_it_reads_a_model(
+    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = one_message(capsys, "extract", str(tmp_path / "no-base"), str(tmp_path / "no-tuned"), "-o", output)
+    assert "no-base" not in message
+
+
+def test_verify_refuses_an_output_before_it_reads_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [word for name in ("base", "full", "subnet", "mask") for word in (f"--{name}", str(tmp_path / "none"))]
+    assert "output folder" in one_message(capsys, "verify", *models, "-o", "/proc/no")
+
+
+def test_evaluate_refuses_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path) in one_message(capsys, "evaluate", str(tmp_path), "tiny/grpo")
+
+
+def test_evaluate_needs_nothing_that_only_training_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe that was trained with other packages, or on another machine, can be judged on this one."""
+    code, figures = run_json(
+        capsys, "evaluate", "tiny:llama", "tiny/grpo", "task.num_eval=5", "task.num_train=5", "training.tf32=true",
+        "training.use_vllm=true",
+    )  # fmt: skip
+    assert (code, figures["num_prompts"]) == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (PermissionError(13, "Permission denied", "/some/file"), "Permission denied: `/some/file`"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_an_error_of_the_system_is_one_message(
+    error: OSError, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("subnet_ft.environment.environment", fail)
+    assert one_message(capsys, "env") == f"{shown}\n"
+
+
+def test_an_unexpected_error_shows_its_traceback_and_exits_with_3() -> None:
+    program = (
+        "import sys, subnet_ft.environment as e, subnet_ft.cli as c; e.environment = None; sys.exit(c.main(['env']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "Unexpected error" in done.stderr
+    assert "TypeError: 'NoneType' object is not callable" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "goes_on"),
+    [(["run", "tiny/grpo"], True), (["train", "tiny/grpo"], True), (["env"], False), (["recipes"], False)],
+)
+def test_ctrl_c_promises_to_go_on_only_where_it_does(
+    arguments: list[str], goes_on: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for name in ("pipeline.load_checked_recipe", "environment.environment", "recipe.shipped_recipes"):
+        monkeypatch.setattr(f"subnet_ft.{name}", interrupt)
+    assert main(arguments) == 130
+    message = capsys.readouterr().err
+    assert "Interrupted." in message
+    assert ("goes on from here" in message) is goes_on
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_run_and_train_refuse_several_processes_and_several_gpus(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [command, "tiny/grpo", f"output={tmp_path / 'run'}"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE=2" in one_message(capsys, *arguments)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert "CUDA_VISIBLE_DEVICES=0" in one_message(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+    assert main([*arguments, "--dry-run"]) == 0
+
+
+def test_dry_run_lists_what_the_trainer_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for override, key in (
+        ("training.num_generations=7", "training: GRPOConfig refuses"),
+        ("training.report_to=no_such_tracker", "training.report_to: "),
+        ("training={num_iterations: 2, save_steps: 3}", "training.save_steps: "),
+    ):
+        assert main(["run", "tiny/grpo", f"output={tmp_path / 'run'}", override, "--dry-run"]) == 2
+        captured = capsys.readouterr()
+        assert key in captured.err
+        assert "Traceback" not in captured.err
 
 
 def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:

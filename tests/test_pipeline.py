@@ -13,7 +13,8 @@ from helpers import same_bits
 from safetensors.torch import load_file
 
 from subnet_ft.checkpoints import open_checkpoint
-from subnet_ft.errors import MaskMismatchError, StageError
+from subnet_ft.checkpoints.tiny import save_tiny
+from subnet_ft.errors import MaskFileError, MaskMismatchError, StageError
 from subnet_ft.masks import SubnetMask, extract
 from subnet_ft.optim import MaskedAdamW
 from subnet_ft.pipeline import Pipeline, load_checked_recipe
@@ -44,6 +45,24 @@ def dpo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "dpo"
     Pipeline(recipe("dpo", folder)).run()
     return folder
+
+
+def _stop_at_step(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Interrupt training in its optimizer step of that number."""
+    step, calls = MaskedAdamW.step, []
+
+    def interrupted(self: MaskedAdamW, closure: Any = None) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return step(self, closure)
+
+    patch.setattr(MaskedAdamW, "step", interrupted)
+
+
+def _assert_same_full_run(folder: Path, other: Path) -> None:
+    ours, theirs = (load_file(run / "full" / "model.safetensors") for run in (folder, other))
+    assert all(same_bits(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.fixture(params=["grpo", "dpo"])
@@ -117,22 +136,105 @@ def test_pipeline_resumes_an_interrupted_run_to_the_same_bits(
     algorithm: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uninterrupted: Path = request.getfixturevalue(f"{algorithm}_run")
-    step, calls = MaskedAdamW.step, []
-
-    def interrupted(self: MaskedAdamW, closure: Any = None) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(self, closure)
-
     with monkeypatch.context() as patch:
-        patch.setattr(MaskedAdamW, "step", interrupted)
+        _stop_at_step(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             Pipeline(recipe(algorithm, tmp_path / "run")).run()
     assert (tmp_path / "run" / "full" / "trainer" / "checkpoint-2").is_dir()
     resumed = Pipeline(recipe(algorithm, tmp_path / "run", "method=full")).train()
     assert resumed.results["resumed_from"] == "checkpoint-2"
-    ours, theirs = (load_file(folder / "full" / "model.safetensors") for folder in (tmp_path / "run", uninterrupted))
+    _assert_same_full_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("broken", ["optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_pipeline_never_resumes_from_a_broken_checkpoint(
+    broken: str, grpo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _stop_at_step(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(recipe("grpo", tmp_path / "run", "training.save_steps=1", "training.save_total_limit=9")).run()
+    (tmp_path / "run" / "full" / "trainer" / "checkpoint-3" / broken).unlink()
+    resumed = Pipeline(recipe("grpo", tmp_path / "run", "method=full")).train()
+    assert resumed.results["resumed_from"] == "checkpoint-2"
+    _assert_same_full_run(tmp_path / "run", grpo_run)
+
+
+def test_pipeline_does_not_train_on_when_it_was_killed_after_the_last_step(
+    grpo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("subnet_ft.training.run.save_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(recipe("grpo", tmp_path / "run")).run()
+    resumed = Pipeline(recipe("grpo", tmp_path / "run", "method=full")).train()
+    assert (resumed.results["resumed_from"], resumed.results["num_steps"]) == ("checkpoint-2", 4)
+    _assert_same_full_run(tmp_path / "run", grpo_run)
+
+
+def test_pipeline_leaves_the_description_of_a_run_alone_when_it_refuses(grpo_run: Path) -> None:
+    files = [grpo_run / name for name in ("recipe.resolved.yaml", "environment.json")]
+    before = [path.read_text() for path in files]
+    with pytest.raises(StageError, match=r"training\.beta: was 0\.0, is 0\.5"):
+        Pipeline(recipe("grpo", grpo_run, "training.beta=0.5")).run()
+    assert [path.read_text() for path in files] == before
+
+
+def test_pipeline_notices_changed_data_and_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i} is ", "answer": str(i % 10)}) + "\n" for i in range(40)))
+    reward = tmp_path / "my_rewards.py"
+    reward.write_text("def length(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = [
+        f"task={{name: dataset, dataset: {{path: {rows}, eval_split: train}}, num_train: 20, num_eval: 10, "
+        "rewards: ['my_rewards:length']}",
+        "training.max_steps=1", "method=full",
+    ]  # fmt: skip
+
+    def train_again() -> None:
+        Pipeline(load_checked_recipe("tiny/grpo", [f"output={tmp_path / 'run'}", *options])).train()
+
+    train_again()
+    train_again()
+    text = rows.read_text()
+    rows.write_text(text.replace("is", "was"))
+    with pytest.raises(StageError, match="data: was"):
+        train_again()
+    rows.write_text(text)
+    reward.write_text(reward.read_text() + "# changed\n")
+    with pytest.raises(StageError, match=r"rewards\.my_rewards:length: was"):
+        train_again()
+
+
+def test_pipeline_compares_in_the_dtype_of_the_recipe(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base", dtype=torch.float32)
+    report = Pipeline(recipe("grpo", tmp_path / "run", f"model.name={base}", "evaluation.enabled=false")).run()
+    assert report.verdict == "not_assessed"
+    assert [weights.off_mask_changed for weights in report.weights.values()] == [0, 0, 0]
+    mask = SubnetMask.load(tmp_path / "run" / "mask.subnet.safetensors", base=base)
+    assert mask.provenance.compare_dtype == "bfloat16"
+    assert mask.provenance.base is not None
+    assert mask.provenance.base.name == str(base)
+
+
+def test_pipeline_knows_what_is_missing_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("trained although the mask file is missing")
+
+    monkeypatch.setattr("subnet_ft.pipeline.train", never)
+    source = f"subnet.source={{kind: file, path: {tmp_path / 'no.subnet.safetensors'}}}"
+    with pytest.raises(MaskFileError, match="no mask file"):
+        Pipeline(recipe("grpo", tmp_path / "run", source)).run()
+
+
+def test_train_of_a_subnetwork_extracts_from_the_full_run_before_it(grpo_run: Path, tmp_path: Path) -> None:
+    Pipeline(recipe("grpo", tmp_path / "run", "method=full")).train()
+    stage = Pipeline(recipe("grpo", tmp_path / "run", "method=subnet")).train()
+    ours, theirs = (load_file(folder / "subnet" / "model.safetensors") for folder in (stage.folder.parent, grpo_run))
     assert all(same_bits(ours[name], theirs[name]) for name in theirs)
 
 
@@ -145,7 +247,7 @@ def test_pipeline_notices_a_checkpoint_that_somebody_changed(grpo_run: Path, tmp
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(StageError, match="are not those that this stage saved"):
+    with pytest.raises(StageError, match="is not the one that this stage saved"):
         Pipeline(recipe("grpo", copy)).run()
 
 
@@ -155,7 +257,7 @@ def test_pipeline_says_when_the_full_run_changed_nothing(tmp_path: Path) -> None
 
 
 def test_train_of_a_subnetwork_needs_a_mask(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="needs a mask"):
+    with pytest.raises(StageError, match="holds no finished one"):
         Pipeline(recipe("grpo", tmp_path / "run", "method=subnet")).train()
 
 
@@ -174,7 +276,7 @@ def test_train_keeps_the_logs_of_report_to(tmp_path: Path) -> None:
 
 
 def test_train_keeps_checkpoints_when_asked_to(tmp_path: Path) -> None:
-    overrides = ["keep_checkpoints=true", "training.max_steps=2", "method=full"]
+    overrides = ["keep_checkpoints=true", "training.max_steps=3", "method=full"]
     stage = Pipeline(recipe("grpo", tmp_path / "run", *overrides)).train()
     assert [path.name for path in stage.folder.glob("trainer/checkpoint-*")] == ["checkpoint-2"]
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recipe_texts import DPO, GRPO, PREFERENCES, load_text, problems_of
+
+from subnet_ft.errors import RecipeError
+from subnet_ft.recipe import load_recipe
 
 
 class Scheduler(str, Enum):
@@ -88,6 +92,9 @@ def test_load_recipe_refuses_an_impossible_combination(
         (GRPO, ["subnet.optimizer.master=remainder"]),
         (GRPO, ["task.num_eval=0", "evaluation.enabled=false"]),
         (GRPO, ["training.bf16=false", "training.fp16=false"]),
+        (GRPO, ["training.fsdp=", "training.deepspeed=null", "training.save_only_model=false"]),
+        (GRPO, ["training.eval_strategy=no", "training.remove_unused_columns=false", "training.max_grad_norm=0"]),
+        (DPO, ["training.remove_unused_columns=true"]),
         (GRPO, ["task.rewards=[correct, score, my.rewards:short]"]),
         (PREFERENCES, ["evaluation={enabled: false}"]),
         (PREFERENCES, ["task.pairs.num_prompts=20", "task.num_eval=5", "evaluation="]),
@@ -113,7 +120,15 @@ def test_load_recipe_draws_no_conclusions_from_a_misspelled_key(tmp_path: Path) 
         ("training.fp16=true", "GradScaler"),
         ("training.optim=adamw_torch", "`subnet.optimizer`"),
         ("training.peft_config={r: 8}", "PEFT"),
-        ("training.deepspeed=ds.json", "ZeRO flattens"),
+        ("training.deepspeed=ds.json", "this release trains in one process"),
+        ("training.fsdp=full_shard", "this release trains in one process"),
+        ("training.fsdp_config={version: 2}", "this release trains in one process"),
+        ("training.save_only_model=true", "empty optimizer state"),
+        ("training.remove_unused_columns=true", "from which rewards find"),
+        ("training.eval_strategy=steps", "gets no evaluation set"),
+        ("training.eval_on_start=true", "gets no evaluation set"),
+        ("training.load_best_model_at_end=true", "gets no evaluation set"),
+        ("training.max_grad_norm=null", "must be a number, got null; 0 switches clipping off"),
         ("training.model_init_kwargs={dtype: float32}", "`model.dtype`"),
         ("training.learning_rate='fast'", 'must be a number, got "fast"'),
         ("training.learning_rate=.inf", "must be >= 0, got Infinity"),
@@ -162,3 +177,21 @@ def test_load_recipe_allows_every_field_that_the_config_has(tmp_path: Path) -> N
         "num_generations": 4,
         "lr_scheduler_type": "constant",
     }
+
+
+def test_load_recipe_lists_what_the_config_refuses_with_all_other_problems(tmp_path: Path) -> None:
+    asked: list[tuple[str, Mapping[str, Any]]] = []
+
+    def check(algorithm: str, training: Mapping[str, Any]) -> list[tuple[str, str]]:
+        asked.append((algorithm, training))
+        return [("training", "no")]
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GRPO, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["evaluation.margin=4"], check_config=check)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["evaluation.margin", "training"]
+    assert asked == [("grpo", {"learning_rate": 2e-5, "max_completion_length": 4})]
+    with pytest.raises(RecipeError, match="1 problem"):  # a default in place of a bad value proves nothing
+        load_recipe(path, ["training.num_generations=1"], check_config=check)
+    assert len(asked) == 1

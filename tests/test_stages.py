@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from subnet_ft.errors import StageError
-from subnet_ft.stages import lock_run, run_stage, write_json
+from subnet_ft.stages import finished_results, lock_run, run_stage, write_json
 
 
 class Work:
@@ -70,6 +70,39 @@ def test_run_stage_replaces_a_cheap_stage_without_asking(tmp_path: Path) -> None
     work = Work()
     run_stage(tmp_path / "mask", {"tolerance": 1}, work, overwrite=False, cheap=True)
     assert work.calls == 1
+
+
+def test_run_stage_works_again_when_a_product_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation"
+    product = folder / "part-1"
+    run_stage(folder, {}, Work(), overwrite=False, products=[product])
+    product.unlink()
+    work = Work()
+    run_stage(folder, {}, work, overwrite=False, products=[product])
+    assert work.calls == 1
+    assert product.exists()
+
+
+def test_run_stage_continues_when_it_was_killed_while_starting(tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    folder.mkdir()
+    (folder / ".started.json.tmp").write_text("{")
+    assert run_stage(folder, {}, Work(), overwrite=False)["value"] == 1
+
+
+def test_run_stage_continues_when_it_was_killed_while_replacing(tmp_path: Path) -> None:
+    (tmp_path / ".full.replaced").mkdir()
+    (tmp_path / ".full.replaced" / "old").touch()
+    run_stage(tmp_path / "full", {"seed": 1}, Work(), overwrite=False)
+    run_stage(tmp_path / "full", {"seed": 2}, Work(), overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_finished_results_wants_the_same_inputs(tmp_path: Path) -> None:
+    results = run_stage(tmp_path / "full", {"seed": (1, 2)}, Work(), overwrite=False)
+    assert finished_results(tmp_path / "full", {"seed": (1, 2)}) == results
+    assert finished_results(tmp_path / "full", {"seed": 3}) is None
+    assert finished_results(tmp_path / "other", {}) is None
 
 
 def test_run_stage_leaves_a_folder_alone_that_is_not_its_own(tmp_path: Path) -> None:

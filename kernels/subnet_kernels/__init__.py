@@ -6,6 +6,8 @@ bit `i` of byte `j` stands for element `8 * j + i`, and padding bits are zero.
 
 from subnet_kernels.dispatch import backends, choose
 from subnet_kernels.ops import (
+    CRITERIA,
+    bits_view,
     changed_bits,
     count_bits,
     fingerprint,
@@ -18,7 +20,9 @@ from subnet_kernels.ops import (
 )
 
 __all__ = [
+    "CRITERIA",
     "backends",
+    "bits_view",
     "changed_bits",
     "choose",
     "count_bits",

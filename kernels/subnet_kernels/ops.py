@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from subnet_kernels.dispatch import choose
-from subnet_kernels.reference import CRITERIA, round_to_bfloat16
+from subnet_kernels.reference import CRITERIA, bits_view, round_to_bfloat16
 
 __all__ = [
+    "CRITERIA",
+    "bits_view",
     "changed_bits",
     "count_bits",
     "fingerprint",

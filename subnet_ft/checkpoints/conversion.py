@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from subnet_ft.checkpoints.listing import listing
 from subnet_ft.checkpoints.shards import ShardReader, TensorSpec
 from subnet_ft.errors import CheckpointError
 
@@ -224,8 +225,9 @@ def _convert(group: Group, model: PreTrainedModel, read: Callable[[str], torch.T
     try:
         produced = converter.convert(group.first, model=model, config=model.config)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        made_of = listing([key for key, _ in group.sources], limit=_SHOWN)
         raise CheckpointError(
-            f"transformers cannot make `{group.first}` out of {_listing([key for key, _ in group.sources])}: {error}. "
+            f"transformers cannot make `{group.first}` out of {made_of}: {error}. "
             "The checkpoint may be incomplete or belong to another model; save it again with `save_pretrained`."
         ) from error
     single = {target: value[0] if isinstance(value, list) else value for target, value in produced.items()}
@@ -272,7 +274,7 @@ def _unexpected(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
 
 def _refuse_unfit(what: str, *, missing: list[str], unexpected: list[str], resized: list[str]) -> None:
     problems = [
-        f"{len(names)} {text}: {_listing(names)}"
+        f"{len(names)} {text}: {listing(names, limit=_SHOWN)}"
         for names, text in (
             (missing, "parameters without a tensor"),
             (unexpected, "tensors without a parameter"),
@@ -285,8 +287,3 @@ def _refuse_unfit(what: str, *, missing: list[str], unexpected: list[str], resiz
             f"The weights of {what} do not fit its config.json. {'. '.join(problems)}. The checkpoint may be "
             "incomplete or its config.json of another model; save the whole model again with `save_pretrained`."
         )
-
-
-def _listing(names: list[str]) -> str:
-    shown = ", ".join(name if name.startswith("`") else f"`{name}`" for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

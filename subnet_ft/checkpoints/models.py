@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from subnet_ft.errors import CheckpointError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +22,9 @@ def load_model(
         folder: A checkpoint folder.
         dtype: Dtype of the weights in memory, such as `bfloat16`.
         attn_implementation: Passed to transformers; `None` lets it choose.
+
+    Raises:
+        CheckpointError: transformers refuses the folder or the options; the message holds its reason.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,11 +32,15 @@ def load_model(
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with _without_bars():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    try:
+        with _without_bars():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, ImportError, OSError) as error:
+        raise CheckpointError(f"The model in `{folder}` cannot be loaded with {options}: {error}") from error
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Verdicts: whether a run recovered the full run's accuracy, by one rule for subnetworks and controls alike.
 
 The rule never reads "no difference was found" as "there is none": a run recovers only when two one-sided tests
-(Schuirmann 1987) place it within the margin of the full run, or when it is above the full run.
+(Schuirmann 1987) place it within the margin of the full run, or when it is above the full run. Being close proves
+nothing while the base model may be as close: the base model itself never recovers.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def verdict(
     """Judge whether `subnet` recovered what `full` gained over `base`.
 
     `nothing_to_recover` unless the paired interval of full - base at `confidence` lies above 0. Then, with [L, U] the
-    interval of subnet - full at 2 * confidence - 1 (two one-sided tests at 1 - confidence each): `recovered` if
-    L > -margin and either U < margin (equivalent) or L > 0 (better); `not_recovered` if U < -margin; else `undecided`.
+    interval of subnet - full at 2 * confidence - 1 (two one-sided tests at 1 - confidence each): `recovered` if L > 0
+    (better), or if -margin < L and U < margin (equivalent) and the interval of full - base lies above the margin, so
+    that the base model is not equivalent too; `not_recovered` if U < -margin; else `undecided`.
 
     Args:
         base: (n,) bool outcomes of the base model; `None` when it was not evaluated.
@@ -81,32 +83,28 @@ def verdict(
     gap = paired_difference(subnet, full, confidence=two_one_sided(confidence))
     numbers = _difference_text(gap, f"{subject} minus full run")
     within = f"{margin * 100:.1f} points"
-    if _equivalent(gap.low, gap.high, margin):
-        return Verdict("recovered", f"The {subject} is equivalent to the full run within {within}: {numbers}.")
-    if gap.low > 0:
-        return Verdict("recovered", f"The {subject} is above the full run: {numbers}.")
-    if gap.high < -margin:
-        return Verdict("not_recovered", f"The {subject} is below the full run by more than {within}: {numbers}.")
-    needed = prompts_to_decide(gap, margin=margin)
+    name = _decide(gap.low, gap.high, gain.low, margin)
+    if name == "recovered":
+        if _equivalent(gap.low, gap.high, margin) and gain.low > margin:
+            return Verdict(name, f"The {subject} is equivalent to the full run within {within}: {numbers}.")
+        return Verdict(name, f"The {subject} is above the full run: {numbers}.")
+    if name == "not_recovered":
+        return Verdict(name, f"The {subject} is below the full run by more than {within}: {numbers}.")
+    needed = prompts_to_decide(gap, gain, margin=margin)
     outlook = (
         "no number of prompts would decide it at this difference"
         if needed is None
         else f"about {needed:,} prompts would decide it if difference and discordance stayed as observed"
     )
-    return Verdict("undecided", f"The interval does not settle a margin of {within}: {numbers}; {outlook}.")
-
-
-def control_verdict(
-    base: Outcomes | None,
-    full: Outcomes | None,
-    control: Outcomes | None,
-    *,
-    margin: float,
-    confidence: float,
-    subject: str = "control",
-) -> Verdict:
-    """Judge a control by the very rule that judges the subnetwork; see `verdict`."""
-    return verdict(base, full, control, margin=margin, confidence=confidence, subject=subject)
+    if gain.low <= margin:
+        smaller, lies = ("smaller", "lies") if gain.difference <= margin else ("shown to be smaller", "may lie")
+        return Verdict(
+            name,
+            f"A margin of {within} is not {smaller} than the gain, so the base model itself {lies} within it: "
+            f"{_difference_text(gain, 'full run minus base')}, {numbers}; {outlook}. "
+            "Choose a smaller margin, evaluate more prompts or train the full run for longer.",
+        )
+    return Verdict(name, f"The interval does not settle a margin of {within}: {numbers}; {outlook}.")
 
 
 def above_control(subnet: Outcomes, control: Outcomes, *, margin: float, confidence: float) -> Comparison:
@@ -142,20 +140,29 @@ def two_one_sided(confidence: float) -> float:
     return 2 * confidence - 1
 
 
-def prompts_to_decide(gap: PairedDifference, *, margin: float) -> int | None:
-    """Return how many prompts would decide `gap` if difference and discordance stayed as observed.
+def prompts_to_decide(gap: PairedDifference, gain: PairedDifference, *, margin: float) -> int | None:
+    """Return how many prompts would decide a verdict if differences and discordances stayed as observed.
 
     The observed shares are scaled to larger n until the rule of `verdict` settles. The answer is rounded up to two
     digits; `None` means that even ten million would not do, as when the difference lies at the margin. A new sample
     varies around the observed shares, so with exactly this many prompts the chance of a decision is about one half.
+
+    Args:
+        gap: The run judged minus the full run, at the confidence of the two one-sided tests.
+        gain: The full run minus the base model, at the confidence of the verdict.
+        margin: Largest difference in accuracy that counts as none.
     """
-    b, c, n = gap.only_first / gap.num_prompts, gap.only_second / gap.num_prompts, gap.num_prompts
+
+    def interval(difference: PairedDifference, count: int) -> tuple[float, float]:
+        scale = count / difference.num_prompts
+        only_first, only_second = difference.only_first * scale, difference.only_second * scale
+        return tango_interval(only_first, only_second, count, confidence=difference.confidence)
 
     def decides(count: int) -> bool:
-        low, high = tango_interval(b * count, c * count, count, confidence=gap.confidence)
-        return _equivalent(low, high, margin) or low > 0 or high < -margin
+        low, high = interval(gap, count)
+        return _decide(low, high, interval(gain, count)[0], margin) != "undecided"
 
-    upper = n
+    upper = gap.num_prompts
     while not decides(upper):
         upper *= 2
         if upper > _MOST_PROMPTS:
@@ -166,6 +173,15 @@ def prompts_to_decide(gap: PairedDifference, *, margin: float) -> int | None:
         lower, upper = (lower, middle) if decides(middle) else (middle, upper)
     unit = int(10 ** max(0, math.floor(math.log10(upper)) - 1))
     return math.ceil(upper / unit) * unit
+
+
+def _decide(
+    low: float, high: float, gain_low: float, margin: float
+) -> Literal["recovered", "not_recovered", "undecided"]:
+    """Apply the rule to the interval of a run minus the full run and the lower end of the full run's gain."""
+    if low > 0 or (_equivalent(low, high, margin) and gain_low > margin):
+        return "recovered"
+    return "not_recovered" if high < -margin else "undecided"
 
 
 def _equivalent(low: float, high: float, margin: float) -> bool:

@@ -1,8 +1,8 @@
 """Comparison of weights: what a run changed, and how much of the full run it reproduced.
 
 Checkpoints are streamed side by side, each read once, whatever the number of runs. Most weights are untouched by
-construction, so every share of identical weights comes three times: inside the full run's mask, over all weights, and
-for the base model itself.
+construction, so every share of identical weights comes three times: over the weights whose bits the full run changed,
+over all weights, and for the base model itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from subnet_ft.checkpoints.listing import listing
 from subnet_ft.errors import CheckpointMismatchError, MaskMismatchError
+from subnet_ft.masks.provenance import COMPARE_DTYPES, narrowest_dtype
+from subnet_kernels import bits_view
 
 if TYPE_CHECKING:
     from subnet_ft.checkpoints import Checkpoint
@@ -25,7 +28,6 @@ TOLERANCES: tuple[float, ...] = (0.0, 1e-6, 1e-5, 1e-4)
 # Elements compared at a time: a few temporary tensors of 16 MiB, whatever the size of a weight.
 _CHUNK = 4_194_304
 _NAMED_OFFENDERS = 5
-_BIT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,21 @@ class WeightComparison:
     mask_changed_share: float | None
     """Share of the run's mask whose bits differ from the base model's; `None` without a mask or for an empty one."""
     in_mask_identical: dict[str, float] | None
-    """Share of the full run's mask where |run - full| <= tolerance; at 0 the bits are equal. `None` if it is empty."""
+    """Share of the weights whose bits the full run changed where |run - full| <= tolerance; at 0 the bits are equal.
+    `None` if it changed none."""
     identical: dict[str, float]
     """The same over all weights."""
     base_identical: dict[str, float]
     """Share of all weights where |base - full| <= tolerance: what doing nothing would reach."""
     base_in_mask_identical: dict[str, float] | None
-    """The same inside the full run's mask."""
+    """The same over the weights whose bits the full run changed; 0 at tolerance 0, by construction."""
     relative_distance: float | None
     """||run - full|| / ||base - full||: 0 is the full run, 1 is the base model; `None` if the full run changed nothing
     or a norm is not finite."""
     num_parameters: int
     """Weights compared, tied ones once."""
     num_in_mask: int
-    """Weights inside the full run's mask."""
+    """Weights whose bits the full run changed."""
 
 
 @dataclass
@@ -73,7 +76,7 @@ class _Closeness:
 
     def add(self, values: torch.Tensor, full: torch.Tensor, in_mask: torch.Tensor) -> None:
         """Add one chunk; all arguments are flat and of one length, `in_mask` is bool."""
-        differs = _bits(values) != _bits(full)
+        differs = bits_view(values) != bits_view(full)
         count, inside = values.numel() - int(differs.sum()), int((in_mask & ~differs).sum())
         # Everything below runs only on weights whose bits differ: a small share of a subnetwork's.
         delta = (values[differs].float() - full[differs].float()).abs()
@@ -95,7 +98,7 @@ class _Movement:
     mask_size: int = 0
 
     def add(self, name: str, values: torch.Tensor, base: torch.Tensor, mask: torch.Tensor) -> None:
-        changed = _bits(values) != _bits(base)
+        changed = bits_view(values) != bits_view(base)
         inside = int((changed & mask).sum())
         outside = int(changed.sum()) - inside
         self.in_mask += inside
@@ -106,7 +109,7 @@ class _Movement:
 
 
 def compare_weights(
-    base: Checkpoint, full: Checkpoint, runs: Mapping[str, RunWeights], *, full_mask: SubnetMask | None = None
+    base: Checkpoint, full: Checkpoint, runs: Mapping[str, RunWeights], *, dtype: str | None = None
 ) -> dict[str, WeightComparison]:
     """Compare every run with the base model and the full run in one pass over all checkpoints.
 
@@ -117,14 +120,21 @@ def compare_weights(
         base: The base checkpoint.
         full: The full run's checkpoint.
         runs: Name to checkpoint and mask.
-        full_mask: The full run's mask; `None` takes every weight whose bits the full run changed.
+        dtype: Cast every weight to `bfloat16`, `float16` or `float32` first; "changed" then means: in that dtype.
 
     Raises:
-        CheckpointMismatchError: Names, shapes or dtypes differ between checkpoints.
+        CheckpointMismatchError: Names or shapes differ between checkpoints, or dtypes do and `dtype` is `None`.
         MaskMismatchError: A mask lacks a tensor or has another shape.
+        ValueError: `dtype` is none of the three.
     """
+    if dtype is not None and dtype not in COMPARE_DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(COMPARE_DTYPES)}, got {dtype!r}.")
     for checkpoint in (full, *(run.checkpoint for run in runs.values())):
-        _check_specs(base, checkpoint)
+        _check_specs(base, checkpoint, any_dtype=dtype is not None)
+
+    def cast(values: torch.Tensor) -> torch.Tensor:
+        return values if dtype is None else values.to(getattr(torch, dtype))
+
     names = list(base.specs)
     streams = [checkpoint.tensors(names) for checkpoint in (base, full, *(run.checkpoint for run in runs.values()))]
 
@@ -137,19 +147,19 @@ def compare_weights(
         name = items[0][0]
         base_values, full_values, *run_values = [tensor.detach().reshape(-1) for _, tensor in items]
         shape = tuple(base.specs[name].shape)
-        full_bits = None if full_mask is None else _dense(full_mask, name, shape, "the full run")
         masks = {run: _dense(entry.mask, name, shape, run) for run, entry in runs.items() if entry.mask is not None}
         for start in range(0, base_values.numel(), _CHUNK):
             part = slice(start, start + _CHUNK)
-            base_part, full_part = base_values[part], full_values[part]
-            in_mask = _bits(base_part) != _bits(full_part) if full_bits is None else full_bits[part]
+            base_part, full_part = cast(base_values[part]), cast(full_values[part])
+            in_mask = bits_view(base_part) != bits_view(full_part)
             num_parameters += base_part.numel()
             num_in_mask += int(in_mask.sum())
             base_closeness.add(base_part, full_part, in_mask)
             for run, values in zip(runs, run_values, strict=True):
-                closeness[run].add(values[part], full_part, in_mask)
+                run_part = cast(values[part])
+                closeness[run].add(run_part, full_part, in_mask)
                 if run in masks:
-                    movement[run].add(name, values[part], base_part, masks[run][part])
+                    movement[run].add(name, run_part, base_part, masks[run][part])
 
     def in_mask_shares(counts: _Closeness) -> dict[str, float] | None:
         return _shares(counts.in_mask, num_in_mask) if num_in_mask else None
@@ -172,23 +182,28 @@ def compare_weights(
     return comparisons
 
 
-def _check_specs(base: Checkpoint, other: Checkpoint) -> None:
-    """Raise unless both checkpoints hold the same tensors with the same shapes and dtypes."""
+def _check_specs(base: Checkpoint, other: Checkpoint, *, any_dtype: bool) -> None:
+    """Raise unless both checkpoints hold the same tensors with the same shapes and, if they must, dtypes."""
     problems = [f"`{name}` is missing" for name in base.specs if name not in other.specs]
     problems += [f"`{name}` is not in the base" for name in other.specs if name not in base.specs]
+    recast: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     for name, spec in base.specs.items():
         found = other.specs.get(name)
         if found is None:
             continue
         if tuple(found.shape) != tuple(spec.shape):
             problems.append(f"`{name}` has shape {tuple(found.shape)}, the base has {tuple(spec.shape)}")
-        elif found.dtype != spec.dtype:
-            problems.append(f"`{name}` is stored in {found.dtype}, the base in {spec.dtype}")
+        elif found.dtype != spec.dtype and not any_dtype:
+            recast[name] = (found.dtype, spec.dtype)
+    advice = "Compare checkpoints of one model, saved whole."
+    if recast and not problems:
+        wanted = narrowest_dtype(dtype for pair in recast.values() for dtype in pair)
+        advice = f"Compare them after a cast with dtype='{wanted}', or save all of them in one dtype."
+    problems += [f"`{name}` is stored in {ours}, the base in {theirs}" for name, (ours, theirs) in recast.items()]
     if problems:
-        shown = "; ".join(problems[:_NAMED_OFFENDERS]) + ("; ..." if len(problems) > _NAMED_OFFENDERS else "")
         raise CheckpointMismatchError(
-            f"Checkpoint `{other.name}` cannot be compared with base `{base.name}`: {shown}. "
-            "Compare checkpoints of one model, saved in one dtype."
+            f"Checkpoint `{other.name}` cannot be compared with base `{base.name}`: "
+            f"{listing(problems, limit=_NAMED_OFFENDERS)}. {advice}"
         )
 
 
@@ -202,10 +217,6 @@ def _dense(mask: SubnetMask, name: str, shape: tuple[int, ...], owner: str) -> t
             "Use a mask extracted from this base model."
         )
     return dense.reshape(-1)
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().view(_BIT_VIEWS[values.element_size()])
 
 
 def _shares(counts: list[int], total: int) -> dict[str, float]:

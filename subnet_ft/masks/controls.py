@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 
 import subnet_kernels
 from subnet_ft.errors import MaskError
-from subnet_ft.masks.mask import Provenance, SubnetMask, TensorMask
+from subnet_ft.masks.mask import SubnetMask, TensorMask
+from subnet_ft.masks.provenance import Provenance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +42,8 @@ def control_mask(
     if kind not in CONTROLS:
         raise MaskError(f"`{kind}` is not a control; choose one of {', '.join(CONTROLS)}.")
     source = {"kind": kind, "seed": seed, "of": mask.fingerprint}
-    provenance = replace(Provenance(base=mask.provenance.base), source=source)
+    origin = mask.provenance
+    provenance = Provenance(base=origin.base, compare_dtype=origin.compare_dtype, source=source)
     tensors: dict[str, TensorMask] = {}
     if kind == "uniform":
         for name, tensor in mask.tensors.items():

@@ -12,21 +12,27 @@ import torch
 
 import subnet_kernels
 from subnet_ft.checkpoints import Checkpoint, TensorSpec, open_checkpoint
+from subnet_ft.checkpoints.listing import listing
 from subnet_ft.errors import CheckpointMismatchError, MaskError
-from subnet_ft.masks.mask import ModelRecord, Provenance, SubnetMask, TensorMask, format_fingerprint
+from subnet_ft.masks.mask import SubnetMask, TensorMask
+from subnet_ft.masks.provenance import (
+    COMPARE_DTYPES,
+    ModelRecord,
+    Provenance,
+    format_fingerprint,
+    narrowest_dtype,
+)
+from subnet_kernels import CRITERIA
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-CRITERIA = ("exact", "absolute", "relative")
-COMPARE_DTYPES = ("bfloat16", "float16", "float32")
 CURVE_TOLERANCES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 
 # A multiple of 8, so that chunks meet at a byte of the mask; small beside the tensors that it cuts up.
 _CHUNK = 1 << 20
-_SHOWN = 3
 
 
 def extract(
@@ -171,34 +177,30 @@ def _check_comparable(base: Checkpoint, tuned: Checkpoint, dtype: str | None) ->
     only_tuned = [name for name in tuned.specs if name not in base.specs]
     if only_base or only_tuned:
         raise CheckpointMismatchError(
-            f"{between} have different parameters: {_some(only_base)} only in the base, {_some(only_tuned)} only in "
-            "the tuned checkpoint. Compare two checkpoints of one model, saved whole and with the same tied embeddings."
+            f"{between} have different parameters: {listing(only_base)} only in the base, "
+            f"{listing(only_tuned)} only in the tuned checkpoint. Compare two checkpoints of one model, saved whole "
+            "and with the same tied embeddings."
         )
     resized = _differing(base, tuned, lambda spec: str(spec.shape))
     if resized:
         raise CheckpointMismatchError(
-            f"{between} have parameters of different shapes, base against tuned: {_some(resized)}. A subnetwork needs "
-            "equal shapes: resize the base's embeddings to the tuned vocabulary first, or compare with the right base."
+            f"{between} have parameters of different shapes, base against tuned: {listing(resized)}. A subnetwork "
+            "needs equal shapes: resize the base's embeddings to the tuned vocabulary first, or compare with the right "
+            "base."
         )
     recast = _differing(base, tuned, lambda spec: str(spec.dtype).removeprefix("torch."))
     if recast and dtype is None:
-        wanted = str(next(iter(base.specs.values())).dtype).removeprefix("torch.")
+        mixed = [name for name, spec in base.specs.items() if spec.dtype != tuned.specs[name].dtype]
+        wanted = narrowest_dtype(side.specs[name].dtype for side in (tuned, base) for name in mixed)
         raise CheckpointMismatchError(
-            f"{between} are stored in different dtypes, base against tuned: {_some(recast)}. Rounding alone would look "
-            f"like training. Cast both before comparing with dtype='{wanted}' (`--dtype {wanted}`)."
+            f"{between} are stored in different dtypes, base against tuned: {listing(recast)}. Rounding alone would "
+            f"look like training. Cast both before comparing with dtype='{wanted}' (`--dtype {wanted}`)."
         )
 
 
 def _differing(base: Checkpoint, tuned: Checkpoint, show: Callable[[TensorSpec], str]) -> list[str]:
     pairs = ((name, show(spec), show(tuned.specs[name])) for name, spec in base.specs.items())
     return [f"`{name}` {before} and {after}" for name, before, after in pairs if before != after]
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    shown = ", ".join(name if name.startswith("`") else f"`{name}`" for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _record(checkpoint: Checkpoint, fingerprints: dict[str, str], dtype: str | None) -> ModelRecord:

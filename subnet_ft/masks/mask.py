@@ -5,36 +5,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 import subnet_kernels
+from subnet_ft.checkpoints.listing import listing
 from subnet_ft.errors import MaskError, MaskMismatchError
 from subnet_ft.masks import density
+from subnet_ft.masks.names import by_canonical_name
+from subnet_ft.masks.provenance import Provenance, format_fingerprint
 
 if TYPE_CHECKING:
     from subnet_ft.checkpoints import Checkpoint
-
-_WRAPPER_PARTS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-
-
-def canonical_name(name: str) -> str:
-    """Strip what DDP, `torch.compile` and FSDP put into a parameter's name.
-
-    Example:
-        `module._orig_mod.model.norm.weight` becomes `model.norm.weight`.
-    """
-    parts = name.split(".")
-    wrappers = {part.rstrip(".") for part in _WRAPPER_PARTS}
-    return ".".join(part for part in parts if part not in wrappers)
-
-
-def format_fingerprint(sums: tuple[int, int]) -> str:
-    """Write the two 64-bit sums of a fingerprint as 32 hexadecimal digits."""
-    return f"{sums[0]:016x}{sums[1]:016x}"
 
 
 @dataclass(frozen=True)
@@ -67,47 +52,6 @@ class TensorMask:
         return self.bits if self.count else torch.zeros((self.num_elements + 7) // 8, dtype=torch.uint8)
 
 
-@dataclass(frozen=True)
-class ModelRecord:
-    """A model that a mask was made from: its name and the fingerprint of every tensor in its stored dtype.
-
-    Args:
-        name: Folder, Hub id or other name as the user wrote it.
-        revision: Hub revision, if one was asked for.
-        dtypes: Parameter name to dtype, such as `bfloat16`: the stored one, or the one that the weights were cast to
-            before the comparison.
-        fingerprints: Parameter name to 32 hexadecimal digits, of the tensor in that dtype.
-    """
-
-    name: str
-    revision: str | None = None
-    dtypes: dict[str, str] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a mask came from.
-
-    Args:
-        base: The model that the mask applies to; `None` when it is not known.
-        tuned: The tuned model that it was compared with, if any.
-        criterion: `exact`, `absolute` or `relative`, if it was extracted.
-        tolerance: The criterion's tolerance.
-        compare_dtype: The dtype of the comparison when it was not the stored one.
-        source: `kind` and the parameters that reproduce it (seed, step, ...).
-        density_by_tolerance: Density of the absolute criterion by tolerance, `f"{t:g}"`; `0` is `exact`.
-    """
-
-    base: ModelRecord | None = None
-    tuned: ModelRecord | None = None
-    criterion: str | None = None
-    tolerance: float | None = None
-    compare_dtype: str | None = None
-    source: dict[str, Any] = field(default_factory=dict)
-    density_by_tolerance: dict[str, float] = field(default_factory=dict)
-
-
 class SubnetMask:
     """Which weights of a model are trainable; immutable.
 
@@ -132,13 +76,17 @@ class SubnetMask:
 
     @classmethod
     def from_dense(cls, dense: Mapping[str, torch.Tensor], provenance: Provenance | None = None) -> SubnetMask:
-        """Build a mask from bool tensors of the parameters' shapes, `True` = trainable."""
+        """Build a mask from bool tensors of the parameters' shapes, `True` = trainable.
+
+        Raises:
+            MaskError: A tensor is not boolean, or two names have one canonical name.
+        """
         tensors = {}
-        for name, value in dense.items():
+        for name, value in by_canonical_name(dense.items()).items():
             if value.dtype != torch.bool:
                 raise MaskError(f"The mask of `{name}` is {value.dtype}; pass a bool tensor, True = trainable.")
             packed = subnet_kernels.pack_bits(value.detach().cpu().reshape(-1))
-            tensors[canonical_name(name)] = TensorMask.build(packed, tuple(value.shape))
+            tensors[name] = TensorMask.build(packed, tuple(value.shape))
         return cls(tensors, provenance)
 
     @classmethod
@@ -221,8 +169,9 @@ class SubnetMask:
 
         Raises:
             MaskMismatchError: Something differs; the message names the tensor and both values.
+            MaskError: Two parameters have one canonical name.
         """
-        parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        parameters = by_canonical_name(model.named_parameters())
         self.check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()})
         self.check_weights((name, parameter.detach()) for name, parameter in parameters.items())
 
@@ -244,9 +193,9 @@ class SubnetMask:
         extra = [name for name in shapes if name not in self.tensors]
         if missing or extra:
             raise MaskMismatchError(
-                f"The mask and the model have different parameters: {_some(missing)} only in the mask, {_some(extra)} "
-                f"only in the model. The mask was made for {self._base_name()}. Extract it again from a checkpoint of "
-                "this model."
+                f"The mask and the model have different parameters: {listing(missing)} only in the mask, "
+                f"{listing(extra)} only in the model. The mask was made for {self._base_name()}. Extract it again from "
+                "a checkpoint of this model."
             )
         for name, tensor in self.tensors.items():
             if tuple(shapes[name]) != tensor.shape:
@@ -257,9 +206,13 @@ class SubnetMask:
                 )
 
     def check_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Compare every tensor's dtype and fingerprint with the recorded base; without a record nothing is compared."""
+        """Compare every tensor's dtype and fingerprint with the base; a mask that records no base fits any.
+
+        Raises:
+            MaskMismatchError: A dtype or fingerprint differs, or the record of the base lacks the tensor.
+        """
         base = self.provenance.base
-        if base is None or not base.fingerprints:
+        if base is None:
             return
         for name, tensor in weights:
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -269,11 +222,16 @@ class SubnetMask:
                     f"`{name}` is {dtype} but the mask was compared in {expected_dtype} of {self._base_name()}. Load "
                     f"the model in {expected_dtype}, or extract a mask from {dtype} checkpoints."
                 )
+            if name not in base.fingerprints:
+                raise MaskMismatchError(
+                    f"The mask names {self._base_name()} as its base but has no fingerprint of `{name}`, so the base "
+                    "cannot be checked. Extract the mask again, or make it without a base in its provenance."
+                )
             found = format_fingerprint(subnet_kernels.fingerprint(tensor))
-            if found != base.fingerprints.get(name):
+            if found != base.fingerprints[name]:
                 raise MaskMismatchError(
                     f"The weights of `{name}` are not those that the mask was made for ({self._base_name()}): "
-                    f"fingerprint {found}, expected {base.fingerprints.get(name)}. Start from that base, or extract a "
+                    f"fingerprint {found}, expected {base.fingerprints[name]}. Start from that base, or extract a "
                     "mask for this one."
                 )
 
@@ -321,26 +279,31 @@ class SubnetMask:
         provenance_of: SubnetMask | None = None,
     ) -> SubnetMask:
         self.check_shapes({name: tensor.shape for name, tensor in other.tensors.items()})
-        left, right = self.provenance.base, other.provenance.base
-        if left and right and left.fingerprints != right.fingerprints:
-            raise MaskMismatchError(
-                f"The masks were made for different bases, {left.name} and {right.name}; they cannot be combined."
-            )
+        self._check_same_base(other)
         tensors = {
             name: TensorMask.build(operation(tensor.full_bits(), other.tensors[name].full_bits()), tensor.shape)
             for name, tensor in self.tensors.items()
         }
         sources = [provenance_of] if provenance_of else [self, other]
         source = {"kind": kind, "of": [mask.provenance.source for mask in sources]}
-        return SubnetMask(tensors, Provenance(base=left or right, source=source))
+        # Two recorded bases are one here, so the cast of either side holds for both.
+        sides = (self.provenance, other.provenance)
+        owners = [side for side in sides if side.base is not None] or list(sides)
+        compared_in = next((side.compare_dtype for side in owners if side.compare_dtype is not None), None)
+        return SubnetMask(tensors, Provenance(base=owners[0].base, compare_dtype=compared_in, source=source))
+
+    def _check_same_base(self, other: SubnetMask) -> None:
+        left, right = self.provenance.base, other.provenance.base
+        if left is None or right is None:
+            return
+        if (left.fingerprints, left.dtypes) != (right.fingerprints, right.dtypes):
+            cast = {mask.provenance.compare_dtype or "the stored dtype" for mask in (self, other)}
+            how = f", compared in {' and '.join(sorted(cast))}" if len(cast) > 1 else ""
+            raise MaskMismatchError(
+                f"The masks were made for different bases, {left.name} and {right.name}{how}; they cannot be combined. "
+                "Extract both from one base with one `dtype`."
+            )
 
     def _base_name(self) -> str:
         base = self.provenance.base
         return f"`{base.name}`" if base else "a base that the mask does not name"
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    if not names:
-        return "none"
-    shown = ", ".join(f"`{name}`" for name in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

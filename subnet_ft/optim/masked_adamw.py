@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,8 +24,11 @@ class MaskedAdamW(torch.optim.Optimizer):
     """AdamW that trains the weights of a mask; a weight outside it keeps its bits, whatever happens.
 
     Moments are float32 and compact, `(K,)` per tensor. Weights below float32 also have float32 masters, so that updates
-    smaller than a weight's rounding step add up. Tensors without a trainable weight get `requires_grad_(False)`, and
-    autograd never computes their gradient. With a full mask this is plain AdamW.
+    smaller than a weight's rounding step add up. With a full mask this is plain AdamW.
+
+    The mask alone says what is trained, so building the optimizer sets `requires_grad` of every tensor: False without a
+    trainable weight, and autograd never computes its gradient; True with one, whoever froze it before. DDP decides when
+    it wraps a model which gradients it reduces: build the optimizer before that, unless `requires_grad` fits already.
 
     A tensor whose `.grad` is `None` is skipped whole: no decay, no momentum, no step count. Gradients outside the mask,
     NaN included, are never read. Weights that somebody else changes between two steps are overwritten by their master.
@@ -80,8 +82,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._names: dict[torch.nn.Parameter, str] = {parameter: name for name, parameter in parameters.items()}
         self._bits: dict[str, torch.Tensor] = {}
         for name, parameter in parameters.items():
-            if not mask.tensors[name].count:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(mask.tensors[name].count > 0)
+            if not parameter.requires_grad:
                 parameter.grad = None
         trainable = [
             {**group, "params": [(name, p) for name, p in group["params"] if mask.tensors[name].count]}
@@ -114,15 +116,29 @@ class MaskedAdamW(torch.optim.Optimizer):
                     self._update(parameter, group, self._compact_grad(parameter), scale)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and with them what `clip_grad_norm_` decided about them.
+
+        Args:
+            set_to_none: As in `torch.optim`; a tensor whose `.grad` is zero instead of `None` is not skipped.
+        """
+        super().zero_grad(set_to_none)
+        self._clip_coefficient = None
+
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
-        """Return the 2-norm () float32 of the gradient on the mask, before any clipping."""
+        """Return the 2-norm () float32 of the gradient on the mask, before any clipping, on the gradients' device."""
         grads = (self._compact_grad(p) for group in self.param_groups for p in group["params"] if p.grad is not None)
         return _norm(grads)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Make the next `step` scale the gradient so that its norm on the mask is at most `max_norm`.
+
+        The gradients themselves stay as they are. A step that is left out must end with the optimizer's `zero_grad()`:
+        `model.zero_grad()` does not take the scale back. As with `torch.nn.utils.clip_grad_norm_`, a norm that is not
+        finite is no error here: the next `step` writes NaN wherever the scaled gradient is NaN, so check the returned
+        norm to leave that step out.
 
         Returns:
             () float32, the norm before clipping.
@@ -194,9 +210,10 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _new_state(self, weight: torch.Tensor, bits: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
         zeros = torch.zeros(count, dtype=torch.float32, device=weight.device)
         values = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-        if weight.dtype == torch.bfloat16 and self.master == "remainder":
+        master_dtype = state.entry_dtypes(weight.dtype, self.master).get("master")
+        if master_dtype == torch.int16:
             values["master"] = torch.zeros(count, dtype=torch.int16, device=weight.device)
-        elif weight.dtype != torch.float32:
+        elif master_dtype is not None:
             values["master"] = subnet_kernels.gather(weight, bits, count)
         return values
 
@@ -244,9 +261,13 @@ def _check_options(group: Mapping[str, Any]) -> None:
 
 
 def _norm(grads: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm () float32 of all compact gradients together."""
-    squares = [float(torch.linalg.vector_norm(grad, dtype=torch.float32)) ** 2 for grad in grads]
-    return torch.tensor(math.sqrt(math.fsum(squares)), dtype=torch.float32)
+    """Return the 2-norm () float32 of all compact gradients together, without waiting for their device."""
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    if not norms:
+        return torch.tensor(0.0)
+    together = torch.stack([norm.to(norms[0].device) for norm in norms])
+    wide = torch.float32 if together.device.type == "mps" else torch.float64  # MPS has no float64
+    return together.to(wide).square().sum().sqrt().to(torch.float32)
 
 
 def _clip_coefficient(norm: torch.Tensor, max_norm: float) -> torch.Tensor:

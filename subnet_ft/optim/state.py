@@ -16,7 +16,18 @@ from subnet_ft.errors import OptimizerStateError
 if TYPE_CHECKING:
     from subnet_ft.optim.masked_adamw import MaskedAdamW
 
-_STATE_DTYPES = {"step": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+
+def entry_dtypes(weight_dtype: torch.dtype, master: str) -> dict[str, torch.dtype]:
+    """Return which entries the state of one tensor has, and their dtypes.
+
+    Args:
+        weight_dtype: Dtype of the parameter.
+        master: `fp32` or `remainder`, as in `MaskedAdamW`.
+    """
+    dtypes = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.float32)
+    if weight_dtype != torch.float32:
+        dtypes["master"] = torch.int16 if weight_dtype == torch.bfloat16 and master == "remainder" else torch.float32
+    return dtypes
 
 
 def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -27,10 +38,11 @@ def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
         names: Parameter names in the order of the param groups.
 
     Returns:
-        `{"state": {name: {...}}, "param_groups": [{..., "params": [name, ...]}]}`.
+        `{"state": {name: {...}}, "param_groups": [{..., "params": [name, ...]}]}`. A tensor that took no step yet has
+        no state; reading `optimizer.state[parameter]` leaves an empty one, which is dropped.
     """
     return {
-        "state": {names[number]: dict(values) for number, values in packed["state"].items()},
+        "state": {names[number]: dict(values) for number, values in packed["state"].items() if values},
         "param_groups": [
             {**group, "params": [names[number] for number in group["params"]]} for group in packed["param_groups"]
         ],
@@ -46,14 +58,17 @@ def load_state(optimizer: MaskedAdamW, names: Mapping[torch.nn.Parameter, str], 
         )
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         _check_group(group, saved, [names[parameter] for parameter in group["params"]])
-    parameters = {name: parameter for parameter, name in names.items()}
+    parameters = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
     loaded: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for name, values in state_dict["state"].items():
         if name not in parameters:
             raise OptimizerStateError(f"The saved state has values for `{name}`, which this optimizer does not train.")
         count = optimizer.mask.tensors[name].count
+        dtypes = entry_dtypes(parameters[name].dtype, optimizer.master)
+        _check_keys(name, values, dtypes)
         loaded[parameters[name]] = {
-            key: _checked(name, key, value, count, parameters[name]) for key, value in values.items()
+            key: _checked(name, key, values[key], dtype, count, parameters[name].device)
+            for key, dtype in dtypes.items()
         }
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})
@@ -79,14 +94,23 @@ def _check_group(group: Mapping[str, Any], saved: Mapping[str, Any], names: list
         )
 
 
-def _checked(name: str, key: str, value: torch.Tensor, count: int, parameter: torch.nn.Parameter) -> torch.Tensor:
-    expected_dtype = _STATE_DTYPES.get(key)
-    if key == "master":
-        expected_dtype = torch.int16 if value.dtype == torch.int16 else torch.float32
-    if expected_dtype is None or value.dtype != expected_dtype:
-        raise OptimizerStateError(f"The saved `{key}` of `{name}` is {value.dtype}, expected {expected_dtype}.")
-    if key == "step":
-        return value.clone()
-    if value.shape != (count,):
-        raise OptimizerStateError(f"The saved `{key}` of `{name}` has shape {tuple(value.shape)}, expected ({count},).")
-    return value.to(parameter.device, copy=True)
+def _check_keys(name: str, values: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> None:
+    problems = [f"`{key}` is missing" for key in dtypes if key not in values]
+    problems += [f"`{key}` is not known" for key in values if key not in dtypes]
+    if problems:
+        raise OptimizerStateError(
+            f"The saved state of `{name}` does not fit: {', '.join(problems)}. Resume with the weight dtype and the "
+            "optimizer that the run was started with."
+        )
+
+
+def _checked(name: str, key: str, value: object, dtype: torch.dtype, count: int, device: torch.device) -> torch.Tensor:
+    """Return a copy of one entry where the optimizer wants it."""
+    found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+    if not isinstance(value, torch.Tensor) or value.dtype != dtype:
+        raise OptimizerStateError(f"The saved `{key}` of `{name}` is {found}, expected {dtype}.")
+    shape = () if key == "step" else (count,)
+    if value.shape != shape:
+        raise OptimizerStateError(f"The saved `{key}` of `{name}` has shape {tuple(value.shape)}, expected {shape}.")
+    # The step count is read by the host at every step: on a GPU each reading would wait for the device.
+    return value.to("cpu" if key == "step" else device, copy=True)

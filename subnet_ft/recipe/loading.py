@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from subnet_ft.errors import RecipeError
 from subnet_ft.recipe.parsing import Parser, did_you_mean, show
@@ -19,12 +19,16 @@ from subnet_ft.recipe.yaml_text import read_yaml, write_yaml
 
 logger = logging.getLogger(__name__)
 
+ConfigCheck: TypeAlias = Callable[[str, Mapping[str, Any]], Iterable[tuple[str, str]]]
+"""Algorithm and `training` section to problems, each a dotted key and the end of a sentence."""
+
 
 def load_recipe(
     path: str | Path,
     overrides: Sequence[str] = (),
     *,
     algorithms: Mapping[str, Mapping[str, Any]] | None = None,
+    check_config: ConfigCheck | None = None,
 ) -> Recipe:
     """Read a recipe, apply `overrides` and check all of it before anything is loaded or trained.
 
@@ -33,6 +37,8 @@ def load_recipe(
         overrides: `dotted.key=VALUE`, the value in YAML; a later one wins.
         algorithms: For each known algorithm, its config's field names with their type or default. Injected, because
             only the training layer imports TRL; `None` checks no names under `training`.
+        check_config: Asks the algorithm's config itself what it refuses, and what this machine lacks for it; called
+            when nothing else is wrong with `training`. Injected likewise.
 
     Raises:
         RecipeError: The file is missing, or the recipe has problems; all of them are listed at once.
@@ -48,7 +54,7 @@ def load_recipe(
         raise RecipeError(str(path), [*problems, f"must be a map of keys to values, got {show(tree)}"])
     for override in overrides:
         problems.extend(_apply_override(tree, override))
-    recipe, found = _parse(tree, algorithms)
+    recipe, found = _parse(tree, algorithms, check_config)
     if problems or found:
         raise RecipeError(str(path), problems + found)
     if recipe.model.dtype == "float32" and recipe.subnet.source.criterion == "exact":
@@ -107,7 +113,9 @@ def find_recipe(path: str | Path) -> Path:
     )
 
 
-def _parse(tree: dict[str, Any], algorithms: Mapping[str, Mapping[str, Any]] | None) -> tuple[Recipe, list[str]]:
+def _parse(
+    tree: dict[str, Any], algorithms: Mapping[str, Mapping[str, Any]] | None, check_config: ConfigCheck | None
+) -> tuple[Recipe, list[str]]:
     parser = Parser()
     recipe: Recipe = parser.parse(Recipe, tree)
     known = algorithms if algorithms is not None else ALGORITHM_DATA
@@ -116,6 +124,9 @@ def _parse(tree: dict[str, Any], algorithms: Mapping[str, Mapping[str, Any]] | N
     if parser.is_usable("training"):
         fields = algorithms.get(recipe.algorithm) if algorithms is not None else None
         check_training(parser, recipe.training, recipe.algorithm, fields)
+    if check_config is not None and parser.is_usable("algorithm", "training"):
+        for key, message in check_config(recipe.algorithm, recipe.training):
+            parser.report(key, message)
     check_combinations(parser, recipe)
     if not parser.problems and "max_new_tokens" not in (tree.get("evaluation") or {}):
         evaluation = dataclasses.replace(recipe.evaluation, max_new_tokens=_longest_answer(recipe))

@@ -1,7 +1,8 @@
 """Checks the `training` section: the TRL config's own fields, which are known only to the training layer.
 
 The training layer injects them as `algorithms`; without that table names are not checked, but fields that the recipe
-sets itself, and numbers out of their range, are still refused.
+sets itself, and numbers out of their range, are still refused. What the config refuses by itself is found by the
+training layer's `config_problems`.
 """
 
 from __future__ import annotations
@@ -62,11 +63,24 @@ _REFUSED: dict[str, str] = {
     "lora_alpha": _PEFT,
     "lora_target_modules": _PEFT,
 }
+_SHARDED = "shards have no mask per tensor, and this release trains in one process; remove it"
+_EVALUATION = "the trainer gets no evaluation set; trained models are judged by `evaluation` at the top level"
 _REFUSED_WHEN_SET: dict[str, str] = {
     "bf16": "the weights already are in `model.dtype`; mixed precision would upcast what is trained to fp32",
     "fp16": "fp16 mixed precision needs a GradScaler, which cannot see compact gradients; use `model.dtype: bfloat16`",
-    "deepspeed": "ZeRO flattens parameters, so that no mask per tensor remains; use FSDP2 or DDP",
+    "deepspeed": "ZeRO flattens parameters, so that no mask per tensor remains; this release trains in one process",
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "save_only_model": "a resumed run would start with an empty optimizer state, and end in other weights; remove it",
+    "eval_strategy": _EVALUATION,
+    "eval_on_start": _EVALUATION,
+    "load_best_model_at_end": _EVALUATION,
 }
+_REFUSED_WITH_PROMPTS: dict[str, str] = {
+    "remove_unused_columns": "it would remove the column from which rewards find a prompt's example; remove it",
+}
+_OFF = {"eval_strategy": "no"}
+"""What else than null, false or nothing leaves a setting of the tables above as it is."""
 
 
 def check_training(
@@ -82,18 +96,30 @@ def check_training(
     """
     for name, value in training.items():
         key = f"training.{name}"
-        refusal = _REFUSED.get(name) or (_REFUSED_WHEN_SET.get(name) if value not in (None, False) else None)
-        if refusal:
+        refusal = _refusal(name, value, algorithm)
+        if refusal is not None:
             parser.report(key, f"not allowed here, got {show(value)}: {refusal}")
         elif fields is not None and name not in fields:
             hint = did_you_mean(name, [field for field in fields if field not in _REFUSED])
             parser.report(key, f"unknown key{hint or f'; `{algorithm}` has no such setting'}")
+        elif name == "max_grad_norm" and value is None:
+            parser.report(key, "must be a number, got null; 0 switches clipping off")
         elif name in _RANGES:
             parser.check(key, value, _RANGES[name])
         elif fields is not None:
             parser.check(key, value, _annotation(fields[name]))
     if parser.is_usable("training.max_steps") and training.get("max_steps") == 0:
         parser.report("training.max_steps", "must be >= 1, or -1 to train for `num_train_epochs`, got 0")
+
+
+def _refusal(name: str, value: Any, algorithm: str) -> str | None:
+    if name in _REFUSED:
+        return _REFUSED[name]
+    if not value or value == _OFF.get(name):
+        return None
+    if name in _REFUSED_WITH_PROMPTS and ALGORITHM_DATA.get(algorithm) == "prompts":
+        return _REFUSED_WITH_PROMPTS[name]
+    return _REFUSED_WHEN_SET.get(name)
 
 
 def _annotation(field: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_hub_task(spec: TaskSpec, *, seed: int) -> Task:
+def load_hub_task(spec: TaskSpec, *, seed: int, exclude: Collection[str] = ()) -> Task:
     """Read `num_eval` held-out and `num_train` training examples with different prompts, in an order set by `seed`.
 
-    Templates see the columns of a row. The reference is the column `answer` or the template `task.answer`, and
-    `task.answer_pattern` has to find the answer in it. A completion is right when its answer equals the reference as
-    text, or as a number without commas.
+    Prompts whose key is in `exclude` are passed over. Templates see the columns of a row. The reference is the column
+    `answer` or the template `task.answer`, and `task.answer_pattern` has to find the answer in it. A completion is
+    right when its answer equals the reference as text, or as a number without commas.
 
     Raises:
         TaskError: Data that cannot be read, missing columns, a reference without an answer, or too few rows.
     """
     dataset = require_dataset(spec)
     pattern = compile_answer_pattern(spec.answer_pattern)
-    seen: set[str] = set()
+    seen = set(exclude)
     evaluation = _take(spec, dataset.eval_split, spec.num_eval, pattern, seen, seed=seed, key="num_eval")
     train = _take(spec, dataset.train_split, spec.num_train, pattern, seen, seed=seed, key="num_train")
 

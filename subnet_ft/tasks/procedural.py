@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from subnet_ft.errors import MissingDependencyError, TaskError
@@ -28,12 +28,14 @@ DRAW_SECONDS = 60.0
 """Longest time to draw one example; most take microseconds, and params that cannot be satisfied take for ever."""
 
 
-def load_procedural_task(spec: TaskSpec, *, seed: int) -> Task:
+def load_procedural_task(spec: TaskSpec, *, seed: int, exclude: Collection[str] = ()) -> Task:
     """Draw `num_eval` held-out and `num_train` training examples with different prompts.
 
     The two are a random split of one draw: easy prompts repeat and run out first, so taking one set after the other
     would leave most of them in the first. Drawing stops when ten times as many draws in a row repeat a prompt as there
     are prompts, because then next to none are left.
+
+    Prompts whose key is in `exclude` are passed over.
 
     Prompt templates see `question`, `answer` and the entry's metadata, such as `expression` of `chain_sum`. The answer
     found in a completion is judged by the dataset's own `score_answer`.
@@ -48,18 +50,22 @@ def load_procedural_task(spec: TaskSpec, *, seed: int) -> Task:
     found: dict[str, Example] = {}
     repeats = draws = 0
     for entry in blocks.entries():
-        if len(found) == wanted or repeats > 10 * len(found) + 100:
+        if len(found) == wanted or repeats > 10 * (len(found) + len(exclude)) + 100:
             break
         draws += 1
         example = _to_example(spec, entry)
         key = prompt_key(example.prompt)
-        repeats = repeats + 1 if key in found else 0
-        found.setdefault(key, example)
+        if key in found or key in exclude:
+            repeats += 1
+        else:
+            repeats = 0
+            found[key] = example
     if len(found) < wanted:
+        beside = " beside the training prompts" if exclude else ""
         raise TaskError(
-            f"`{spec.name}` gave only {len(found)} different prompts in {draws} draws, but num_eval + num_train = "
-            f"{spec.num_eval} + {spec.num_train} = {wanted} are asked for. Ask for fewer, widen task.params "
-            f"(now {spec.params}), or let task.prompt show more of an example."
+            f"`{spec.name}` gave only {len(found)} different prompts{beside} in {draws} draws, but num_eval + "
+            f"num_train = {spec.num_eval} + {spec.num_train} = {wanted} are asked for. Ask for fewer, widen "
+            f"task.params (now {spec.params}), or let task.prompt show more of an example."
         )
     examples = list(found.values())
     random.Random(seed).shuffle(examples)

@@ -58,6 +58,31 @@ def build_config(algorithm: Algorithm, arguments: Mapping[str, Any]) -> Any:
     return algorithm.config_class(**{_name_in(known, name): value for name, value in arguments.items()})
 
 
+def run_config(algorithm: Algorithm, training: Mapping[str, Any], *, output_dir: str, seed: int) -> Any:
+    """Build the TRL config of a run: what every run sets, what a recipe may change, and what it may not.
+
+    Args:
+        algorithm: Whose config.
+        training: The recipe's section.
+        output_dir: The trainer's folder.
+        seed: The recipe's seed.
+    """
+    import torch
+
+    return build_config(
+        algorithm,
+        {
+            "save_strategy": "steps" if "save_steps" in training else "no",
+            "bf16": False,  # the weights already are in the recipe's dtype; mixed precision would add casts
+            "report_to": "none",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **training,
+            "output_dir": output_dir,
+            "seed": seed,
+        },
+    )
+
+
 def _name_in(known: set[str], name: str) -> str:
     return name if name in known else _OLD_NAMES.get(name, name)
 

@@ -28,8 +28,8 @@ class FiguresBesideBar(ProgressCallback):
 
 
 def show_progress(trainer: Trainer, *, progress: bool) -> None:
-    """Replace the trainer's own printing by one bar, or by nothing."""
+    """Replace the trainer's own printing by one bar, or by nothing; `disable_tqdm` of its arguments means nothing."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if progress:
+    if progress and not trainer.args.disable_tqdm:
         trainer.add_callback(FiguresBesideBar())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask, canonical_name
 from subnet_ft.optim import MaskedAdamW
 
@@ -34,7 +35,8 @@ def restrict(trainer: TrainerT, mask: SubnetMask, *, master: str = "fp32") -> Tr
 
     Raises:
         MaskMismatchError: The mask belongs to another model, or to another base.
-        ValueError: The trainer is set up in a way that a masked optimizer cannot honour.
+        TrainerError: The trainer is set up in a way that a masked optimizer cannot serve. Also when training starts, if
+            it got another optimizer in the meantime.
     """
     _refuse_what_would_break(trainer)
     own_model: Any = trainer.model
@@ -45,20 +47,27 @@ def restrict(trainer: TrainerT, mask: SubnetMask, *, master: str = "fp32") -> Tr
         if trainer.optimizer is None:
             # Built when training starts, because other tools replace parameter objects before that. A resumed run
             # already holds trained weights then, so the base was checked above.
-            built.append(_build(trainer, own_model if model is None else model, mask, master))
-            trainer.optimizer = built[-1]
+            built[:] = [_build(trainer, own_model if model is None else model, mask, master)]
+            trainer.optimizer = built[0]
+        # A second `train()` finds the optimizer of the first in the wrapper that accelerate put around it.
+        elif not built or getattr(trainer.optimizer, "optimizer", trainer.optimizer) is not built[0]:
+            raise TrainerError(
+                f"The trainer got an optimizer, {type(trainer.optimizer).__name__}, after `restrict`, which builds its "
+                "own. Do not set `trainer.optimizer`."
+            )
         return trainer.optimizer
 
     def clip_grad_norm(model: torch.nn.Module) -> torch.Tensor:
-        return built[-1].clip_grad_norm_(trainer.args.max_grad_norm)
+        return built[0].clip_grad_norm_(trainer.args.max_grad_norm)
 
-    def get_grad_norm(model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> float:
-        return float(built[-1].grad_norm() if grad_norm is None else grad_norm)
+    def get_grad_norm(model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        return built[0].grad_norm() if grad_norm is None else grad_norm
 
     hooked: Any = trainer  # instance attributes shadow the methods of the same name
     hooked.create_optimizer = create_optimizer
     hooked._clip_grad_norm = clip_grad_norm
     hooked._get_grad_norm = get_grad_norm
+    hooked._restricted_to = mask
     return trainer
 
 
@@ -84,23 +93,29 @@ def _build(trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, master: s
 
 def _refuse_what_would_break(trainer: Trainer) -> None:
     args = trainer.args
+    earlier: SubnetMask | None = getattr(trainer, "_restricted_to", None)
+    if earlier is not None:
+        raise TrainerError(
+            f"The trainer is already restricted to mask {earlier.fingerprint[:16]} (density {earlier.density:.4g}). "
+            "Build a new trainer for another mask."
+        )
     if trainer.optimizer is not None:
-        raise ValueError(
+        raise TrainerError(
             f"The trainer already has an optimizer, {type(trainer.optimizer).__name__}. Call `restrict` before "
             "`train()`, and do not pass `optimizers` to the trainer."
         )
     wanted = str(getattr(args.optim, "value", args.optim))
     if getattr(trainer, "optimizer_cls_and_kwargs", None) is not None or wanted not in _ADAMW_NAMES:
-        raise ValueError(
+        raise TrainerError(
             f"The trainer asks for the optimizer `{wanted}`, which `restrict` would replace by MaskedAdamW. "
             "Leave `optim` and `optimizer_cls_and_kwargs` at their defaults."
         )
     if args.fp16:
-        raise ValueError(
+        raise TrainerError(
             "`fp16=True` scales gradients behind the optimizer's back. Load the model in bfloat16 instead."
         )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
+        raise TrainerError(
             "This release restricts trainers on one process or under DDP; DeepSpeed flattens parameters, and sharded "
             "parameters need sharded masks."
         )

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from subnet_ft.checkpoints.models import load_model, save_model
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW, memory_ledger
-from subnet_ft.training.algorithms import ALGORITHMS, build_config
+from subnet_ft.training.algorithms import ALGORITHMS, run_config
 from subnet_ft.training.peak_memory import PeakMemory
 from subnet_ft.training.restrict import restrict
 
@@ -41,7 +38,8 @@ class TrainingRun:
         log_history: The trainer's log, one dict per logged step.
         seconds: Wall time of training; a resumed run counts only its last part.
         resumed_from: The trainer checkpoint it continued from, if any.
-        memory: Bytes by component: weights, gradients, moments, masters, mask, and `peak_rss` or `peak_device`.
+        memory: Bytes by component: weights, gradients, moments, masters, mask, the trainer's reference model if it
+            holds one, and `peak_rss` or `peak_device`.
         num_steps: Optimizer steps taken in all.
     """
 
@@ -80,23 +78,22 @@ def train(
         task: Scores completions, for algorithms that sample; `None` for the others.
         progress: Show a bar on stderr.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     from subnet_ft.training.progress import show_progress
+    from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete
 
     spec = recipe.model
     model, tokenizer = load_model(base, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
     trainer = _build_trainer(recipe, model, tokenizer, folder, dataset, task)
+    trainer.add_callback(NoSaveAtTheEnd())
     show_progress(trainer, progress=progress)
     restrict(trainer, full_mask(model) if mask is None else mask, master=recipe.subnet.optimizer.master)
 
-    checkpoints = folder / TRAINER
-    last: str | None = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
+    last = newest_complete(folder / TRAINER)
     if last is not None:
         logger.info("resuming from %s", last)
     with PeakMemory() as peak:
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - start
     # accelerate wraps the optimizer; the masked one is inside.
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -107,37 +104,32 @@ def train(
     return TrainingRun(
         log_history=log_history,
         seconds=seconds,
-        resumed_from=None if last is None else Path(last).name,
-        memory={**memory_ledger(model, optimizer), **peak.measured},
+        resumed_from=None if last is None else last.name,
+        memory={**memory_ledger(model, optimizer), **_reference_memory(trainer), **peak.measured},
         num_steps=trainer.state.global_step,
     )
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the trainer checkpoints of a finished run; the logs of `report_to` stay."""
-    for path in (folder / TRAINER).glob("checkpoint-*"):
-        shutil.rmtree(path)
 
 
 def _build_trainer(
     recipe: Recipe, model: PreTrainedModel, tokenizer: Any, folder: Path, dataset: Dataset, task: Task | None
 ) -> Any:
     algorithm = ALGORITHMS[recipe.algorithm]
-    args = build_config(
-        algorithm,
-        {
-            "save_strategy": "steps" if "save_steps" in recipe.training else "no",
-            "bf16": False,  # the weights already are in the recipe's dtype; mixed precision would add casts
-            "report_to": "none",
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            **recipe.training,
-            "output_dir": str(folder / TRAINER),
-            "seed": recipe.seed,
-        },
-    )
+    args = run_config(algorithm, recipe.training, output_dir=str(folder / TRAINER), seed=recipe.seed)
     options: dict[str, Any] = {}
     if task is not None:
         from subnet_ft.tasks import reward_functions
 
         options["reward_funcs"] = reward_functions(task, recipe.task)
-    return algorithm.trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options)
+    trainer = algorithm.trainer_class(
+        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options
+    )
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None and reference.dtype != model.dtype:
+        # TRL before 1.16 loads it in float32; the reference is the base as the policy started from it.
+        reference.to(model.dtype)
+    return trainer
+
+
+def _reference_memory(trainer: Any) -> dict[str, int]:
+    reference = getattr(trainer, "ref_model", None)
+    return {} if reference is None else {"reference_model": sum(p.nbytes for p in reference.parameters())}

@@ -18,8 +18,7 @@ from subnet_ft.evidence.report import (
 from subnet_ft.evidence.report.html import render_html
 from subnet_ft.evidence.report.markdown import render_markdown
 from subnet_ft.evidence.weights import WeightComparison
-from subnet_ft.masks import SubnetMask
-from subnet_ft.masks.mask import ModelRecord, Provenance
+from subnet_ft.masks import ModelRecord, Provenance, SubnetMask
 
 N = 400
 EVIL = "<script>alert('x')</script><img src=\"https://example.com/a.png\" onerror=alert(1)> `|*`"
@@ -242,6 +241,16 @@ def test_render_markdown_states_the_verdict_in_its_first_line(accuracy, verdict)
     assert lines_for_terminal(report)[0] == f"Verdict: {verdict.replace('_', ' ')}"
 
 
+def test_reports_do_not_call_a_run_recovered_that_does_nothing():
+    runs = {name: RunEvidence(name, records(share)) for name, share in (("base", 0.50), ("full", 0.52))}
+    report = whole_report(**runs, subnet=RunEvidence("subnet", records(0.50)), controls=[])
+    assert report.verdict == "undecided"
+    text = render_markdown(report)
+    assert "It is not settled whether the subnetwork recovered what the full run gained." in text
+    assert "the base model itself lies within it" in text
+    assert "for lying within the margin to count, by more than the margin" in text
+
+
 def test_reports_say_first_when_the_mask_was_broken():
     report = whole_report(subnet=RunEvidence("subnet", records(0.55), weights=weights(0.5, 0.9, off_mask=3)))
     assert render_markdown(report).splitlines()[0] == "# Verdict: recovered, but the mask was broken"
@@ -313,7 +322,8 @@ def test_build_report_names_the_runs_that_a_mask_cost():
 
 def test_build_report_gives_in_mask_identity_beside_the_base_models():
     text = render_markdown(whole_report())
-    assert "Inside the full run's mask 52.9 % of the weights equal the full run's bit for bit" in text
+    assert "Of the weights whose bits the full run changed, 52.9 % equal the full run's bit for bit" in text
+    assert "| subnetwork, weights the full run changed | 52.9 % |" in text
     assert "91.8 % against the base model's own 82.7 %" in text
     assert "| magnitude-matched control | 62.5 % | 0 | 0.51 |" in text
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from subnet_ft.evidence.statistics import paired_difference
-from subnet_ft.evidence.verdict import above_control, control_verdict, prompts_to_decide, verdict
+from subnet_ft.evidence.verdict import above_control, prompts_to_decide, verdict
 
 N = 1000
 RULE = {"margin": 0.04, "confidence": 0.95}
@@ -106,11 +106,49 @@ def test_verdict_refuses_a_rule_without_meaning(margin, confidence):
         verdict(BASE, FULL, FULL, margin=margin, confidence=confidence)
 
 
-def test_control_verdict_is_the_same_rule():
-    subject = solves(0.45)
-    result = control_verdict(BASE, FULL, subject, **RULE)
-    assert result.name == verdict(BASE, FULL, subject, **RULE).name == "not_recovered"
-    assert "control" in result.reason
+def test_verdict_names_the_run_that_it_judges():
+    assert verdict(BASE, FULL, solves(0.45), **RULE, subject="control").reason.startswith("The control is below")
+
+
+@pytest.mark.parametrize("gain", [0.005, 0.02, 0.039, 0.04, 0.05, 0.06, 0.10, 0.30])
+@pytest.mark.parametrize("swapped", [0, 30, 200])
+@pytest.mark.parametrize("margin", [0.005, 0.04, 0.2])
+def test_verdict_never_awards_recovered_to_the_base_itself(gain, swapped, margin):
+    full = solves(0.50 + gain, swapped=swapped)
+    base = solves(0.50)
+    assert verdict(base, full, base, margin=margin, confidence=0.95).name != "recovered"
+
+
+def test_verdict_undecided_when_the_margin_is_not_smaller_than_the_gain():
+    base, full = solves(0.50), solves(0.52)
+    for judged in (base, full):
+        result = verdict(base, full, judged, **RULE)
+        assert result.name == "undecided"
+        assert (
+            "margin of 4.0 points is not smaller than the gain, so the base model itself lies within" in result.reason
+        )
+        assert "full run minus base is +2.0 points (95 % interval" in result.reason
+        assert "no number of prompts would decide it" in result.reason
+        assert "Choose a smaller margin, evaluate more prompts or train the full run for longer" in result.reason
+
+
+def test_verdict_undecided_when_the_gain_may_be_smaller_than_the_margin():
+    base, full = solves(0.50), solves(0.545)
+    result = verdict(base, full, full, **RULE)
+    assert result.name == "undecided"
+    assert "not shown to be smaller than the gain, so the base model itself may lie within" in result.reason
+    assert "prompts would decide it if" in result.reason
+    assert verdict(base, full, full, margin=0.03, confidence=0.95).name == "recovered"
+
+
+def test_verdict_recovered_above_the_full_run_whatever_its_gain():
+    result = verdict(solves(0.50), solves(0.52), solves(0.53), **RULE)
+    assert result.name == "recovered"
+    assert "above the full run" in result.reason
+
+
+def test_verdict_not_recovered_below_the_margin_whatever_the_gain():
+    assert verdict(solves(0.50), solves(0.52), solves(0.40), **RULE).name == "not_recovered"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +169,7 @@ def test_above_control_answers(control, answer, words):
 
 def test_prompts_to_decide_is_enough_at_the_same_shares():
     gap = paired_difference(solves(0.53, swapped=150), FULL, confidence=0.90)
-    needed = prompts_to_decide(gap, margin=0.04)
+    needed = prompts_to_decide(gap, paired_difference(FULL, BASE, confidence=0.95), margin=0.04)
     times = needed / N
     b, c = round(gap.only_first * times), round(gap.only_second * times)
     both = needed - b - c
@@ -145,4 +183,16 @@ def test_prompts_to_decide_is_enough_at_the_same_shares():
 
 def test_prompts_to_decide_works_without_discordant_prompts():
     gap = paired_difference(FULL[:20], FULL[:20], confidence=0.90)
-    assert prompts_to_decide(gap, margin=0.04) == 65
+    gain = paired_difference(FULL, BASE, confidence=0.95)
+    assert prompts_to_decide(gap, gain, margin=0.04) == 65
+
+
+def test_prompts_to_decide_waits_until_the_gain_is_larger_than_the_margin():
+    same = paired_difference(FULL, FULL, confidence=0.90)
+    small = paired_difference(solves(0.545), solves(0.50), confidence=0.95)
+    needed = prompts_to_decide(same, small, margin=0.04)
+    shares = [round(needed * share) for share in (0.545, 0.50)]
+    first, second = (np.arange(needed) < count for count in shares)
+    assert paired_difference(first, second, confidence=0.95).low > 0.04
+    assert needed > 5000
+    assert prompts_to_decide(same, small, margin=0.045) is None

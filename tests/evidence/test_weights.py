@@ -67,8 +67,8 @@ def flat(values: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_compare_weights_equals_three_lines_of_torch(dtype, chunk, monkeypatch):
     monkeypatch.setattr(weights_module, "_CHUNK", chunk)
     base = random_model(0, dtype=dtype)
-    full_mask, run_mask = random_mask(1, 0.4), random_mask(2, 0.3)
-    full = moved(base, full_mask, seed=3, by=1e-4)
+    run_mask = random_mask(2, 0.3)
+    full = moved(base, random_mask(1, 0.4), seed=3, by=1e-4)
     run = moved(base, run_mask, seed=4, by=1e-4)
     run["scale"] = base["scale"] + 1
     run_mask["scale"] = torch.tensor(False)
@@ -77,10 +77,10 @@ def test_compare_weights_equals_three_lines_of_torch(dtype, chunk, monkeypatch):
         FakeCheckpoint("base", base),
         FakeCheckpoint("full", full),
         {"subnet": RunWeights(FakeCheckpoint("run", run), run_mask)},
-        full_mask=full_mask,
     )["subnet"]
 
-    b, f, r, m, own = flat(base), flat(full), flat(run), flat(full_mask), flat(run_mask)
+    b, f, r, own = flat(base), flat(full), flat(run), flat(run_mask)
+    m = b != f
     assert result.num_parameters == len(b)
     assert result.num_in_mask == int(m.sum())
     assert result.off_mask_changed == int(((r != b) & ~own).sum()) == 1
@@ -96,7 +96,7 @@ def test_compare_weights_equals_three_lines_of_torch(dtype, chunk, monkeypatch):
     assert result.relative_distance == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_compare_weights_without_a_full_mask_takes_what_the_full_run_changed():
+def test_compare_weights_takes_the_weights_whose_bits_the_full_run_changed():
     base = random_model(0)
     full = moved(base, random_mask(1, 0.4), seed=3, by=1e-2)
     result = compare_weights(
@@ -117,7 +117,6 @@ def test_compare_weights_when_the_full_run_changed_nothing():
         FakeCheckpoint("base", base),
         FakeCheckpoint("full", base),
         {"subnet": RunWeights(FakeCheckpoint("run", random_model(5)), empty)},
-        full_mask=empty,
     )["subnet"]
     assert result.relative_distance is None
     assert result.in_mask_identical is None
@@ -135,7 +134,6 @@ def test_compare_weights_compares_bits_not_values():
         FakeCheckpoint("base", base),
         FakeCheckpoint("full", base),
         {"run": RunWeights(FakeCheckpoint("run", run), outside)},
-        full_mask={"w": torch.ones(4, dtype=torch.bool)},
     )["run"]
     assert result.off_mask_changed == 2
     assert result.identical == {"0": 0.5, "1e-06": 1.0, "1e-05": 1.0, "0.0001": 1.0}
@@ -164,7 +162,7 @@ def test_compare_weights_reads_real_checkpoints_and_masks(tmp_path):
     folders = {name: save_tiny("llama", tmp_path / name, seed=seed) for seed, name in enumerate(["base", "full"])}
     base, full = (open_checkpoint(folders[name]) for name in ("base", "full"))
     mask = SubnetMask.from_dense({name: value != full.tensor(name) for name, value in base.tensors()})
-    result = compare_weights(base, full, {"full": RunWeights(full, mask)}, full_mask=mask)["full"]
+    result = compare_weights(base, full, {"full": RunWeights(full, mask)})["full"]
     assert result.num_parameters == mask.num_parameters
     assert result.num_in_mask == mask.num_trainable > 0
     assert result.off_mask_changed == 0
@@ -209,5 +207,28 @@ def test_compare_weights_refuses_a_mask_of_another_model(bad):
     model = FakeCheckpoint("model", {"w": torch.zeros(2)})
     with pytest.raises(MaskMismatchError, match="`w`"):
         compare_weights(model, model, {"subnet": RunWeights(model, bad)})
-    with pytest.raises(MaskMismatchError, match="the full run"):
-        compare_weights(model, model, {"subnet": RunWeights(model)}, full_mask=bad)
+
+
+def test_compare_weights_casts_to_a_dtype():
+    """The base is stored in float32 and holds what bfloat16 cannot; both runs start from its cast."""
+    stored = {name: value + 1e-5 for name, value in random_model(0, dtype=torch.float32).items()}
+    start = {name: value.bfloat16() for name, value in stored.items()}
+    run_mask = random_mask(2, 0.3)
+    full, run = (moved(start, mask, seed=3, by=1e-2) for mask in (random_mask(1, 0.4), run_mask))
+    runs = {"subnet": RunWeights(FakeCheckpoint("run", run), run_mask)}
+    cast, plain = (
+        compare_weights(FakeCheckpoint("base", base), FakeCheckpoint("full", full), runs, dtype=dtype)["subnet"]
+        for base, dtype in ((stored, "bfloat16"), (start, None))
+    )
+    assert cast == plain
+    assert cast.off_mask_changed == 0
+    assert 0 < cast.num_in_mask < cast.num_parameters
+
+
+def test_compare_weights_names_the_cast_that_different_dtypes_need():
+    base, full = FakeCheckpoint("base", random_model(0, dtype=torch.float32)), FakeCheckpoint("full", random_model(0))
+    for first, second in ((base, full), (full, base)):
+        with pytest.raises(CheckpointMismatchError, match="after a cast with dtype='bfloat16'"):
+            compare_weights(first, second, {})
+    with pytest.raises(ValueError, match="`dtype` must be one of bfloat16, float16, float32, got 'int8'"):
+        compare_weights(base, full, {}, dtype="int8")

@@ -9,7 +9,7 @@ import pytest
 
 from subnet_ft.recipe.training import ALGORITHM_DATA
 from subnet_ft.training import ALGORITHMS, config_fields
-from subnet_ft.training.algorithms import Algorithm, build_config
+from subnet_ft.training.algorithms import Algorithm, build_config, run_config
 
 
 def test_every_algorithm_is_known_to_recipes_and_the_other_way_round() -> None:
@@ -37,3 +37,12 @@ def test_build_config_passes_a_field_under_its_older_name(monkeypatch: pytest.Mo
     assert config == OldConfig(gradient_checkpointing=False)
     with pytest.raises(TypeError, match="unknown_field"):
         build_config(Algorithm("old", "a:b", "c:d"), {"unknown_field": 1})
+
+
+def test_run_config_keeps_folder_and_seed_and_saves_only_when_asked(tmp_path: Path) -> None:
+    training = {"learning_rate": 0.5, "seed": 1, "output_dir": "elsewhere"}
+    config = run_config(ALGORITHMS["dpo"], training, output_dir=str(tmp_path), seed=7)
+    assert (config.learning_rate, config.seed, config.output_dir) == (0.5, 7, str(tmp_path))
+    assert (config.save_strategy, config.bf16, config.report_to) == ("no", False, [])
+    saving = run_config(ALGORITHMS["dpo"], {"save_steps": 5}, output_dir=str(tmp_path), seed=7)
+    assert (saving.save_strategy, saving.save_steps) == ("steps", 5)

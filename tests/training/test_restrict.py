@@ -13,7 +13,7 @@ from helpers import random_bits, same_bits
 from transformers import Trainer, TrainingArguments
 
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
-from subnet_ft.errors import MaskMismatchError
+from subnet_ft.errors import MaskMismatchError, TrainerError
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask
 from subnet_ft.optim import MaskedAdamW
 from subnet_ft.training import restrict
@@ -124,13 +124,59 @@ def test_restrict_refuses_a_mask_of_another_base(tmp_path: Path) -> None:
 def test_restrict_refuses_a_trainer_that_has_an_optimizer(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     trainer.create_optimizer()
-    with pytest.raises(ValueError, match="already has an optimizer, AdamW"):
+    with pytest.raises(TrainerError, match="already has an optimizer, AdamW"):
         restrict(trainer, half_mask(trainer.model))
 
 
 def test_restrict_refuses_to_replace_a_chosen_optimizer(tmp_path: Path) -> None:
     trainer = build(tmp_path, optim="adafactor")
-    with pytest.raises(ValueError, match="asks for the optimizer `adafactor`"):
+    with pytest.raises(TrainerError, match="asks for the optimizer `adafactor`"):
+        restrict(trainer, half_mask(trainer.model))
+
+
+def test_restrict_refuses_a_second_mask(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    mask = half_mask(trainer.model)
+    restrict(trainer, mask)
+    full = SubnetMask.full({name: tuple(p.shape) for name, p in trainer.model.named_parameters()})
+    with pytest.raises(TrainerError, match=f"already restricted to mask {mask.fingerprint[:16]}"):
+        restrict(trainer, full)
+    assert trainer.create_optimizer().mask is mask
+
+
+def test_restrict_refuses_an_optimizer_that_was_set_after_it(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    restrict(trainer, half_mask(trainer.model))
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-2)
+    with pytest.raises(TrainerError, match="got an optimizer, SGD, after `restrict`"):
+        trainer.train()
+
+
+def test_restrict_lets_a_trainer_train_twice(tmp_path: Path) -> None:
+    trainer = build(tmp_path, max_steps=2)
+    mask = half_mask(trainer.model)
+    start = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    restrict(trainer, mask)
+    trainer.train()
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert same_bits(parameter.detach()[~mask[name]], start[name][~mask[name]])
+
+
+def test_restrict_trains_tensors_of_the_mask_that_were_frozen(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    frozen = dict(trainer.model.named_parameters())[name].requires_grad_(False)
+    start = frozen.detach().clone()
+    restrict(trainer, half_mask(trainer.model)).train()
+    assert not torch.equal(frozen.detach(), start)
+
+
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_restrict_refuses_sharded_training(tmp_path: Path, sharding: str) -> None:
+    trainer = build(tmp_path)
+    setattr(trainer, sharding, True)
+    with pytest.raises(TrainerError, match="one process or under DDP"):
         restrict(trainer, half_mask(trainer.model))
 
 

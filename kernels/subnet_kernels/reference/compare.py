@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from subnet_kernels.reference.bitmap import count_bits, pack_bits
+from subnet_kernels.reference.views import bits_view
 
 CRITERIA = ("exact", "absolute", "relative")
-_BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def changed_bits(
@@ -15,8 +15,7 @@ def changed_bits(
 ) -> tuple[torch.Tensor, int]:
     """Return the packed bits of the changed elements of two (N,) tensors, and their count."""
     if criterion == "exact":
-        bit_type = _BIT_TYPES[base.element_size()]
-        changed = base.contiguous().view(bit_type) != tuned.contiguous().view(bit_type)
+        changed = bits_view(base) != bits_view(tuned)
     else:
         base_fp32, tuned_fp32 = base.float(), tuned.float()
         threshold = base_fp32.abs().mul_(tolerance) if criterion == "relative" else tolerance

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from subnet_kernels.reference.views import bits_view
+
 _SEEDS = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 16  # small enough that the int64 temporaries stay in cache
 _CHUNK_ON_DEVICE = 1 << 24  # large enough that the wait for each sum does not count
 
 
 def fingerprint(tensor: torch.Tensor, *, offset: int) -> tuple[int, int]:
     """Sum the mixes of all elements of `tensor`, under both seeds, modulo 2**64."""
-    flat = tensor.detach().contiguous().view(-1).view(_BIT_TYPES[tensor.element_size()])
+    flat = bits_view(tensor).view(-1)
     sums = [0, 0]
     chunk = _CHUNK if flat.device.type == "cpu" else _CHUNK_ON_DEVICE
     for start in range(0, flat.numel(), chunk):

@@ -125,7 +125,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         facts.append(("of the weights trained", wording.percent(report.density.overall)))
     weights = report.weights.get(report.subnet)
     if weights is not None and weights.in_mask_identical:
-        facts.append(("identical in the mask", wording.percent(weights.in_mask_identical["0"])))
+        facts.append(("of what the full run changed is identical", wording.percent(weights.in_mask_identical["0"])))
     return facts
 
 

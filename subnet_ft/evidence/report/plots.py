@@ -78,7 +78,7 @@ def difference_plot(report: Report, width: float) -> str | None:
 
 
 def identity_plot(report: Report, width: float) -> str | None:
-    """Share of weights equal to the full run's: a bar inside its mask, a ring over all weights."""
+    """Share of weights equal to the full run's: a bar over those whose bits it changed, a ring over all weights."""
     entry = next((report.weights[name] for name in report.runs if name in report.weights), None)
     if entry is None or entry.base_in_mask_identical is None:
         return None
@@ -94,7 +94,14 @@ def identity_plot(report: Report, width: float) -> str | None:
         style = css_class(report, name)
         row_label(svg, label(report, name), y)
         svg.line(x(0), y, x(1), y, "grid")
-        svg.rect(x(0), y - 8, x(inside) - x(0), 16, f"bar {style}", tip=f"inside the mask: {percent(inside)}")
+        svg.rect(
+            x(0),
+            y - 8,
+            x(inside) - x(0),
+            16,
+            f"bar {style}",
+            tip=f"where the full run changed the bits: {percent(inside)}",
+        )
         svg.circle(x(overall), y, 5.5, f"ring {style}", tip=f"over all weights: {percent(overall, 2)}")
         svg.text(width - 2, y + 4, percent(inside), "value", anchor="end")
     return svg.render()

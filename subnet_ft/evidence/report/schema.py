@@ -186,7 +186,10 @@ class Report:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Report:
-        """Rebuild a report from `to_dict`, or from what `report.json` holds."""
+        """Rebuild a report from `to_dict`, or from what `report.json` holds.
+
+        Nothing here calls it: it is the reader of `report.json` for scripts that compare or redraw reports.
+        """
         values = dict(fields)
         values["control_verdicts"] = {name: Verdict(**entry) for name, entry in values["control_verdicts"].items()}
         values["above_control"] = {name: Comparison(**entry) for name, entry in values["above_control"].items()}

@@ -77,7 +77,7 @@ def controls_table(report: Report) -> Table | None:
 
 
 def identity_table(report: Report) -> Table | None:
-    """Shares of weights within a tolerance of the full run's, inside its mask and over all weights."""
+    """Shares of weights within a tolerance of the full run's, over those whose bits it changed and over all."""
     entry = next((report.weights[name] for name in report.runs if name in report.weights), None)
     if entry is None:
         return None
@@ -86,10 +86,20 @@ def identity_table(report: Report) -> Table | None:
     compared = [name for name in report.runs if name in report.weights and name != report.full]
     if entry.base_in_mask_identical:
         shares = entry.base_in_mask_identical
-        rows.append([f"{label(report, report.base)}, in the mask", *(percent(shares[key]) for key in tolerances)])
+        rows.append(
+            [
+                f"{label(report, report.base)}, weights the full run changed",
+                *(percent(shares[key]) for key in tolerances),
+            ]
+        )
         for name in compared:
             inside = report.weights[name].in_mask_identical or {}
-            rows.append([f"{label(report, name)}, in the mask", *(percent(inside.get(key)) for key in tolerances)])
+            rows.append(
+                [
+                    f"{label(report, name)}, weights the full run changed",
+                    *(percent(inside.get(key)) for key in tolerances),
+                ]
+            )
     rows.append(
         [f"{label(report, report.base)}, all weights", *(percent(entry.base_identical[key], 2) for key in tolerances)]
     )

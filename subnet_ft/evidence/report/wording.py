@@ -99,7 +99,7 @@ def claim(report: Report) -> str:
         return "Training only the subnetwork reached the full run's accuracy" + _reservation(report)
     return {
         "not_recovered": "Training only the subnetwork did not reach the full run's accuracy.",
-        "undecided": "These prompts do not settle whether the subnetwork reached the full run's accuracy.",
+        "undecided": "It is not settled whether the subnetwork recovered what the full run gained.",
         "nothing_to_recover": "The full run is not shown to gain anything that a subnetwork could recover.",
         "not_assessed": "Accuracy was not measured, so recovery cannot be judged.",
     }[report.verdict]
@@ -147,16 +147,16 @@ def control_sentences(report: Report) -> list[str]:
 
 
 def identity_sentence(report: Report) -> str | None:
-    """Give identity inside the mask first, and the base model's own beside both."""
+    """Give identity over what the full run changed first, and the base model's own beside both."""
     weights = report.weights.get(report.subnet)
     if weights is None:
         return None
     inside, base_inside = weights.in_mask_identical, weights.base_in_mask_identical
     first = (
-        f"Inside the full run's mask {percent(inside['0'])} of the weights equal the full run's bit for bit; of the "
-        f"base model's weights {percent(base_inside['0'])} do."
+        f"Of the weights whose bits the full run changed, {percent(inside['0'])} equal the full run's bit for bit; of "
+        f"the base model's, {percent(base_inside['0'])} do."
         if inside and base_inside
-        else "The full run's mask is empty."
+        else "The full run changed no weight's bits."
     )
     return (
         f"{first} Over all weights it is {percent(weights.identical['0'])} against the base model's own "
@@ -171,8 +171,9 @@ def rule_sentence(report: Report) -> str:
         f"A run recovers when the {narrow * 100:g} % interval of its difference to the full run lies within "
         f"{report.margin * 100:g} points of zero on both sides (two one-sided tests at "
         f"{(1 - report.confidence) * 100:g} % each), or wholly above zero; it fails when the interval lies wholly "
-        "below the margin. The full run must first be above the base model at "
-        f"{report.confidence * 100:g} %. Intervals are Tango's for paired proportions, over "
+        f"below the margin. The full run must first be above the base model at {report.confidence * 100:g} %, and for "
+        "lying within the margin to count, by more than the margin: otherwise the base model itself could lie within "
+        "it. Intervals are Tango's for paired proportions, over "
         f"{report.num_prompts:,} held-out prompts, and cover the choice of prompts only."
     )
 

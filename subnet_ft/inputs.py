@@ -1,0 +1,117 @@
+"""What the stages of a recipe start from: base, data and settings, and the digests that tell when one changed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+from subnet_ft.checkpoints import Checkpoint, open_checkpoint
+from subnet_ft.digests import checkpoint_sha256, json_sha256, rewards_sha256
+from subnet_ft.masks import SubnetMask
+from subnet_ft.recipe import Recipe
+from subnet_ft.recipe.training import ALGORITHM_DATA
+from subnet_ft.tasks import RecipeData, load_recipe_data, reward_functions
+
+# Fields that change what is seen or kept of a run, not what it computes.
+_NOT_COMPUTED = (
+    "dataloader_num_workers", "disable_tqdm", "logging_first_step", "logging_steps", "logging_strategy", "report_to",
+    "run_name", "save_steps", "save_strategy", "save_total_limit",
+)  # fmt: skip
+
+
+class RunInputs:
+    """A recipe's base and data, read when first needed and once.
+
+    Args:
+        recipe: The recipe.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def check(self) -> None:
+        """Read everything that a later stage needs, so that what is missing is known before hours of training."""
+        assert self.base.specs
+        if self.data.task is not None:
+            reward_functions(self.data.task, self.recipe.task)
+        if self.recipe.subnet.source.kind == "file":
+            self.mask_from_file()
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base checkpoint."""
+        return open_checkpoint(self.recipe.model.name, revision=self.recipe.model.revision)
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """Digest of the base checkpoint."""
+        return checkpoint_sha256(self.base.folder)
+
+    @cached_property
+    def data(self) -> RecipeData:
+        """What the recipe trains on and is judged on."""
+        return load_recipe_data(self.recipe)
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Digest of the training prompts with their answers, or of the preferences."""
+        if self.data.task is None:
+            assert self.data.preferences is not None
+            return json_sha256(self.data.preferences)
+        return json_sha256([example.prompt, example.answer] for example in self.data.task.train)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the algorithm samples and scores completions itself."""
+        return ALGORITHM_DATA[self.recipe.algorithm] == "prompts"
+
+    def mask_from_file(self) -> SubnetMask:
+        """Load the mask that the recipe names, checked against the base."""
+        path = self.recipe.subnet.source.path
+        assert path is not None  # the recipe was checked
+        return SubnetMask.load(path, base=self.base)
+
+    def of_loading(self) -> dict[str, Any]:
+        """What decides how a checkpoint is loaded."""
+        model = self.recipe.model
+        return {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+
+    def of_pairs(self) -> dict[str, Any]:
+        """What the sampled preference pairs depend on."""
+        return {
+            "base": self.base_sha256,
+            "load": self.of_loading(),
+            "data": self.data_sha256,
+            "task": asdict(self.recipe.task),
+            "seed": self.recipe.seed,
+        }
+
+    def of_training(self, mask: SubnetMask | None) -> dict[str, Any]:
+        """What a training run depends on; `mask` is `None` for the full run."""
+        recipe = self.recipe
+        return {
+            "base": self.base_sha256,
+            "model": self.of_loading(),
+            "task": asdict(recipe.task),
+            "data": self.data_sha256,
+            "rewards": rewards_sha256(recipe.task.rewards) if self.samples else {},
+            "algorithm": recipe.algorithm,
+            "training": {key: value for key, value in recipe.training.items() if key not in _NOT_COMPUTED},
+            "optimizer": asdict(recipe.subnet.optimizer),
+            "seed": recipe.seed,
+            "mask": None if mask is None else mask.fingerprint,
+        }
+
+    def of_answers(self, checkpoint: str) -> dict[str, Any]:
+        """What the answers of a checkpoint, given by its digest, depend on."""
+        spec, task = self.recipe.evaluation, self.data.evaluation
+        assert task is not None
+        return {
+            "model": checkpoint,
+            "load": self.of_loading(),
+            "task": asdict(spec.task or self.recipe.task),
+            "prompts": json_sha256([example.prompt, example.answer] for example in task.evaluation),
+            "max_new_tokens": spec.max_new_tokens,
+            "batch_size": spec.batch_size,
+        }
