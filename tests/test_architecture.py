@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "cli": {*_WEIGHTS, "tasks", "recipe", "training", "evidence", "stages", "environment", "verification", "pipeline"},
     "__main__": {"cli"},
+    "benchmarks": {"subnet_kernels"},  # kernels/benchmarks, which is not packaged
 }
 KERNEL_IMPORTS = {"torch", "triton", "numpy", "subnet_kernels", *sys.stdlib_module_names}
 LONGEST_FILE = 350

@@ -22,7 +22,6 @@ from subnet_ft.masks.provenance import (
     format_fingerprint,
     narrowest_dtype,
 )
-from subnet_kernels import CRITERIA
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -158,8 +157,8 @@ class _Comparison:
 
 
 def _check_arguments(criterion: str, tolerance: float, dtype: str | None) -> None:
-    if criterion not in CRITERIA:
-        raise MaskError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+    if criterion not in subnet_kernels.CRITERIA:
+        raise MaskError(f"`criterion` must be one of {', '.join(subnet_kernels.CRITERIA)}, got {criterion!r}.")
     if not (tolerance >= 0.0 and math.isfinite(tolerance)):
         raise MaskError(f"`tolerance` must be a finite number >= 0, got {tolerance!r}.")
     if criterion == "exact" and tolerance != 0.0:

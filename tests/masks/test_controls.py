@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import random_bits
 
 import subnet_ft.masks.controls as controls
+from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.errors import MaskError
-from subnet_ft.masks import SubnetMask, control_mask
+from subnet_ft.masks import CONTROLS, SubnetMask, control_mask, extract
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -82,6 +86,17 @@ def test_uniform_control_over_several_tiles_is_not_stratified(monkeypatch: pytes
     in_first_tile = [int(control_mask(mask, "uniform", seed=seed)["w"][:10].sum()) for seed in range(300)]
     assert {0, 1, 2, 3, 4} <= set(in_first_tile)
     assert abs(sum(in_first_tile) / 300 - 2.0) < 5 * (1.05 / 300**0.5)
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_control_mask_fits_the_base_of_a_mask_that_was_compared_after_a_cast(kind: str, tmp_path: Path) -> None:
+    base, tuned = (save_tiny("llama", tmp_path / str(seed), seed=seed, dtype=torch.float32) for seed in (0, 1))
+    mask = extract(base, tuned, dtype="bfloat16")
+    control = control_mask(mask, kind, seed=0, weights=open_checkpoint(base).tensors())
+    control.check_base(base)
+    path = control.save(tmp_path / "control.subnet.safetensors")
+    assert SubnetMask.load(path, base=base).provenance == control.provenance
+    (~control).check_base(base)
 
 
 def test_control_mask_names_a_bad_kind_and_missing_weights() -> None:

@@ -15,7 +15,7 @@ from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import FAMILIES, tiny_model
 from subnet_ft.errors import CheckpointMismatchError, MaskError, MaskMismatchError
 from subnet_ft.masks import SubnetMask, extract, extraction
-from subnet_ft.masks.mask import format_fingerprint
+from subnet_ft.masks.provenance import format_fingerprint
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -194,6 +194,16 @@ def test_extract_refuses_different_dtypes_unless_cast(tmp_path: Path) -> None:
     assert f"`{EMBEDDING}` bfloat16 and float32" in message
     assert "and 17 more" in message
     assert "dtype='bfloat16' (`--dtype bfloat16`)" in message
+    assert extract(base, tuned, dtype="bfloat16").num_trainable == 0
+
+
+def test_extract_recommends_the_narrower_dtype_of_a_wider_base(tmp_path: Path) -> None:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(base)
+    model.bfloat16().save_pretrained(tuned)
+    with pytest.raises(CheckpointMismatchError, match=r"dtype='bfloat16' \(`--dtype bfloat16`\)"):
+        extract(base, tuned)
     assert extract(base, tuned, dtype="bfloat16").num_trainable == 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,16 @@ from helpers import random_bits
 from safetensors.torch import load_file, save_file
 
 from subnet_ft.errors import MaskFileError, MaskMismatchError
-from subnet_ft.masks import ModelRecord, Provenance, SubnetMask
+from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, check_writable
+from subnet_ft.masks import file as file_module
 
 
 @pytest.fixture
 def mask() -> SubnetMask:
     provenance = Provenance(
-        base=ModelRecord("base/model", "main", {"w": "bfloat16"}, {"w": "ab" * 16}),
+        base=ModelRecord(
+            "base/model", "main", {"w": "bfloat16", "empty": "float32"}, {"w": "ab" * 16, "empty": "0" * 32}
+        ),
         tuned=ModelRecord("tuned"),
         criterion="absolute",
         tolerance=1e-5,
@@ -81,6 +86,8 @@ def test_load_refuses_a_truncated_file(mask: SubnetMask, tmp_path: Path) -> None
         ({"version": "2"}, "version '2'"),
         ({"tensors": "{"}, "`tensors` is not JSON"),
         ({"tensors": "[]"}, "`tensors` is list"),
+        ({"tensors": "[" * 100_000}, "`tensors` is not JSON"),
+        ({"tensors": '{"w": ' + "9" * 5000 + "}"}, "`tensors` is not JSON"),
         ({"tensors": json.dumps({"w": {"shape": [7, 11], "count": 78}})}, "has count 78"),
         ({"tensors": json.dumps({"w": {"shape": [7, -11], "count": 1}})}, r"shape \[7, -11\]"),
         ({"tensors": json.dumps({"w": {"shape": [True, 77], "count": 1}})}, r"shape \[True, 77\]"),
@@ -88,7 +95,9 @@ def test_load_refuses_a_truncated_file(mask: SubnetMask, tmp_path: Path) -> None
         ({"tensors": json.dumps({"w": {"shape": [2**62, 2], "count": 5}})}, r"bits of `w` are torch\.uint8 \(10,\)"),
         ({"tensors": json.dumps({"v": {"shape": [77], "count": 5}})}, "tensor `v` is described but not stored"),
         ({"tensors": json.dumps({})}, "tensor `w` is stored but not described"),
-        ({"provenance": json.dumps({"nonsense": 1})}, "provenance cannot be read"),
+        ({"provenance": json.dumps({"nonsense": 1})}, "provenance cannot be read: .*unknown field `nonsense`"),
+        ({"provenance": json.dumps({"tolerance": "0"})}, "provenance cannot be read: `tolerance` is '0'"),
+        ({"provenance": json.dumps({"base": {"name": "b"}})}, "base `b` has no fingerprint of `w`"),
     ],
 )
 def test_load_refuses_a_header_that_lies(
@@ -97,6 +106,79 @@ def test_load_refuses_a_header_that_lies(
     path = mask.save(tmp_path / "m.subnet.safetensors")
     rewrite(path, metadata)
     with pytest.raises(MaskFileError, match=message):
+        SubnetMask.load(path)
+
+
+@pytest.mark.parametrize("part", ["fingerprints", "dtypes"])
+@pytest.mark.parametrize("change", [{}, {"empty": None}, {"odd": "ab" * 16}])
+def test_load_refuses_a_base_that_could_not_be_checked(
+    mask: SubnetMask, tmp_path: Path, part: str, change: dict[str, str | None]
+) -> None:
+    path = mask.save(tmp_path / "m.subnet.safetensors")
+    provenance = asdict(mask.provenance)
+    entries = {**provenance["base"][part], **change} if change else {}
+    provenance["base"][part] = {name: entry for name, entry in entries.items() if entry is not None}
+    rewrite(path, {"provenance": json.dumps(provenance)})
+    with pytest.raises(MaskFileError, match=r"base `base/model` has (no|a) .* so the base cannot be checked"):
+        SubnetMask.load(path)
+
+
+def test_save_refuses_a_base_that_could_not_be_checked(mask: SubnetMask, tmp_path: Path) -> None:
+    named = SubnetMask(mask.tensors, replace(mask.provenance, base=ModelRecord("base/model")))
+    with pytest.raises(MaskFileError, match="base `base/model` has no fingerprint of `w`"):
+        named.save(tmp_path / "m.subnet.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    SubnetMask(mask.tensors, replace(mask.provenance, base=None)).save(tmp_path / "m.subnet.safetensors")
+
+
+def test_check_writable_accepts_a_new_and_an_old_file_and_creates_nothing(mask: SubnetMask, tmp_path: Path) -> None:
+    check_writable(tmp_path / "deep" / "er" / "m.subnet.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    check_writable(mask.save(tmp_path / "m.subnet.safetensors"))
+
+
+def test_check_writable_names_a_folder_and_a_file_in_the_way(
+    mask: SubnetMask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for path, message in (
+        (tmp_path, r"is a folder\. Name the file in it, such as `.*run\.subnet\.safetensors`"),
+        (tmp_path / "file" / "m.safetensors", "file` is a file, not a folder"),
+        (tmp_path / "file" / "deep" / "m.safetensors", "cannot be written: "),
+        (tmp_path / ("x" * 300) / "m.safetensors", "cannot be written: File name too long"),
+    ):
+        for attempt in (check_writable, mask.save):
+            with pytest.raises(MaskFileError, match=message):
+                attempt(path)
+    monkeypatch.setattr(file_module.os, "access", lambda folder, mode: folder != tmp_path)
+    with pytest.raises(MaskFileError, match=r"no permission to write in `.*another folder, or change"):
+        check_writable(tmp_path / "new" / "m.safetensors")
+
+
+def test_save_names_the_path_when_the_disk_refuses(
+    mask: SubnetMask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    path = tmp_path / "m.subnet.safetensors"
+    with pytest.raises(MaskFileError, match=r"m\.subnet\.safetensors` cannot be written: Permission denied\. Choose"):
+        mask.save(path)
+
+
+def test_load_names_a_folder_and_a_file_that_may_not_be_read(
+    mask: SubnetMask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MaskFileError, match="is a folder, not a mask file"):
+        SubnetMask.load(tmp_path)
+    path = mask.save(tmp_path / "m.subnet.safetensors")
+
+    def refuse(path: Path, framework: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(file_module, "safe_open", refuse)
+    with pytest.raises(MaskFileError, match=r"cannot be read: Permission denied\. Check its permissions"):
         SubnetMask.load(path)
 
 

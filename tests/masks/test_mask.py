@@ -8,7 +8,7 @@ from helpers import random_bits
 
 import subnet_kernels
 from subnet_ft.errors import MaskError, MaskMismatchError
-from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, TensorMask, canonical_name, layer_and_kind
+from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, TensorMask, layer_and_kind
 
 SHAPES = {"model.layers.0.up.weight": (3, 5), "model.layers.1.up.weight": (3, 5), "model.norm.weight": (7,)}
 
@@ -67,6 +67,29 @@ def test_subnet_mask_algebra_refuses_other_shapes_and_other_bases() -> None:
         make(0.5, 1, bases[0]) | make(0.5, 2, bases[1])
 
 
+def test_subnet_mask_algebra_keeps_the_dtype_of_the_comparison() -> None:
+    base = ModelRecord("base", None, dict.fromkeys(SHAPES, "bfloat16"), dict.fromkeys(SHAPES, "ab" * 16))
+    cast, stored = (make(0.5, 1, Provenance(base=base, compare_dtype=dtype)) for dtype in ("bfloat16", None))
+    baseless = make(0.5, 2)
+    for combined in (~cast, cast & cast, cast | baseless, baseless - cast, cast & stored, stored & cast):
+        assert combined.provenance.compare_dtype == "bfloat16"
+        assert combined.provenance.base == base
+    assert (stored | baseless).provenance.compare_dtype is None
+    assert (stored | make(0.5, 2, Provenance(compare_dtype="float16"))).provenance.compare_dtype is None
+
+
+def test_subnet_mask_algebra_refuses_one_base_compared_in_two_dtypes() -> None:
+    sides = [
+        Provenance(
+            base=ModelRecord("base", None, dict.fromkeys(SHAPES, dtype), dict.fromkeys(SHAPES, "ab" * 16)),
+            compare_dtype=dtype,
+        )
+        for dtype in ("bfloat16", "float16")
+    ]
+    with pytest.raises(MaskMismatchError, match=r"base and base, compared in bfloat16 and float16; .* one `dtype`"):
+        make(0.5, 1, sides[0]) & make(0.5, 2, sides[1])
+
+
 def test_subnet_mask_fingerprint_depends_on_bits_names_and_shapes_alone() -> None:
     mask = make(0.5, 1)
     same = SubnetMask(mask.tensors, Provenance(source={"kind": "other"}))
@@ -98,12 +121,6 @@ def test_layer_and_kind_splits_names_of_real_families(name: str, expected: tuple
     assert layer_and_kind(name) == expected
 
 
-def test_canonical_name_strips_wrappers_only() -> None:
-    assert canonical_name("module._orig_mod.model.norm.weight") == "model.norm.weight"
-    assert canonical_name("_fsdp_wrapped_module.a.module.b") == "a.b"
-    assert canonical_name("model.modules_to_save.w") == "model.modules_to_save.w"
-
-
 def test_subnet_mask_check_accepts_its_base_and_names_what_differs() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     dense = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
@@ -121,6 +138,13 @@ def test_subnet_mask_check_refuses_another_dtype_by_name() -> None:
     mask = SubnetMask.from_dense(dense, Provenance(base=record(model)))
     with pytest.raises(MaskMismatchError, match=r"`0\.weight` is bfloat16 but the mask was compared in float32"):
         mask.check(model.to(torch.bfloat16))
+
+
+def test_subnet_mask_check_refuses_a_base_that_it_cannot_check() -> None:
+    model = torch.nn.Linear(4, 3)
+    mask = SubnetMask.full({"weight": (3, 4), "bias": (3,)}, Provenance(base=ModelRecord("my/base")))
+    with pytest.raises(MaskMismatchError, match="names `my/base` as its base but has no fingerprint of `weight`"):
+        mask.check(model)
 
 
 def test_subnet_mask_check_names_both_shapes() -> None:
