@@ -21,7 +21,6 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "environment": set(),
     "digests": set(),
-    "inputs": {*_WEIGHTS, "digests", "recipe", "tasks"},
     "recipe": {"errors"},
     "tasks": {"recipe", "errors"},
     "checkpoints": {"errors", "subnet_kernels"},
@@ -30,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "deltas": {"optim", "masks", "checkpoints", "errors", "subnet_kernels"},
     "evidence": {"deltas", "masks", "checkpoints", "tasks", "recipe", "errors", "subnet_kernels"},
     "training": {*_WEIGHTS, "tasks", "recipe"},
+    "inputs": {*_WEIGHTS, "digests", "recipe", "tasks"},
     "stages": {"errors"},
     "verification": {*_WEIGHTS, "tasks", "recipe", "training", "evidence", "stages", "environment"},
     "pipeline": {

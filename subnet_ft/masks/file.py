@@ -170,7 +170,7 @@ def _provenance(path: Path, metadata: dict[str, str], names: Iterable[str]) -> P
         provenance = parse_provenance(fields)
     except ValueError as error:
         raise MaskFileError(f"`{path}`: its provenance cannot be read: {error}. Extract the mask again.") from error
-    lack = None
+    lack = None if provenance.base is None else incompleteness(provenance.base, names)
     if lack is not None:
         raise MaskFileError(f"`{path}`: its {lack}, so the base cannot be checked. Extract the mask again.")
     return provenance

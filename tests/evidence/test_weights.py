@@ -210,15 +210,20 @@ def test_compare_weights_refuses_a_mask_of_another_model(bad):
 
 
 def test_compare_weights_casts_to_a_dtype():
-    """The base is stored in float32 and holds what bfloat16 cannot; both runs start from its cast."""
+    """The base is stored in float32 and holds what bfloat16 cannot; both runs start from its cast, one saved wider."""
     stored = {name: value + 1e-5 for name, value in random_model(0, dtype=torch.float32).items()}
     start = {name: value.bfloat16() for name, value in stored.items()}
     run_mask = random_mask(2, 0.3)
     full, run = (moved(start, mask, seed=3, by=1e-2) for mask in (random_mask(1, 0.4), run_mask))
-    runs = {"subnet": RunWeights(FakeCheckpoint("run", run), run_mask)}
+    wide = {name: value.float() for name, value in run.items()}
     cast, plain = (
-        compare_weights(FakeCheckpoint("base", base), FakeCheckpoint("full", full), runs, dtype=dtype)["subnet"]
-        for base, dtype in ((stored, "bfloat16"), (start, None))
+        compare_weights(
+            FakeCheckpoint("base", base),
+            FakeCheckpoint("full", full),
+            {"subnet": RunWeights(FakeCheckpoint("run", values), run_mask)},
+            dtype=dtype,
+        )["subnet"]
+        for base, values, dtype in ((stored, wide, "bfloat16"), (start, run, None))
     )
     assert cast == plain
     assert cast.off_mask_changed == 0
