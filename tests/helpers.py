@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from subnet_ft.masks import SubnetMask
+
 
 def ulp_distance(actual: torch.Tensor, expected: torch.Tensor) -> int:
     """Return the largest distance in units in the last place between two float32 tensors (no NaN)."""
@@ -36,3 +38,25 @@ DENSITIES = (0.0, 1 / 1000, 0.2, 1.0)
 def random_bits(size: int, density: float, seed: int = 0) -> torch.Tensor:
     """Draw (size,) bool with about `density` of it true."""
     return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def small_model(dtype: torch.dtype) -> torch.nn.Module:
+    """Build a model of a few hundred weights, the same every time."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(13, 17), torch.nn.LayerNorm(17), torch.nn.Linear(17, 5)).to(dtype)
+
+
+def random_mask(model: torch.nn.Module, density: float, seed: int = 1) -> SubnetMask:
+    """Mask about `density` of every tensor of `model`."""
+    generator = torch.Generator().manual_seed(seed)
+    return SubnetMask.from_dense(
+        {name: torch.rand(p.shape, generator=generator) < density for name, p in model.named_parameters()}
+    )
+
+
+def set_gradients(model: torch.nn.Module, step: int) -> None:
+    """Give every trainable parameter the random gradient of that step."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import same_bits, ulp_distance
+from helpers import random_mask, same_bits, set_gradients, small_model, ulp_distance
 
 from subnet_ft.checkpoints.tiny import tiny_model
 from subnet_ft.errors import MaskMismatchError
@@ -15,25 +15,6 @@ from subnet_ft.optim import MaskedAdamW
 from subnet_ft.optim.masked_adamw import _norm
 
 ULP_PER_STEP = 4  # a promise of CONTRIBUTING.md; one fused multiply-add more or less moves the last bit
-
-
-def small_model(dtype: torch.dtype) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(13, 17), torch.nn.LayerNorm(17), torch.nn.Linear(17, 5)).to(dtype)
-
-
-def random_mask(model: torch.nn.Module, density: float, seed: int = 1) -> SubnetMask:
-    generator = torch.Generator().manual_seed(seed)
-    return SubnetMask.from_dense(
-        {name: torch.rand(p.shape, generator=generator) < density for name, p in model.named_parameters()}
-    )
-
-
-def set_gradients(model: torch.nn.Module, step: int) -> None:
-    generator = torch.Generator().manual_seed(1000 + step)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 def two_groups(model: torch.nn.Module, as_pairs: bool) -> list[dict[str, Any]]:

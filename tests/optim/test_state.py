@@ -8,31 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import same_bits
+from helpers import random_mask, same_bits, set_gradients, small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from subnet_ft.errors import OptimizerStateError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW
-
-
-def small_model(dtype: torch.dtype) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(13, 17), torch.nn.LayerNorm(17), torch.nn.Linear(17, 5)).to(dtype)
-
-
-def random_mask(model: torch.nn.Module, density: float, seed: int = 1) -> SubnetMask:
-    generator = torch.Generator().manual_seed(seed)
-    return SubnetMask.from_dense(
-        {name: torch.rand(p.shape, generator=generator) < density for name, p in model.named_parameters()}
-    )
-
-
-def set_gradients(model: torch.nn.Module, step: int) -> None:
-    generator = torch.Generator().manual_seed(1000 + step)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 @pytest.mark.parametrize("master", ["fp32", "remainder"])
