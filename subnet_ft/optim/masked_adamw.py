@@ -10,7 +10,7 @@ import torch
 
 import subnet_kernels
 from subnet_ft.errors import MaskMismatchError
-from subnet_ft.masks import SubnetMask, canonical_name
+from subnet_ft.masks import SubnetMask, by_canonical_name
 from subnet_ft.optim import state
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"`max_grad_norm` must be > 0, or None for no clipping, got {max_grad_norm}")
         groups = _named_groups(named_parameters)
-        parameters = {name: parameter for group in groups for name, parameter in group["params"]}
+        parameters = by_canonical_name(pair for group in groups for pair in group["params"])
         _check_parameters(parameters, mask, check_base=check_base)
         self.mask = mask
         self.max_grad_norm = max_grad_norm
@@ -86,7 +86,12 @@ class MaskedAdamW(torch.optim.Optimizer):
             if not parameter.requires_grad:
                 parameter.grad = None
         trainable = [
-            {**group, "params": [(name, p) for name, p in group["params"] if mask.tensors[name].count]}
+            {
+                **group,
+                "params": [
+                    (name, p) for name, p in by_canonical_name(group["params"]).items() if mask.tensors[name].count
+                ],
+            }
             for group in groups
         ]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -219,7 +224,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
 
 def _named_groups(named_parameters: NamedParameters | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return groups whose `params` are pairs of canonical name and parameter."""
+    """Return groups whose `params` are lists of pairs of name and parameter."""
     items: list[Any] = list(named_parameters)
     groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
     named: list[dict[str, Any]] = []
@@ -230,7 +235,7 @@ def _named_groups(named_parameters: NamedParameters | Iterable[dict[str, Any]]) 
                 "MaskedAdamW finds a parameter's mask by its name: pass `model.named_parameters()`, or groups with "
                 "such pairs under `params`."
             )
-        named.append({**group, "params": [(canonical_name(name), parameter) for name, parameter in pairs]})
+        named.append({**group, "params": pairs})
     return named
 
 

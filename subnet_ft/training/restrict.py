@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from subnet_ft.errors import TrainerError
-from subnet_ft.masks import SubnetMask, canonical_name
+from subnet_ft.masks import SubnetMask, by_canonical_name, canonical_name
 from subnet_ft.optim import MaskedAdamW
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def restrict(trainer: TrainerT, mask: SubnetMask, *, master: str = "fp32") -> Tr
 def _build(trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, master: str) -> MaskedAdamW:
     args = trainer.args
     decayed = {canonical_name(name) for name in trainer.get_decay_parameter_names(model)}
-    pairs = [(canonical_name(name), parameter) for name, parameter in model.named_parameters()]
+    pairs = list(by_canonical_name(model.named_parameters()).items())
     groups: list[dict[str, Any]] = [
         {"params": [pair for pair in pairs if pair[0] in decayed], "weight_decay": args.weight_decay},
         {"params": [pair for pair in pairs if pair[0] not in decayed], "weight_decay": 0.0},

@@ -9,7 +9,7 @@ import torch
 from helpers import random_mask, same_bits, set_gradients, small_model, ulp_distance
 
 from subnet_ft.checkpoints.tiny import tiny_model
-from subnet_ft.errors import MaskMismatchError
+from subnet_ft.errors import MaskError, MaskMismatchError
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask
 from subnet_ft.optim import MaskedAdamW
 from subnet_ft.optim.masked_adamw import _norm
@@ -270,6 +270,13 @@ def test_masked_adamw_names_a_bad_option(options: dict[str, Any], message: str) 
     model = small_model(torch.float32)
     with pytest.raises(ValueError, match=message):
         MaskedAdamW(model.named_parameters(), random_mask(model, 0.4), **{"max_grad_norm": None, **options})
+
+
+def test_masked_adamw_refuses_two_parameters_of_one_name() -> None:
+    one, two = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    mask = SubnetMask.full({"w": (2,)})
+    with pytest.raises(MaskError, match=r"`w` and `module\.w` both become `w`"):
+        MaskedAdamW([{"params": [("w", one)]}, {"params": [("module.w", two)]}], mask, max_grad_norm=None)
 
 
 def test_masked_adamw_wants_names() -> None:
