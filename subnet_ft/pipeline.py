@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import subnet_ft
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.models import load_model
-from subnet_ft.digests import checkpoint_sha256
+from subnet_ft.digests import checkpoint_sha256, json_sha256
 from subnet_ft.environment import environment
 from subnet_ft.errors import StageError
 from subnet_ft.evidence.report import Report, RunEvidence, build_report, write_report
@@ -87,13 +87,13 @@ class Pipeline:
             return self.full_run()
         if self.recipe.subnet.source.kind == "file":
             return self.masked_run("subnet", self.inputs.mask_from_file())
-        results = finished_results(self.folder / "full", self.inputs.of_training(None))
+        results = finished_results(self.folder / "full", self._training_inputs(None))
         if results is None:
             raise StageError(
                 f"`method: subnet` extracts its mask from the full run, and `{self.folder / 'full'}` holds no finished "
                 "one of this recipe. Train with `method=full` first, or set `subnet.source.kind` to `file`."
             )
-        return self.masked_run("subnet", self.mask(TrainedStage(self.folder / "full", None, results)))
+        return self.masked_run("subnet", self.mask(self._checked("full", None, results)))
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,11 @@ class Pipeline:
         path = self.folder / MASK_FILE
         logger.info("mask: comparing the full run with its base")
         inputs = {"base": self.inputs.base_sha256, "full": full.results["sha256"], "source": asdict(source)}
-        results = run_stage(self.folder / "mask", inputs, work, overwrite=self.overwrite, cheap=True, products=[path])
+        # The mask of a subnetwork run that is there belongs to it and is not replaced without being asked.
+        used = (self.folder / "subnet").is_dir()
+        results = run_stage(
+            self.folder / "mask", inputs, work, overwrite=self.overwrite, cheap=not used, products=[path]
+        )
         mask = SubnetMask.load(path)
         if mask.fingerprint != results["fingerprint"]:
             raise StageError(f"`{path}` is not the mask that this run extracted. Remove it to extract it again.")
@@ -255,24 +259,33 @@ class Pipeline:
 
         what = "every weight" if mask is None else f"{mask.num_trainable:,} of {mask.num_parameters:,} weights"
         logger.info("%s: %s on %s", name, self.recipe.algorithm, what)
-        inputs = self.inputs.of_training(mask)
+        inputs = self._training_inputs(mask)
         results = run_stage(folder, inputs, work, overwrite=self.overwrite, products=[folder / LOG])
+        stage = self._checked(name, mask, results)
+        if not self.recipe.keep_checkpoints:
+            # Only now: while `stage.json` was not there, the run might have had to resume.
+            remove_checkpoints(folder / TRAINER)
+        if not (self.folder / RECIPE_FILE).exists():
+            self._describe(stage)
+        return stage
+
+    def _checked(self, name: str, mask: SubnetMask | None, results: dict[str, Any]) -> TrainedStage:
+        """Return a finished stage after its checkpoint was compared with what the stage saved."""
+        folder = self.folder / name
         if checkpoint_sha256(folder) != results["sha256"]:
             raise StageError(
                 f"The checkpoint in `{folder}` is not the one that this stage saved. Remove the folder to train again."
             )
-        if not self.recipe.keep_checkpoints:
-            # Only now: while `stage.json` was not there, the run might have had to resume.
-            remove_checkpoints(folder / TRAINER)
-        stage = TrainedStage(folder, mask, results)
-        if mask is None:
-            self._describe(stage)
-        return stage
+        return TrainedStage(folder, mask, results)
 
-    def _describe(self, full: TrainedStage) -> None:
-        """Write down what this folder holds, once its stages have accepted the recipe."""
+    def _training_inputs(self, mask: SubnetMask | None) -> dict[str, Any]:
+        sampled = {} if self.recipe.task.pairs is None else {"pairs": json_sha256(self.dataset)}
+        return {**self.inputs.of_training(mask), **sampled}
+
+    def _describe(self, stage: TrainedStage) -> None:
+        """Write down what this folder holds: at its first stage, and when all stages have accepted the recipe."""
         save_recipe(self.recipe, self.folder / RECIPE_FILE)
-        write_json(self.folder / "environment.json", full.results["environment"])
+        write_json(self.folder / "environment.json", stage.results["environment"])
 
     def _sampled_pairs(self) -> Dataset:
         from datasets import Dataset

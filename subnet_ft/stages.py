@@ -133,6 +133,9 @@ def _holds_something(folder: Path) -> bool:
 
 def _remove(folder: Path) -> None:
     """Remove a stage's folder; killed on the way, nothing half removed is left under its name."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     aside = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)

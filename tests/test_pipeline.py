@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +176,59 @@ def test_pipeline_does_not_train_on_when_it_was_killed_after_the_last_step(
     _assert_same_full_run(tmp_path / "run", grpo_run)
 
 
-def test_pipeline_leaves_the_description_of_a_run_alone_when_it_refuses(grpo_run: Path) -> None:
-    files = [grpo_run / name for name in ("recipe.resolved.yaml", "environment.json")]
-    before = [path.read_text() for path in files]
-    with pytest.raises(StageError, match=r"training\.beta: was 0\.0, is 0\.5"):
-        Pipeline(recipe("grpo", grpo_run, "training.beta=0.5")).run()
-    assert [path.read_text() for path in files] == before
+def test_pipeline_resumes_in_a_later_epoch_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Four prompts a step and ten in all: two steps an epoch, each epoch in an order of its own.
+    options = ["method=full", "task.num_train=10", "training.max_steps=7", "training.save_steps=5"]
+    options += ["training.learning_rate=0.01", "task.rewards=[score, 'random_rewards:by_prompt']"]
+    (tmp_path / "random_rewards.py").write_text(
+        "import zlib\n\n\ndef by_prompt(prompts, completions, **kwargs):\n"
+        "    return [zlib.crc32((p + c).encode()) / 2**32 for p, c in zip(prompts, completions)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    Pipeline(recipe("grpo", tmp_path / "whole", *options)).train()
+    with monkeypatch.context() as patch:
+        _stop_at_step(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(recipe("grpo", tmp_path / "run", *options)).train()
+    resumed = Pipeline(recipe("grpo", tmp_path / "run", *options)).train()
+    assert resumed.results["resumed_from"] == "checkpoint-5"
+    logs = [json.loads((tmp_path / name / "full" / "log.json").read_text()) for name in ("run", "whole")]
+    assert [entry["reward"] for entry in logs[0][:-1]] == [entry["reward"] for entry in logs[1][:-1]]
+    _assert_same_full_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.beta=0.5", r"training\.beta: was 0\.0, is 0\.5"),
+        ("subnet.source.tolerance=0.001", r"source\.tolerance: was 0\.002, is 0\.001"),
+    ],
+)
+def test_pipeline_leaves_everything_alone_when_it_refuses(grpo_run: Path, override: str, message: str) -> None:
+    files = [grpo_run / name for name in ("recipe.resolved.yaml", "environment.json", "mask.subnet.safetensors")]
+    before = [path.read_bytes() for path in files]
+    with pytest.raises(StageError, match=message):
+        Pipeline(recipe("grpo", grpo_run, override)).run()
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_train_of_a_subnetwork_checks_the_full_run_first(grpo_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(grpo_run, copy)
+    shutil.rmtree(copy / "mask")
+    path = copy / "full" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(StageError, match="is not the one that this stage saved"):
+        Pipeline(recipe("grpo", copy, "method=subnet")).train()
+
+
+def test_pipeline_notices_changed_pairs(dpo_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(dpo_run, copy)
+    path = copy / "pairs" / "pairs.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[1:]))
+    with pytest.raises(StageError, match="pairs: was"):
+        Pipeline(recipe("dpo", copy)).run()
 
 
 def test_pipeline_notices_changed_data_and_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +287,6 @@ def test_train_of_a_subnetwork_extracts_from_the_full_run_before_it(grpo_run: Pa
 
 
 def test_pipeline_notices_a_checkpoint_that_somebody_changed(grpo_run: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(grpo_run, copy)
     path = copy / "full" / "model.safetensors"

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecipeData:
-    """A recipe's data; no held-out prompt is a training prompt."""
+    """A recipe's data; no held-out prompt is a training prompt.
+
+    Prompts are compared whole, as a model sees them: the same question in another template is another prompt. Text
+    preferences without a `prompt` column have no prompt to compare.
+    """
 
     task: Task | None
     """The training task; `None` when the recipe trains on a preference dataset."""

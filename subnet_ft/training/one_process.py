@@ -31,7 +31,7 @@ def refuse_many_devices() -> None:
     import torch
 
     count = torch.cuda.device_count()
-    if count > 1 and "WORLD_SIZE" not in os.environ:
+    if count > 1 and "LOCAL_RANK" not in os.environ:
         raise SubnetError(
             f"torch sees {count} GPUs, but the commands of this release train on one. Choose it: set "
             "CUDA_VISIBLE_DEVICES=0. In your own script `restrict` and `MaskedAdamW` work under DDP."

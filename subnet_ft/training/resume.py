@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,25 @@ def newest_complete(folder: Path) -> Path | None:
             logger.warning("removing `%s`, which was not written whole", path)
             shutil.rmtree(path)
     return max(complete)[1] if complete else None
+
+
+def replay_epochs(trainer: Any, checkpoint: Path) -> None:
+    """Make a resumed trainer draw its prompts in the order in which the interrupted run would have.
+
+    TRL's sampler of prompts has a generator of its own that moves on once per epoch, and a new process starts it anew;
+    so the orders of the finished epochs are drawn again and thrown away. Other samplers are left as they are.
+    """
+    finished = int(json.loads((checkpoint / _STATE).read_text())["epoch"])
+    original = trainer._get_train_sampler
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        sampler = original(*args, **kwargs)
+        if type(sampler).__name__ == "RepeatSampler" and sampler.shuffle:
+            for _ in range(finished):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
+
+    trainer._get_train_sampler = replayed
 
 
 def remove_checkpoints(folder: Path) -> None:

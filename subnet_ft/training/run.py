@@ -79,7 +79,7 @@ def train(
         progress: Show a bar on stderr.
     """
     from subnet_ft.training.progress import show_progress
-    from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete
+    from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete, replay_epochs
 
     spec = recipe.model
     model, tokenizer = load_model(base, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
@@ -91,6 +91,7 @@ def train(
     last = newest_complete(folder / TRAINER)
     if last is not None:
         logger.info("resuming from %s", last)
+        replay_epochs(trainer, last)
     with PeakMemory() as peak:
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if last is None else str(last))

@@ -21,14 +21,14 @@ def test_refuse_many_processes_allows_one(count: str | None, monkeypatch: pytest
     refuse_many_processes()
 
 
-@pytest.mark.parametrize(("devices", "world_size", "refused"), [(2, None, True), (1, None, False), (2, "1", False)])
+@pytest.mark.parametrize(("devices", "local_rank", "refused"), [(2, None, True), (1, None, False), (2, "0", False)])
 def test_refuse_many_devices_where_the_trainer_would_use_them_all(
-    devices: int, world_size: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+    devices: int, local_rank: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world_size is not None:
-        monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
     if refused:
         with pytest.raises(SubnetError, match="CUDA_VISIBLE_DEVICES=0"):
             refuse_many_devices()
