@@ -380,3 +380,18 @@ def test_lines_for_terminal_aligns_its_tables():
     assert len(rows) == 4
     assert len({row.index("/") for row in rows}) == 1
     assert max(map(len, lines)) <= 120
+
+
+def test_reports_say_when_a_random_mask_recovers_as_well():
+    parts = {
+        "base": RunEvidence("base", records=records(0.2)),
+        "full": RunEvidence("full", records=records(0.6)),
+        "subnet": RunEvidence("subnet", records=records(0.6)),
+    }
+    too = "accuracy alone does not show"
+    for accuracy, said in ((0.6, True), (0.3, False)):
+        control = RunEvidence("control-uniform", records=records(accuracy))
+        report = build_report(version="1", **parts, controls=[control], margin=0.05)
+        assert report.verdict == "recovered"
+        assert (too in render_markdown(report)) is said
+        assert (too in " ".join(" ".join(lines_for_terminal(report)).split())) is said

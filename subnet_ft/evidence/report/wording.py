@@ -143,6 +143,12 @@ def control_sentences(report: Report) -> list[str]:
             f" It changed {changed:,} weights outside its mask, so it is no control of equal size." if changed else ""
         )
         sentences.append(f"The {label(report, name)}, judged by the same rule: {result}.{comparison}{broken}")
+    recovered = [label(report, name) for name in report.controls if report.control_verdicts[name].name == "recovered"]
+    if recovered and report.verdict == "recovered":
+        sentences.append(
+            f"The {' and the '.join(recovered)} recovered too: on this task accuracy alone does not show that these "
+            "weights are the ones that matter."
+        )
     return sentences or ["No control of equal size was trained: random masks can match full finetuning too."]
 
 
