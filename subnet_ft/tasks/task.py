@@ -18,6 +18,8 @@ Prompt = str | list[dict[str, str]]
 SCORE_SECONDS = 2.0
 """Longest time to score one completion; a verifier takes microseconds unless it is fed something pathological."""
 
+_FAILURES_SEEN: set[tuple[str, type[Exception]]] = set()
+
 
 @dataclass(frozen=True)
 class Example:
@@ -62,7 +64,11 @@ class Task:
             logger.warning("%s: scoring took over %g s and counts as 0: %.80r", self.name, SCORE_SECONDS, completion)
             return 0.0
         except Exception as error:  # a verifier parses what a model wrote and may fail in any way
-            logger.debug("%s: the verifier failed on %.80r: %r", self.name, completion, error)
+            # Once aloud for each kind of failure: a verifier that always fails would otherwise pass for a weak model.
+            seen = (self.name, type(error))
+            level = logging.DEBUG if seen in _FAILURES_SEEN else logging.WARNING
+            _FAILURES_SEEN.add(seen)
+            logger.log(level, "%s: the verifier failed on %.80r, which counts as 0: %r", self.name, completion, error)
             return 0.0
         return min(max(score, 0.0), 1.0)
 

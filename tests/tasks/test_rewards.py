@@ -32,10 +32,10 @@ USER_MODULE = """
 
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "my_rewards_h4.py").write_text(textwrap.dedent(USER_MODULE), encoding="utf-8")
-    (tmp_path / "broken_rewards_h4.py").write_text("import not_there_h4", encoding="utf-8")
+    (tmp_path / "my_rewards_of_a_user.py").write_text(textwrap.dedent(USER_MODULE), encoding="utf-8")
+    (tmp_path / "broken_rewards_of_a_user.py").write_text("import not_there_at_all", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    return "my_rewards_h4"
+    return "my_rewards_of_a_user"
 
 
 def _half_if_longer(example: Example, answer: str) -> float:
@@ -97,14 +97,17 @@ def test_reward_functions_keep_async_functions_async(user_module: str) -> None:
     [
         ("corect", r"`corect` is not a reward\. Did you mean `correct`\?"),
         ("a.b:", "is not a reward"),
-        ("not_there_h4:f", r"cannot be imported \(ModuleNotFoundError: No module named 'not_there_h4'\).*PYTHONPATH"),
-        ("broken_rewards_h4:f", "No module named 'not_there_h4'"),
         (
-            "my_rewards_h4:lenght",
+            "not_there_at_all:f",
+            r"cannot be imported \(ModuleNotFoundError: No module named 'not_there_at_all'\).*PYTHONPATH",
+        ),
+        ("broken_rewards_of_a_user:f", "No module named 'not_there_at_all'"),
+        (
+            "my_rewards_of_a_user:lenght",
             r"has no `lenght`\. Did you mean `length`\? Its functions are: length, later, strict\.",
         ),
-        ("my_rewards_h4:LIMIT", "has no function, but a int, `LIMIT`"),
-        ("my_rewards_h4:strict", r"must take keyword arguments and `\*\*kwargs`"),
+        ("my_rewards_of_a_user:LIMIT", "has no function, but a int, `LIMIT`"),
+        ("my_rewards_of_a_user:strict", r"must take keyword arguments and `\*\*kwargs`"),
     ],
 )
 def test_reward_functions_explain_what_is_wrong(user_module: str, name: str, message: str) -> None:

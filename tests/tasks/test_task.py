@@ -29,6 +29,17 @@ def test_score_of_a_failing_verifier_is_0() -> None:
     assert Task("t", [], [], _fail).score(EXAMPLE, "14") == 0.0
 
 
+def test_score_says_once_aloud_that_a_verifier_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(task_module, "_FAILURES_SEEN", set())
+    task = Task("t", [], [], _fail)
+    for completion in ("14", "15"):
+        task.score(EXAMPLE, completion)
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "the verifier failed on '14', which counts as 0" in record.getMessage()
+
+
 def test_score_without_an_answer_does_not_ask_the_verifier() -> None:
     asked: list[str] = []
     task = Task("t", [], [], lambda example, answer: asked.append(answer) or 1.0, re.compile(r"#### (\d+)"))
