@@ -1,9 +1,11 @@
-"""Bits of a mask: packing, counting, and the copies between dense and compact layouts."""
+"""Bits of a mask: packing, counting and positions."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+
+from subnet_kernels.layout import BitMask
 
 _SHIFTS = torch.arange(8, dtype=torch.uint8)
 _POPCOUNT = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
@@ -28,10 +30,10 @@ def count_bits(bits: torch.Tensor) -> int:
     return int(_POPCOUNT[bits.cpu().numpy()].sum(dtype=np.int64))
 
 
-def indices(bits: torch.Tensor, num_elements: int) -> torch.Tensor:
+def indices(mask: BitMask) -> torch.Tensor:
     """Return the (K,) int64 sorted flat indices of the set bits."""
-    unpacked = unpack_bits(bits, num_elements)
-    if bits.device.type != "cpu":
+    unpacked = unpack_bits(mask.bits, mask.num_elements)
+    if mask.device.type != "cpu":
         return unpacked.nonzero().view(-1)
     return torch.from_numpy(np.flatnonzero(unpacked.numpy()))
 
@@ -46,18 +48,3 @@ def _unpack_with_torch(bits: torch.Tensor, num_elements: int) -> torch.Tensor:
     """Do what numpy does in `unpack_bits`, on any device."""
     unpacked = (bits.unsqueeze(-1) >> _SHIFTS.to(bits.device)) & 1
     return unpacked.view(-1)[:num_elements].to(torch.bool)
-
-
-def gather(dense: torch.Tensor, bits: torch.Tensor, count: int, *, dtype: torch.dtype) -> torch.Tensor:
-    """Copy the masked elements of (N,) into a new (K,)."""
-    if count == dense.numel():
-        return dense.to(dtype, copy=True)
-    return dense.index_select(0, indices(bits, dense.numel())).to(dtype)
-
-
-def scatter(dense: torch.Tensor, bits: torch.Tensor, compact: torch.Tensor) -> None:
-    """Write (K,) into the masked elements of (N,), in place."""
-    if compact.numel() == dense.numel():
-        dense.copy_(compact)
-    else:
-        dense.index_copy_(0, indices(bits, dense.numel()), compact)

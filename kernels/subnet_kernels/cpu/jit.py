@@ -1,0 +1,82 @@
+"""How functions are compiled here, and the machine operations that numba has no name for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+logger = logging.getLogger(__name__)
+
+# Division as numpy does it: Python's check for zero would keep loops from being vectorised. No fastmath: every
+# operation rounds by itself, as in the reference.
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function when it is first called; the result is cached on disk where a folder can be written."""
+    try:
+        return numba.njit(cache=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+    except RuntimeError as error:  # numba finds no folder for its cache
+        logger.info("compiling `%s` anew in every process: %s", function.__name__, error)
+        return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
+
+
+@intrinsic
+def trailing_zeros(typing_context: Any, word: Any) -> Any:
+    """Return how many zero bits lie below the lowest set bit of a uint64; 64 for zero."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        word_type = ir.IntType(64)
+        kind = ir.FunctionType(word_type, [word_type, ir.IntType(1)])
+        function = builder.module.declare_intrinsic("llvm.cttz", [word_type], kind)
+        return builder.call(function, [arguments[0], ir.Constant(ir.IntType(1), 0)])
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def popcount(typing_context: Any, word: Any) -> Any:
+    """Count the set bits of a uint64."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        word_type = ir.IntType(64)
+        function = builder.module.declare_intrinsic("llvm.ctpop", [word_type], ir.FunctionType(word_type, [word_type]))
+        return builder.call(function, [arguments[0]])
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def half_to_float(typing_context: Any, bits: Any) -> Any:
+    """Read uint16 bits as float16 and return the float32 of the same value."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def float_to_half(typing_context: Any, value: Any) -> Any:
+    """Round a float32 to the nearest float16, ties to even, and return its bits as uint16."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def as_pointer(typing_context: Any, address: Any) -> Any:
+    """Read an int64 as an address, for `numba.carray`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate

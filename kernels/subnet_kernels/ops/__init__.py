@@ -1,0 +1,20 @@
+"""The ops: checked arguments, then the implementation that `dispatch` names."""
+
+from subnet_kernels.ops.bits import changed_bits, count_bits, pack_bits, unpack_bits
+from subnet_kernels.ops.copies import compact, gather, scatter, swap
+from subnet_kernels.ops.hashing import fingerprint
+from subnet_kernels.ops.updates import masked_adamw, masked_sgd
+
+__all__ = [
+    "changed_bits",
+    "compact",
+    "count_bits",
+    "fingerprint",
+    "gather",
+    "masked_adamw",
+    "masked_sgd",
+    "pack_bits",
+    "scatter",
+    "swap",
+    "unpack_bits",
+]
