@@ -50,7 +50,7 @@ class AdamWUpdate:
     @property
     def scalars(self) -> tuple[float, float, float, float, float, float, float]:
         """The numbers that the elements need, computed in float64: decay factor, 1 - beta1, beta2, 1 - beta2, step size,
-        square root of the second bias correction, eps."""
+        reciprocal square root of the second bias correction, eps."""
         beta1, beta2 = self.betas
         return (
             1.0 - self.lr * self.weight_decay,
@@ -58,7 +58,7 @@ class AdamWUpdate:
             beta2,
             1.0 - beta2,
             self.lr / (1.0 - beta1**self.step),
-            (1.0 - beta2**self.step) ** 0.5,
+            (1.0 - beta2**self.step) ** -0.5,
             self.eps,
         )
 

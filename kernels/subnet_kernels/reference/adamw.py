@@ -17,10 +17,10 @@ def masked_adamw(updates: Sequence[AdamWUpdate], *, grad_scale: torch.Tensor | N
     """
     for update in updates:
         exp_avg, exp_avg_sq = update.exp_avg, update.exp_avg_sq
-        decay, lerp, beta2, square, step_size, bias_correction2_sqrt, eps = update.scalars
+        decay, lerp, beta2, square, step_size, correction, eps = update.scalars
         for part, weight, grad in updated_in_chunks(update, grad_scale):
             weight.mul_(decay)
             exp_avg[part].add_((grad - exp_avg[part]).mul_(lerp))
             exp_avg_sq[part].mul_(beta2).add_((grad * square).mul_(grad))
-            denominator = exp_avg_sq[part].sqrt().div_(bias_correction2_sqrt).add_(eps)
+            denominator = exp_avg_sq[part].sqrt().mul_(correction).add_(eps)
             weight.sub_((exp_avg[part] * step_size).div_(denominator))
