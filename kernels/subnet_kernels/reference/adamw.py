@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from subnet_kernels.reference.weights import updated_in_chunks
@@ -22,5 +23,12 @@ def masked_adamw(updates: Sequence[AdamWUpdate], *, grad_scale: torch.Tensor | N
             weight.mul_(decay)
             exp_avg[part].add_((grad - exp_avg[part]).mul_(lerp))
             exp_avg_sq[part].mul_(beta2).add_((grad * square).mul_(grad))
-            denominator = exp_avg_sq[part].sqrt().mul_(correction).add_(eps)
+            denominator = _sqrt(exp_avg_sq[part]).mul_(correction).add_(eps)
             weight.sub_((exp_avg[part] * step_size).div_(denominator))
+
+
+def _sqrt(values: torch.Tensor) -> torch.Tensor:
+    """Return the correctly rounded square root; torch's own on the CPU may be one unit in the last place off."""
+    if values.device.type != "cpu":
+        return values.sqrt()
+    return torch.from_numpy(np.sqrt(values.numpy()))
