@@ -10,6 +10,7 @@ from subnet_kernels.layout import SEGMENT_TILES, TILE_SIZE, BitMask
 from subnet_kernels.ops import (
     changed_bits,
     compact,
+    compare,
     count_bits,
     fingerprint,
     gather,
@@ -22,6 +23,7 @@ from subnet_kernels.ops import (
 )
 from subnet_kernels.reference import (
     CRITERIA,
+    Comparison,
     bits_view,
     join_master,
     round_to_bfloat16,
@@ -38,12 +40,14 @@ __all__ = [
     "TILE_SIZE",
     "AdamWUpdate",
     "BitMask",
+    "Comparison",
     "SGDUpdate",
     "backends",
     "bits_view",
     "changed_bits",
     "choose",
     "compact",
+    "compare",
     "count_bits",
     "fingerprint",
     "gather",

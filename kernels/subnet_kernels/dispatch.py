@@ -30,6 +30,7 @@ _MODULES = {"reference": "subnet_kernels.reference", "cpu": "subnet_kernels.cpu"
 _OPS: dict[str, tuple[str, ...]] = {
     "changed_bits": BACKENDS,
     "compact": BACKENDS,
+    "compare": ("reference", "cpu"),
     "count_bits": ("reference", "cpu"),
     "fingerprint": BACKENDS,
     "gather": BACKENDS,

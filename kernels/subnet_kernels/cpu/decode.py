@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from subnet_kernels.cpu.jit import compiled, popcount, trailing_zeros
@@ -36,7 +38,7 @@ def decode(bits: np.ndarray, first: int, last: int, positions: np.ndarray) -> in
 
 
 @compiled
-def _decode_word(word: np.uint64, base: int, positions: np.ndarray, at: int) -> int:
+def _decode_word(word: np.uint64, base: int, positions: np.ndarray, at: int) -> Any:
     """Write `base` + the positions of the bits of `word` from slot `at` on; return their count.
 
     The first eight, and the second eight where there are more, are written whether they exist or not: a branch per

@@ -1,6 +1,6 @@
 """The ops: checked arguments, then the implementation that `dispatch` names."""
 
-from subnet_kernels.ops.bits import changed_bits, count_bits, pack_bits, unpack_bits
+from subnet_kernels.ops.bits import changed_bits, compare, count_bits, pack_bits, unpack_bits
 from subnet_kernels.ops.copies import compact, gather, scatter, swap
 from subnet_kernels.ops.hashing import fingerprint
 from subnet_kernels.ops.updates import masked_adamw, masked_sgd
@@ -8,6 +8,7 @@ from subnet_kernels.ops.updates import masked_adamw, masked_sgd
 __all__ = [
     "changed_bits",
     "compact",
+    "compare",
     "count_bits",
     "fingerprint",
     "gather",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from subnet_kernels.dispatch import choose
-from subnet_kernels.reference import CRITERIA
+from subnet_kernels.reference import CRITERIA, Comparison
 
 
 def pack_bits(dense: torch.Tensor) -> torch.Tensor:
@@ -78,12 +80,45 @@ def changed_bits(
         raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}")
     if not tolerance >= 0.0:
         raise ValueError(f"`tolerance` must be >= 0, got {tolerance}")
+    _check_pair(base, tuned)
+    result: tuple[torch.Tensor, int] = choose("changed_bits", base.device).function(
+        base, tuned, criterion=criterion, tolerance=tolerance
+    )
+    return result
+
+
+def compare(
+    base: torch.Tensor, tuned: torch.Tensor, *, offset: int = 0, tolerances: Sequence[float] = ()
+) -> Comparison:
+    """Find in one pass all that an extraction asks of two tensors: changed bits, distances and both fingerprints.
+
+    Args:
+        base: (N,) bfloat16, float16 or float32. In.
+        tuned: (N,) the same dtype. In.
+        offset: Flat index of the first element, as in `fingerprint`, >= 0.
+        tolerances: Not negative; for each, the elements with |tuned - base| > tolerance are counted among those whose
+            bits differ. Distances are float32; a NaN on one side only is beyond every tolerance, on both within it.
+
+    Returns:
+        The bits and count of `changed_bits` by `exact`, a count per tolerance, and both `fingerprint`s.
+
+    Example:
+        base [1, 2, 3], tuned [1, 2.5, 2], tolerances [0.1, 0.75]: bits [0b110], count 2, beyond (2, 1).
+    """
+    _check_pair(base, tuned)
+    if base.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"`base` and `tuned` must be bfloat16, float16 or float32, got {base.dtype}")
+    if offset < 0:
+        raise ValueError(f"`offset` must be >= 0, got {offset}")
+    if not all(tolerance >= 0.0 for tolerance in tolerances):
+        raise ValueError(f"`tolerances` must be >= 0, got {list(tolerances)}")
+    found: Comparison = choose("compare", base.device).function(base, tuned, offset=offset, tolerances=tolerances)
+    return found
+
+
+def _check_pair(base: torch.Tensor, tuned: torch.Tensor) -> None:
     if base.dtype != tuned.dtype or base.shape != tuned.shape or base.dim() != 1:
         raise ValueError(
             "`base` and `tuned` must be flat tensors of one dtype and length, got "
             f"{base.dtype} {tuple(base.shape)} and {tuned.dtype} {tuple(tuned.shape)}"
         )
-    result: tuple[torch.Tensor, int] = choose("changed_bits", base.device).function(
-        base, tuned, criterion=criterion, tolerance=tolerance
-    )
-    return result

@@ -2,7 +2,7 @@
 
 from subnet_kernels.reference.adamw import masked_adamw
 from subnet_kernels.reference.bitmap import count_bits, indices, pack_bits, unpack_bits
-from subnet_kernels.reference.compare import CRITERIA, changed_bits
+from subnet_kernels.reference.compare import CRITERIA, Comparison, changed_bits, compare
 from subnet_kernels.reference.copies import compact, gather, scatter, swap
 from subnet_kernels.reference.fingerprint import fingerprint
 from subnet_kernels.reference.rounding import (
@@ -18,9 +18,11 @@ from subnet_kernels.reference.views import bits_view
 
 __all__ = [
     "CRITERIA",
+    "Comparison",
     "bits_view",
     "changed_bits",
     "compact",
+    "compare",
     "count_bits",
     "fingerprint",
     "gather",
