@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ class StoredTensor:
     """Where a tensor lies on disk, and what its file's header says about it."""
 
     file: Path
+    offset: int  # of its first byte in the file
     shape: tuple[int, ...]
     dtype_name: str
 
@@ -49,8 +52,8 @@ class StoredTensor:
 class ShardReader(Mapping[str, StoredTensor]):
     """The tensors of a folder's safetensors files by their names on disk; opening reads headers only.
 
-    Invariant: what `read` returns is mapped from its file, so its pages are file-backed and no whole shard is ever
-    copied into memory.
+    Invariant: what `read` returns is mapped from its file, each tensor by itself: its pages are file-backed, no whole
+    shard is ever copied into memory, and a tensor that is dropped is no longer resident either.
 
     Args:
         folder: Holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
@@ -60,10 +63,10 @@ class ShardReader(Mapping[str, StoredTensor]):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._handles: dict[Path, Any] = {}
         self._stored: dict[str, StoredTensor] = {}
         for file in _weight_files(folder):
-            handle = self._handles[file] = _open(file)
+            handle = _open(file)
+            offsets = _offsets(file)
             for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 if key in self._stored:
                     raise CheckpointError(
@@ -71,7 +74,7 @@ class ShardReader(Mapping[str, StoredTensor]):
                         "one counts is unclear. Remove the stale file or save the model again into an empty folder."
                     )
                 header = handle.get_slice(key)
-                self._stored[key] = StoredTensor(file, tuple(header.get_shape()), header.get_dtype())
+                self._stored[key] = StoredTensor(file, offsets[key], tuple(header.get_shape()), header.get_dtype())
         _check_index(folder, self._stored)
 
     def __getitem__(self, key: str) -> StoredTensor:
@@ -85,8 +88,16 @@ class ShardReader(Mapping[str, StoredTensor]):
 
     def read(self, key: str) -> torch.Tensor:
         """Map one tensor from its file; writing to the result changes memory only, never the file."""
-        tensor: torch.Tensor = self._handles[self._stored[key].file].get_tensor(key)
-        return tensor
+        stored = self._stored[key]
+        spec = stored.spec(key)
+        count = math.prod(spec.shape)
+        if not count:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        before = stored.offset % mmap.ALLOCATIONGRANULARITY
+        length = before + count * spec.dtype.itemsize
+        with stored.file.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), length, offset=stored.offset - before, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(pages, dtype=spec.dtype, count=count, offset=before).view(spec.shape)
 
 
 def _open(file: Path) -> Any:
@@ -101,6 +112,14 @@ def _open(file: Path) -> Any:
         raise CheckpointError(
             f"`{file}` is not a readable safetensors file ({error}); it may be truncated. Copy or download it again."
         ) from error
+
+
+def _offsets(file: Path) -> dict[str, int]:
+    """Return where each tensor of a file, which safetensors has found sound, starts in it."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 CURVE_TOLERANCES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 
-# A multiple of 8, so that chunks meet at a byte of the mask; small beside the tensors that it cuts up.
-_CHUNK = 1 << 20
+# A multiple of 8, so that chunks meet at a byte of the mask; casts to another dtype have this many elements.
+_CHUNK = 1 << 21
 
 
 def extract(
@@ -121,39 +121,37 @@ class _Comparison:
         num_elements = flat_base.numel()
         bits = torch.zeros((num_elements + 7) // 8, dtype=torch.uint8)
         count = 0
-        base_sums, tuned_sums = [0, 0], [0, 0]
+        base_sums, tuned_sums = (0, 0), (0, 0)
         for start in range(0, num_elements, _CHUNK):
             old, new = flat_base[start : start + _CHUNK], flat_tuned[start : start + _CHUNK]
             if self.dtype is not None:
                 old, new = old.to(self.dtype), new.to(self.dtype)
-            chunk_bits, chunk_count = self._changed(old, new)
+            found = subnet_kernels.compare(old, new, offset=start, tolerances=CURVE_TOLERANCES)
+            self.counts = [sum(pair) for pair in zip(self.counts, (found.count, *found.beyond), strict=True)]
+            base_sums, tuned_sums = (
+                _added(base_sums, found.base_fingerprint),
+                _added(tuned_sums, found.tuned_fingerprint),
+            )
+            chunk_bits, chunk_count = self._marked(old, new, found)
             if chunk_count:
                 bits[start // 8 : start // 8 + chunk_bits.numel()] = chunk_bits
                 count += chunk_count
-            for sums, part in ((base_sums, old), (tuned_sums, new)):
-                for which, value in enumerate(subnet_kernels.fingerprint(part, offset=start)):
-                    sums[which] = (sums[which] + value) % 2**64
-        self.base_fingerprints[name] = format_fingerprint((base_sums[0], base_sums[1]))
-        self.tuned_fingerprints[name] = format_fingerprint((tuned_sums[0], tuned_sums[1]))
+        self.base_fingerprints[name] = format_fingerprint(base_sums)
+        self.tuned_fingerprints[name] = format_fingerprint(tuned_sums)
         return TensorMask(bits if count else torch.empty(0, dtype=torch.uint8), tuple(base.shape), count)
 
-    def _changed(self, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, int]:
-        exact_bits, exact_count = subnet_kernels.changed_bits(old, new, criterion="exact", tolerance=0.0)
-        if exact_count == 0:
-            return exact_bits, 0
-        changed = subnet_kernels.unpack_bits(exact_bits, old.numel())
-        self._count_by_tolerance(old[changed].float(), new[changed].float())
-        if self.criterion == "exact":
-            return exact_bits, exact_count
+    def _marked(
+        self, old: torch.Tensor, new: torch.Tensor, found: subnet_kernels.Comparison
+    ) -> tuple[torch.Tensor, int]:
+        """Return the bits by the criterion, and their count."""
+        if self.criterion == "exact" or found.count == 0:
+            return found.bits, found.count
         return subnet_kernels.changed_bits(old, new, criterion=self.criterion, tolerance=self.tolerance)
 
-    def _count_by_tolerance(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        # A NaN on one side is beyond every tolerance, on both sides within every one.
-        distance = (new - old).abs().nan_to_num_(nan=math.inf, posinf=math.inf)
-        distance[old.isnan() & new.isnan()] = 0.0
-        self.counts[0] += old.numel()
-        for which, tolerance in enumerate(CURVE_TOLERANCES, start=1):
-            self.counts[which] += int((distance > tolerance).sum())
+
+def _added(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:
+    """Add two fingerprints of parts of one tensor."""
+    return (left[0] + right[0]) % 2**64, (left[1] + right[1]) % 2**64
 
 
 def _check_arguments(criterion: str, tolerance: float, dtype: str | None) -> None:
