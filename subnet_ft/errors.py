@@ -8,6 +8,7 @@
     │   ├── MaskFileError                           a mask file that breaks its format
     │   └── MaskMismatchError                       a mask that belongs to another model
     ├── OptimizerStateError         (ValueError)    a saved optimizer state that does not fit
+    ├── GradientError               (RuntimeError)  gradients that a masked optimizer cannot take
     ├── TrainerError                (ValueError)    a trainer that a masked optimizer cannot serve
     ├── TaskError                   (ValueError)    data or rewards that cannot be used
     ├── StageError                  (RuntimeError)  a run folder that cannot be continued
@@ -62,6 +63,10 @@ class MaskMismatchError(MaskError):
 
 class OptimizerStateError(SubnetError, ValueError):
     """A saved optimizer state belongs to another mask, model or setting."""
+
+
+class GradientError(SubnetError, RuntimeError):
+    """A gradient, or the way it arrives, is one that a masked optimizer cannot take."""
 
 
 class TrainerError(SubnetError, ValueError):

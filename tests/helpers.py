@@ -19,6 +19,19 @@ def ulp_distance(actual: torch.Tensor, expected: torch.Tensor) -> int:
     return int((ordered(actual) - ordered(expected)).abs().max())
 
 
+def ulps_at_scale(actual: torch.Tensor, expected: torch.Tensor, scale: float) -> float:
+    """Return the largest difference of two float32 tensors in units in the last place of the operands it comes from.
+
+    A sum that cancels keeps the absolute error of its terms, so a unit there is that of the largest term.
+
+    Args:
+        scale: Magnitude of the largest term, such as a step size; larger values count with their own unit.
+    """
+    magnitude = expected.double().abs().clamp(min=scale)
+    unit = torch.exp2(torch.floor(torch.log2(magnitude)) - 23)
+    return float(((actual.double() - expected.double()).abs() / unit).max()) if actual.numel() else 0.0
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Compare two tensors bit by bit, so that NaN equals itself and -0.0 differs from 0.0."""
     return (

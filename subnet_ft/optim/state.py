@@ -14,20 +14,7 @@ import torch
 from subnet_ft.errors import OptimizerStateError
 
 if TYPE_CHECKING:
-    from subnet_ft.optim.masked_adamw import MaskedAdamW
-
-
-def entry_dtypes(weight_dtype: torch.dtype, master: str) -> dict[str, torch.dtype]:
-    """Return which entries the state of one tensor has, and their dtypes.
-
-    Args:
-        weight_dtype: Dtype of the parameter.
-        master: `fp32` or `remainder`, as in `MaskedAdamW`.
-    """
-    dtypes = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.float32)
-    if weight_dtype != torch.float32:
-        dtypes["master"] = torch.int16 if weight_dtype == torch.bfloat16 and master == "remainder" else torch.float32
-    return dtypes
+    from subnet_ft.optim.base import MaskedBase
 
 
 def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -49,7 +36,7 @@ def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     }
 
 
-def load_state(optimizer: MaskedAdamW, names: Mapping[torch.nn.Parameter, str], state_dict: Mapping[str, Any]) -> None:
+def load_state(optimizer: MaskedBase, names: Mapping[torch.nn.Parameter, str], state_dict: Mapping[str, Any]) -> None:
     """Load what `keyed_by_name` returned, after all of it was checked."""
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(optimizer.param_groups):
@@ -64,7 +51,7 @@ def load_state(optimizer: MaskedAdamW, names: Mapping[torch.nn.Parameter, str], 
         if name not in parameters:
             raise OptimizerStateError(f"The saved state has values for `{name}`, which this optimizer does not train.")
         count = optimizer.mask.tensors[name].count
-        dtypes = entry_dtypes(parameters[name].dtype, optimizer.master)
+        dtypes = optimizer.entry_dtypes(parameters[name])
         _check_keys(name, values, dtypes)
         loaded[parameters[name]] = {
             key: _checked(name, key, values[key], dtype, count, parameters[name].device)
@@ -82,9 +69,9 @@ def _check_group(group: Mapping[str, Any], saved: Mapping[str, Any], names: list
             f"The saved state belongs to mask {str(saved.get('mask_fingerprint'))[:16]}, this optimizer trains mask "
             f"{group['mask_fingerprint'][:16]}. Resume with the mask that the run was started with."
         )
-    if saved.get("master") != group["master"]:
+    if saved.get("master") != group.get("master"):
         raise OptimizerStateError(
-            f"The saved state has `master={saved.get('master')}`, this optimizer `master={group['master']}`. Resume "
+            f"The saved state has `master={saved.get('master')}`, this optimizer `master={group.get('master')}`. Resume "
             "with the setting that the run was started with."
         )
     if list(saved["params"]) != names:

@@ -18,7 +18,9 @@ TrainerT = TypeVar("TrainerT", bound="Trainer")
 _ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")
 
 
-def restrict(trainer: TrainerT, mask: SubnetMask, *, master: str = "fp32") -> TrainerT:
+def restrict(
+    trainer: TrainerT, mask: SubnetMask, *, master: str = "fp32", compact_grads: bool | None = None
+) -> TrainerT:
     """Make `trainer.train()` train only the weights of `mask`; call it once, on a built trainer that has not started.
 
     The trainer's own arguments set the hyper-parameters: learning rate, betas, epsilon, weight decay (not on the
@@ -28,7 +30,9 @@ def restrict(trainer: TrainerT, mask: SubnetMask, *, master: str = "fp32") -> Tr
     Args:
         trainer: A `transformers.Trainer`, or a trainer of TRL.
         mask: Which weights to train; must have been made for the model that the trainer holds.
-        master: How fp32 master weights are kept: `fp32` or `remainder` (see `MaskedAdamW`).
+        master: How fp32 master weights are kept: `fp32`, `remainder` or `stochastic` (see `MaskedAdamW`).
+        compact_grads: Free every dense gradient as soon as autograd has it (see `MaskedAdamW`). `None`: yes in one
+            process; no under DDP, which reduces dense gradients.
 
     Returns:
         The same trainer.
@@ -47,7 +51,7 @@ def restrict(trainer: TrainerT, mask: SubnetMask, *, master: str = "fp32") -> Tr
         if trainer.optimizer is None:
             # Built when training starts, because other tools replace parameter objects before that. A resumed run
             # already holds trained weights then, so the base was checked above.
-            built[:] = [_build(trainer, own_model if model is None else model, mask, master)]
+            built[:] = [_build(trainer, own_model if model is None else model, mask, master, compact_grads)]
             trainer.optimizer = built[0]
         # A second `train()` finds the optimizer of the first in the wrapper that accelerate put around it.
         elif not built or getattr(trainer.optimizer, "optimizer", trainer.optimizer) is not built[0]:
@@ -71,7 +75,9 @@ def restrict(trainer: TrainerT, mask: SubnetMask, *, master: str = "fp32") -> Tr
     return trainer
 
 
-def _build(trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, master: str) -> MaskedAdamW:
+def _build(
+    trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, master: str, compact_grads: bool | None
+) -> MaskedAdamW:
     args = trainer.args
     decayed = {canonical_name(name) for name in trainer.get_decay_parameter_names(model)}
     pairs = list(by_canonical_name(model.named_parameters()).items())
@@ -87,6 +93,7 @@ def _build(trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, master: s
         eps=args.adam_epsilon,
         max_grad_norm=None,
         master=master,
+        compact_grads=args.world_size == 1 if compact_grads is None else compact_grads,
         check_base=False,
     )
 

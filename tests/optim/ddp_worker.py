@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from subnet_ft.checkpoints.tiny import tiny_model
+from subnet_ft.errors import GradientError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW
 
@@ -27,7 +28,9 @@ def train(wrapped: torch.nn.Module, mask: SubnetMask, data: Sequence[torch.Tenso
     """Train on one batch per step."""
     # A large eps makes an update nearly proportional to the gradient: Adam would turn the rounding noise of a gradient
     # that is almost zero into a full step.
-    optimizer = MaskedAdamW(wrapped.named_parameters(), mask, lr=1e-2, weight_decay=0.1, eps=1e-2, max_grad_norm=1.0)
+    optimizer = MaskedAdamW(
+        wrapped.named_parameters(), mask, lr=1e-2, weight_decay=0.1, eps=1e-2, max_grad_norm=1.0, compact_grads=False
+    )
     for tokens in data:
         wrapped(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
@@ -47,6 +50,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     dense = {name: torch.rand(p.shape, generator=generator) < 0.3 for name, p in model.named_parameters()}
     mask = SubnetMask.from_dense(dense)
+    try:
+        MaskedAdamW(model.named_parameters(), mask, max_grad_norm=None)
+    except GradientError as error:
+        refusal = str(error)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     train(DistributedDataParallel(model), mask, batches(dist.get_rank()))
@@ -63,6 +70,7 @@ def main() -> None:
         "off_mask": off_mask,
         "moved": moved,
         "trainable": mask.num_trainable,
+        "refusal": refusal,
         "digest": digest.hexdigest(),
         "to_all_data": distance(model, together),
         "to_own_data": distance(model, alone),

@@ -17,6 +17,8 @@ def test_masked_adamw_under_ddp_equals_one_process_on_all_data() -> None:
     assert len(results) == 2
     assert results[0]["digest"] == results[1]["digest"]
     for result in results:
+        assert "2 processes train together" in result["refusal"]
+        assert "`compact_grads=False`" in result["refusal"]
         assert result["off_mask"] == 0
         assert result["moved"] > 0.5 * result["trainable"]
         # Averaging two gradients rounds otherwise than one gradient of both batches; a process that trained on its own

@@ -1,0 +1,105 @@
+"""What `MaskedAdamW` and `MaskedSGD` share: masters, and one kernel call for all tensors of a device."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+import subnet_kernels
+from subnet_ft.masks import SubnetMask
+from subnet_ft.optim.base import MaskedBase
+from subnet_ft.optim.masters import check_master, master_dtype, new_masters
+from subnet_ft.optim.parameters import NamedParameters
+
+
+class FusedBase(MaskedBase):
+    """A masked optimizer with a kernel of its own, which updates many tensors in a few launches."""
+
+    def __init__(
+        self,
+        named_parameters: NamedParameters | Iterable[dict[str, Any]],
+        mask: SubnetMask,
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None,
+        master: str,
+        seed: int,
+        compact_grads: bool,
+        check_base: bool,
+    ) -> None:
+        check_master(master)
+        self.master = master
+        super().__init__(
+            named_parameters,
+            mask,
+            {**defaults, "master": master, "rounding_seed": seed},
+            max_grad_norm=max_grad_norm,
+            compact_grads=compact_grads,
+            check_base=check_base,
+        )
+
+    @abstractmethod
+    def _moments(self, group: Mapping[str, Any]) -> Sequence[str]:
+        """Return the names of the compact float32 state entries under a group's options."""
+
+    @abstractmethod
+    def _describe(self, group: Mapping[str, Any], values: Mapping[str, Any], shared: dict[str, Any]) -> Any:
+        """Return the kernel's description of one tensor's update; `shared` is what all descriptions have."""
+
+    @abstractmethod
+    def _run(self, updates: list[Any], grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
+        """Run the kernel on the updates of one device."""
+
+    def entry_dtypes(self, parameter: torch.nn.Parameter) -> dict[str, torch.dtype]:
+        """Return which entries the saved state of a parameter has, and their dtypes; all but `step` are (K,)."""
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        dtypes = dict.fromkeys(("step", *self._moments(group)), torch.float32)
+        kept = master_dtype(parameter.dtype, self.master)
+        return dtypes if kept is None else {**dtypes, "master": kept}
+
+    def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
+        streams = {parameter: number for number, parameter in enumerate(self._names)}
+        batches: dict[torch.device, list[Any]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in grads:
+                    update = self._one(parameter, group, grads[parameter], streams[parameter])
+                    batches.setdefault(parameter.device, []).append(update)
+        for device, batch in batches.items():
+            cache = self._cache.setdefault(device, {})
+            self._run(batch, None if scale is None else scale.to(device), cache)
+
+    def _one(self, parameter: torch.nn.Parameter, group: Mapping[str, Any], grad: torch.Tensor, stream: int) -> Any:
+        values, mask, weight = self.state[parameter], self.bit_mask(parameter), parameter.detach().view(-1)
+        if not values:
+            self._start(parameter, group, values, weight)
+        values["step"] += 1.0
+        key = None
+        if self.master == "stochastic" and weight.dtype == torch.bfloat16:
+            key = subnet_kernels.rounding_key(group["rounding_seed"], stream, int(values["step"]))
+        shared = {
+            "param": weight,
+            "mask": mask,
+            "grad": grad,
+            "master": values.get("master"),
+            "lr": float(group["lr"]),
+            "weight_decay": group["weight_decay"],
+            "is_rounded": self._is_rounded(parameter),
+            "rounding_key": key,
+        }
+        return self._describe(group, values, shared)
+
+    def _start(
+        self, parameter: torch.nn.Parameter, group: Mapping[str, Any], values: dict[str, Any], weight: torch.Tensor
+    ) -> None:
+        mask = self.bit_mask(parameter)
+        values["step"] = torch.tensor(0.0)
+        for name in self._moments(group):
+            values[name] = torch.zeros(mask.count, dtype=torch.float32, device=weight.device)
+        masters = new_masters(weight, mask, self.master)
+        if masters is not None:
+            values["master"] = masters
+        self._written[parameter] = parameter._version  # the masters are the weights

@@ -1,0 +1,36 @@
+"""How float32 masters are kept beside weights of a lower precision."""
+
+from __future__ import annotations
+
+import torch
+
+import subnet_kernels
+from subnet_kernels import BitMask
+
+MASTERS = ("fp32", "remainder", "stochastic")
+"""`fp32`: 4 bytes per trainable weight. `remainder`: for bfloat16 weights the low 16 bits of the master beside the
+weight, an exact float32 master for 2 bytes. `stochastic`: none; bfloat16 weights are rounded up or down at random so
+that the mean is exact. float32 weights are their own masters, and float16 ones always have `fp32` masters."""
+
+
+def check_master(master: str) -> None:
+    """Raise ValueError for an unknown kind of master."""
+    if master not in MASTERS:
+        raise ValueError(f"`master` must be one of {', '.join(MASTERS)}, got {master!r}")
+
+
+def master_dtype(weight_dtype: torch.dtype, master: str) -> torch.dtype | None:
+    """Return the dtype of the masters beside weights of a dtype, or `None` where there are none."""
+    if weight_dtype == torch.float32:
+        return None
+    if weight_dtype == torch.bfloat16 and master != "fp32":
+        return torch.int16 if master == "remainder" else None
+    return torch.float32
+
+
+def new_masters(weight: torch.Tensor, mask: BitMask, master: str) -> torch.Tensor | None:
+    """Return the (K,) masters of (N,) weights that no update has changed yet."""
+    dtype = master_dtype(weight.dtype, master)
+    if dtype == torch.int16:
+        return torch.zeros(mask.count, dtype=torch.int16, device=weight.device)
+    return None if dtype is None else subnet_kernels.gather(weight, mask)

@@ -1,0 +1,71 @@
+"""The parameters that a masked optimizer is built on: named, in groups, and checked against the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from subnet_ft.errors import MaskMismatchError
+from subnet_ft.masks import SubnetMask, by_canonical_name
+
+NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
+
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def named_groups(named_parameters: NamedParameters | Iterable[dict[str, Any]], owner: str) -> list[dict[str, Any]]:
+    """Return groups whose `params` are lists of pairs of name and parameter.
+
+    Args:
+        named_parameters: Such pairs, or such groups.
+        owner: The optimizer's name, for the message.
+
+    Raises:
+        TypeError: A parameter comes without its name.
+    """
+    items: list[Any] = list(named_parameters)
+    groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
+    named: list[dict[str, Any]] = []
+    for group in groups:
+        pairs = list(group["params"])
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise TypeError(
+                f"{owner} finds a parameter's mask by its name: pass `model.named_parameters()`, or groups with such "
+                "pairs under `params`."
+            )
+        named.append({**group, "params": pairs})
+    return named
+
+
+def trainable_groups(groups: Iterable[dict[str, Any]], mask: SubnetMask) -> list[dict[str, Any]]:
+    """Keep the parameters in which the mask trains something, under canonical names, and the groups that have some."""
+    kept = [
+        {
+            **group,
+            "params": [(n, p) for n, p in by_canonical_name(group["params"]).items() if mask.tensors[n].count],
+        }
+        for group in groups
+    ]
+    return [group for group in kept if group["params"]]
+
+
+def check_parameters(parameters: Mapping[str, torch.nn.Parameter], mask: SubnetMask, *, check_base: bool) -> None:
+    """Check names, shapes, dtypes and layout against the mask, and the weights if `check_base`.
+
+    Raises:
+        MaskMismatchError: Something differs, or the mask trains nothing.
+    """
+    mask.check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    if not mask.num_trainable:
+        raise MaskMismatchError("The mask has no trainable weight: nothing would be trained.")
+    for name, parameter in parameters.items():
+        if mask.tensors[name].count and parameter.dtype not in _WEIGHT_DTYPES:
+            raise MaskMismatchError(
+                f"`{name}` is {parameter.dtype}; masked training needs bfloat16, float16 or float32."
+            )
+        if mask.tensors[name].count and not parameter.is_contiguous():
+            raise MaskMismatchError(f"`{name}` is not contiguous; call `.contiguous()` on it before training.")
+    if check_base:
+        mask.check_weights((name, parameter.detach()) for name, parameter in parameters.items())
