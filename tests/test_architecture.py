@@ -44,13 +44,25 @@ ARROWS: dict[str, set[str]] = {
         "digests",
         "inputs",
     },
-    "cli": {*_WEIGHTS, "tasks", "recipe", "training", "evidence", "stages", "environment", "verification", "pipeline"},
+    "bench": {*_WEIGHTS, "training", "environment", "subnet_kernels"},
+    "cli": {
+        *_WEIGHTS,
+        "tasks",
+        "recipe",
+        "training",
+        "evidence",
+        "stages",
+        "environment",
+        "verification",
+        "pipeline",
+        "bench",
+    },
     "__main__": {"cli"},
     "benchmarks": {"subnet_kernels"},  # kernels/benchmarks, which is not packaged
 }
-KERNEL_IMPORTS = {"torch", "triton", "numpy", "subnet_kernels", *sys.stdlib_module_names}
+KERNEL_IMPORTS = {"torch", "triton", "numba", "llvmlite", "numpy", "subnet_kernels", *sys.stdlib_module_names}
 LONGEST_FILE = 350
-HEAVY = {"torch", "transformers", "triton", "trl", "datasets", "matplotlib"}
+HEAVY = {"torch", "transformers", "triton", "numba", "trl", "datasets", "matplotlib"}
 STARTS = {
     "import subnet_ft": "import subnet_ft",
     "subnet-ft --help": "from subnet_ft.cli import main\nsys.argv[1:] = ['--help']\nsys.exit(main())",

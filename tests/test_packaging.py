@@ -63,7 +63,7 @@ def test_wheel_holds_every_file_of_the_sources_and_nothing_else(wheel: Path, tre
     expected |= {"subnet_ft" / path.relative_to(tree) for path in (tree / "recipes").rglob("*.*")}
     installed = {name for name in _names(wheel) if ".dist-info/" not in name}
     assert installed == {path.as_posix() for path in expected}
-    assert {"subnet_ft/py.typed", "subnet_kernels/py.typed", "subnet_ft/cli.py"} <= installed
+    assert {"subnet_ft/py.typed", "subnet_kernels/py.typed", "subnet_ft/cli/__init__.py"} <= installed
     assert any(name.startswith("subnet_ft/recipes/") and name.endswith(".yaml") for name in installed)
     assert {name.split("/")[0] for name in installed} == {"subnet_ft", "subnet_kernels"}
 

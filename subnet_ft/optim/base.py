@@ -203,9 +203,12 @@ class MaskedBase(torch.optim.Optimizer):
 
 
 def _nbytes(cache: Mapping[Any, Any]) -> int:
-    """Count the bytes of the tensors and arrays anywhere in a cache."""
+    """Count the bytes of the tensors and arrays anywhere in a cache; the masks it names are counted elsewhere."""
     total = 0
     for value in cache.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
-            total += _nbytes(item) if isinstance(item, dict) else getattr(item, "nbytes", 0)
+            if isinstance(item, dict):
+                total += _nbytes(item)
+            elif not isinstance(item, BitMask):
+                total += getattr(item, "nbytes", 0)
     return total

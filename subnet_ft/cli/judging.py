@@ -1,0 +1,54 @@
+"""`subnet-ft evaluate` and `subnet-ft verify`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from subnet_ft import __version__
+from subnet_ft.cli.results import FINE, VERIFICATION_FAILED, Emit, check_folder, recipe_to_judge
+from subnet_ft.errors import RecipeError
+
+
+def evaluate(options: argparse.Namespace, emit: Emit) -> int:
+    """Print the accuracy of a model on held-out prompts."""
+    from subnet_ft.checkpoints import open_checkpoint
+    from subnet_ft.evidence.statistics import wilson_interval
+    from subnet_ft.tasks import load_recipe_data
+    from subnet_ft.verification import answer_prompts
+
+    recipe = recipe_to_judge(options.recipe, options.overrides)
+    folder = open_checkpoint(options.model).folder
+    task = load_recipe_data(recipe).evaluation
+    if task is None:
+        raise RecipeError(str(options.recipe), ["evaluation.enabled: is false, so there are no held-out prompts"])
+    records = answer_prompts(folder, recipe, task, progress=not options.quiet)
+    correct, total = sum(record["correct"] for record in records), len(records)
+    low, high = wilson_interval(correct, total, recipe.evaluation.confidence)
+    if options.json:
+        figures = {"accuracy": correct / total, "num_prompts": total, "ci_low": low, "ci_high": high}
+        emit(json.dumps({"version": __version__, "model": options.model, "task": task.name, **figures}))
+    else:
+        emit(f"{options.model}: {correct / total:.1%} of {total} prompts ({low:.1%} to {high:.1%})")
+    return FINE
+
+
+def verify_run(options: argparse.Namespace, emit: Emit) -> int:
+    """Judge checkpoints that already exist."""
+    from subnet_ft.evidence.report import lines_for_terminal, summary_for_cli
+    from subnet_ft.verification import has_failed, verify
+
+    if options.output is not None:
+        check_folder(Path(options.output))
+    report = verify(
+        options.base,
+        options.full,
+        options.subnet,
+        options.mask,
+        recipe=recipe_to_judge(options.recipe) if options.recipe else None,
+        output=options.output,
+        progress=not options.quiet,
+    )
+    emit(json.dumps(summary_for_cli(report)) if options.json else "\n".join(lines_for_terminal(report)))
+    return VERIFICATION_FAILED if has_failed(report) else FINE

@@ -1,0 +1,72 @@
+"""`subnet-ft run` and `subnet-ft train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from subnet_ft import __version__
+from subnet_ft.cli.results import FINE, VERIFICATION_FAILED, Emit, check_folder
+
+if TYPE_CHECKING:
+    from subnet_ft.pipeline import Pipeline
+
+
+def run(options: argparse.Namespace, emit: Emit) -> int:
+    """Do a whole run and print its verdict."""
+    from subnet_ft.evidence.report import lines_for_terminal, summary_for_cli
+    from subnet_ft.stages import lock_run
+    from subnet_ft.verification import has_failed
+
+    pipeline = _checked_pipeline(options, emit)
+    if pipeline is None:
+        return FINE
+    with lock_run(pipeline.folder):
+        report = pipeline.run()
+    if options.json:
+        emit(json.dumps({**summary_for_cli(report), "output": str(pipeline.folder)}))
+    else:
+        emit("\n".join([*lines_for_terminal(report), "", f"  Report: {pipeline.folder / 'report.html'}"]))
+    return VERIFICATION_FAILED if has_failed(report) else FINE
+
+
+def train(options: argparse.Namespace, emit: Emit) -> int:
+    """Train one method and print what was measured."""
+    from subnet_ft.stages import lock_run
+
+    pipeline = _checked_pipeline(options, emit)
+    if pipeline is None:
+        return FINE
+    with lock_run(pipeline.folder):
+        stage = pipeline.train()
+    method = pipeline.recipe.method
+    result = {"version": __version__, "method": method, "folder": str(stage.folder), **stage.results}
+    if options.json:
+        emit(json.dumps(result))
+    else:
+        emit(
+            f"{method}: {result['num_steps']} steps in {result['train_seconds']:.0f} s, density "
+            f"{result['density']:.4f}, saved in {stage.folder}"
+        )
+    return FINE
+
+
+def _checked_pipeline(options: argparse.Namespace, emit: Emit) -> Pipeline | None:
+    """Check recipe, launch and output folder; `None` after a dry run, which ends with the recipe."""
+    from subnet_ft.pipeline import Pipeline, load_checked_recipe
+    from subnet_ft.recipe import recipe_to_dict
+    from subnet_ft.training.one_process import refuse_many_devices, refuse_many_processes
+
+    refuse_many_processes()
+    recipe = load_checked_recipe(options.recipe, options.overrides)
+    if options.dry_run:
+        if options.json:
+            emit(json.dumps({"version": __version__, "recipe": recipe_to_dict(recipe)}))
+        else:
+            emit(f"`{options.recipe}` is fine: {recipe.algorithm} on {recipe.model.name}, into {recipe.output}")
+        return None
+    refuse_many_devices()
+    check_folder(Path(recipe.output))
+    return Pipeline(recipe, overwrite=options.overwrite, progress=not options.quiet)
