@@ -9,7 +9,7 @@ import torch
 from subnet_kernels.layout import BitMask
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AdamWUpdate:
     """One tensor's part in a `masked_adamw` call.
 
@@ -63,7 +63,7 @@ class AdamWUpdate:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SGDUpdate:
     """One tensor's part in a `masked_sgd` call.
 

@@ -46,8 +46,10 @@ class FusedBase(MaskedBase):
         """Return the names of the compact float32 state entries under a group's options."""
 
     @abstractmethod
-    def _describe(self, group: Mapping[str, Any], values: Mapping[str, Any], shared: dict[str, Any]) -> Any:
-        """Return the kernel's description of one tensor's update; `shared` is what all descriptions have."""
+    def _describe(
+        self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]
+    ) -> Any:
+        """Return the kernel's description of one tensor's update number `step`; all descriptions have `shared`."""
 
     @abstractmethod
     def _run(self, updates: list[Any], grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
@@ -76,10 +78,10 @@ class FusedBase(MaskedBase):
         values, mask, weight = self.state[parameter], self.bit_mask(parameter), parameter.detach().view(-1)
         if not values:
             self._start(parameter, group, values, weight)
-        values["step"] += 1.0
+        step = int(values["step"].add_(1.0))
         key = None
         if self.master == "stochastic" and weight.dtype == torch.bfloat16:
-            key = subnet_kernels.rounding_key(group["rounding_seed"], stream, int(values["step"]))
+            key = subnet_kernels.rounding_key(group["rounding_seed"], stream, step)
         shared = {
             "param": weight,
             "mask": mask,
@@ -90,7 +92,7 @@ class FusedBase(MaskedBase):
             "is_rounded": self._is_rounded(parameter),
             "rounding_key": key,
         }
-        return self._describe(group, values, shared)
+        return self._describe(group, values, step, shared)
 
     def _start(
         self, parameter: torch.nn.Parameter, group: Mapping[str, Any], values: dict[str, Any], weight: torch.Tensor

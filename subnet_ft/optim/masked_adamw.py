@@ -94,13 +94,15 @@ class MaskedAdamW(FusedBase):
     def _moments(self, group: Mapping[str, Any]) -> Sequence[str]:
         return ("exp_avg", "exp_avg_sq")
 
-    def _describe(self, group: Mapping[str, Any], values: Mapping[str, Any], shared: dict[str, Any]) -> AdamWUpdate:
+    def _describe(
+        self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]
+    ) -> AdamWUpdate:
         return AdamWUpdate(
             exp_avg=values["exp_avg"],
             exp_avg_sq=values["exp_avg_sq"],
             betas=group["betas"],
             eps=group["eps"],
-            step=int(values["step"]),
+            step=step,
             **shared,
         )
 

@@ -77,7 +77,9 @@ class MaskedSGD(FusedBase):
     def _moments(self, group: Mapping[str, Any]) -> Sequence[str]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _describe(self, group: Mapping[str, Any], values: Mapping[str, Any], shared: dict[str, Any]) -> SGDUpdate:
+    def _describe(
+        self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]
+    ) -> SGDUpdate:
         return SGDUpdate(
             momentum_buffer=values.get("momentum_buffer"),
             momentum=group["momentum"],

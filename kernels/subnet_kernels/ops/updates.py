@@ -36,7 +36,7 @@ def masked_adamw(
     Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), Algorithm 2.
     """
     for update in updates:
-        _check(update, {"exp_avg": update.exp_avg, "exp_avg_sq": update.exp_avg_sq})
+        _check(update, (update.exp_avg, update.exp_avg_sq))
     _run("masked_adamw", updates, grad_scale, cache)
 
 
@@ -63,7 +63,7 @@ def masked_sgd(
             raise ValueError(
                 f"`momentum` {update.momentum} with{'out' if update.momentum_buffer is None else ''} a buffer"
             )
-        _check(update, {"momentum_buffer": update.momentum_buffer})
+        _check(update, (update.momentum_buffer,))
     _run("masked_sgd", updates, grad_scale, cache)
 
 
@@ -86,7 +86,8 @@ def _run(
     function(updates, **options)
 
 
-def _check(update: AdamWUpdate | SGDUpdate, state: dict[str, torch.Tensor | None]) -> None:
+def _check(update: AdamWUpdate | SGDUpdate, state: tuple[torch.Tensor | None, ...]) -> None:
+    """Raise ValueError unless every tensor of an update fits its mask; hundreds of updates make one step."""
     param, mask, grad, master = update.param, update.mask, update.grad, update.master
     check_mask(mask, param.numel(), param.device)
     if param.dtype not in _FLOATS or param.dim() != 1 or not param.is_contiguous():
@@ -94,21 +95,26 @@ def _check(update: AdamWUpdate | SGDUpdate, state: dict[str, torch.Tensor | None
             f"`param` must be flat and contiguous, bfloat16, float16 or float32, got {param.dtype} of shape "
             f"{tuple(param.shape)}: an update of a copy would be lost"
         )
-    is_compact = grad.dtype == torch.float32 and grad.shape == (mask.count,)
-    if not is_compact and (grad.dtype not in _FLOATS or grad.shape != param.shape):
+    if grad.dim() != 1 or not (
+        (grad.dtype == torch.float32 and grad.numel() == mask.count)
+        or (grad.dtype in _FLOATS and grad.numel() == mask.num_elements)
+    ):
         raise ValueError(
             f"`grad` must be torch.float32 of shape ({mask.count},) or floating of shape {tuple(param.shape)}, got "
             f"{grad.dtype} {tuple(grad.shape)}"
         )
-    for name, tensor in {"grad": grad, "master": master, **state}.items():
+    if not grad.is_contiguous() or grad.device != param.device:
+        raise ValueError(f"`grad` must be contiguous and on {param.device}, got {grad.device}")
+    for tensor in state:
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise ValueError(f"state must be torch.float32, got {tensor.dtype}")
+    for tensor in (*state, master):
         if tensor is None:
             continue
-        if tensor.device != param.device or not tensor.is_contiguous():
-            raise ValueError(f"`{name}` must be contiguous and on {param.device}, got {tensor.device}")
-        if name != "grad" and tensor.shape != (mask.count,):
-            raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, the mask has {mask.count} set bits")
-        if name not in ("grad", "master") and tensor.dtype != torch.float32:
-            raise ValueError(f"`{name}` must be torch.float32, got {tensor.dtype}")
+        if tensor.dim() != 1 or tensor.numel() != mask.count:
+            raise ValueError(f"state has shape {tuple(tensor.shape)}, the mask has {mask.count} set bits")
+        if not tensor.is_contiguous() or tensor.device != param.device:
+            raise ValueError(f"state must be contiguous and on {param.device}, got {tensor.device}")
     _check_master(param, master, update.rounding_key)
 
 
