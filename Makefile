@@ -11,7 +11,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -Im pytest --import-mode=importlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean distclean
+.PHONY: help demo test test-slow lint bench gpu-check clean distclean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,8 +30,11 @@ lint: $(VENV)/.stamp-dev  ## Check style, format and types.
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
-bench: $(VENV)/.stamp-dev  ## Time one optimizer step against torch's own.
-	$(PY) kernels/benchmarks/optimizer_step.py
+bench: $(VENV)/.stamp-demo $(VENV)/.stamp-smollm2  ## Time steps and extraction, and count the bytes of a DPO step, beside torch's own.
+	HF_HUB_OFFLINE=1 $(VENV)/bin/subnet-ft bench
+
+gpu-check: $(VENV)/.stamp-dev  ## Check the kernels' numbers and time them, on a machine with a GPU.
+	$(PY) kernels/benchmarks/gpu_check.py
 
 clean:  ## Remove builds and caches; keep .venv and runs/.
 	rm -rf build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache
