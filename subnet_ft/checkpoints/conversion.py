@@ -81,6 +81,11 @@ class ConversionPlan:
         produced = _convert(group, self._model, reader.read)
         return {member: produced[self._saved[member]] for member in self._members[group.first]}
 
+    def stored_as_is(self, name: str) -> str | None:
+        """Return the name on disk of a parameter that is there as it is in memory; `None` for a converted one."""
+        group = self._groups[name]
+        return group.sources[0][0] if group.converter is None else None
+
 
 def plan_conversion(config: PretrainedConfig, reader: ShardReader, where: object) -> ConversionPlan:
     """Match the tensors on disk with the parameters of the model that `config` describes; weights stay unread.

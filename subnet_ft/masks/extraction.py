@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import numpy as np
 import torch
 
 import subnet_kernels
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 CURVE_TOLERANCES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 
-# A multiple of 8, so that chunks meet at a byte of the mask; casts to another dtype have this many elements.
-_CHUNK = 1 << 21
+# Elements per piece: a multiple of 8, so that pieces meet at a byte of the mask. Both pieces stay in the cache.
+_CHUNK = 1 << 20
 
 
 def extract(
@@ -45,7 +46,7 @@ def extract(
 ) -> SubnetMask:
     """Mark every weight that differs between two checkpoints of one model: the subnetwork that training changed.
 
-    Both checkpoints are read tensor by tensor and compared in chunks; neither is ever whole in memory.
+    Both checkpoints are read and compared piece by piece; neither is ever whole in memory.
 
     Args:
         base: The checkpoint before training: a folder, a Hub id, a GGUF or an open `Checkpoint`.
@@ -77,12 +78,9 @@ def extract(
     comparison = _Comparison(criterion, tolerance, None if dtype is None else getattr(torch, dtype))
     tensors: dict[str, TensorMask] = {}
     with _progress_bar(num_parameters, enabled=progress) as bar:
-        tuned_tensors = after.tensors(before.specs)
-        for name, old in before.tensors():
-            _, new = next(tuned_tensors)
-            tensors[name] = comparison.compare(name, old, new)
-            bar.update(old.numel())
-            del old, new  # or the next pair is read while this one is still held
+        for (name, old), (_, new) in zip(before.pieces(_CHUNK), after.pieces(_CHUNK, before.specs), strict=True):
+            tensors[name] = comparison.compare(name, before.specs[name].shape, zip(old, new, strict=True))
+            bar.update(tensors[name].num_elements)
 
     densities = [count / max(num_parameters, 1) for count in comparison.counts]
     mask = SubnetMask(
@@ -104,7 +102,7 @@ def extract(
 class _Comparison:
     """One criterion over many tensors, and the sums that come out of the same pass.
 
-    Invariant: temporaries have the size of a chunk, whatever the size of a tensor.
+    Invariant: temporaries have the size of a piece, whatever the size of a tensor.
     """
 
     def __init__(self, criterion: str, tolerance: float, dtype: torch.dtype | None) -> None:
@@ -115,30 +113,29 @@ class _Comparison:
         self.base_fingerprints: dict[str, str] = {}
         self.tuned_fingerprints: dict[str, str] = {}
 
-    def compare(self, name: str, base: torch.Tensor, tuned: torch.Tensor) -> TensorMask:
-        """Return the mask of one parameter; `base` and `tuned` are contiguous and of one shape."""
-        flat_base, flat_tuned = base.view(-1), tuned.view(-1)
-        num_elements = flat_base.numel()
-        bits = torch.zeros((num_elements + 7) // 8, dtype=torch.uint8)
-        count = 0
+    def compare(
+        self, name: str, shape: tuple[int, ...], pieces: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> TensorMask:
+        """Return the mask of one parameter, given as pairs of flat pieces: of the base and of the tuned weights."""
+        bits = np.zeros((math.prod(shape) + 7) // 8, dtype=np.uint8)
+        start, count = 0, 0
         base_sums, tuned_sums = (0, 0), (0, 0)
-        for start in range(0, num_elements, _CHUNK):
-            old, new = flat_base[start : start + _CHUNK], flat_tuned[start : start + _CHUNK]
+        for old, new in pieces:
             if self.dtype is not None:
                 old, new = old.to(self.dtype), new.to(self.dtype)
             found = subnet_kernels.compare(old, new, offset=start, tolerances=CURVE_TOLERANCES)
             self.counts = [sum(pair) for pair in zip(self.counts, (found.count, *found.beyond), strict=True)]
-            base_sums, tuned_sums = (
-                _added(base_sums, found.base_fingerprint),
-                _added(tuned_sums, found.tuned_fingerprint),
-            )
-            chunk_bits, chunk_count = self._marked(old, new, found)
-            if chunk_count:
-                bits[start // 8 : start // 8 + chunk_bits.numel()] = chunk_bits
-                count += chunk_count
+            base_sums = _added(base_sums, found.base_fingerprint)
+            tuned_sums = _added(tuned_sums, found.tuned_fingerprint)
+            marked, marked_count = self._marked(old, new, found)
+            if marked_count:
+                # By numpy: the threads of a copy in torch spin for a while afterwards and slow the next comparison.
+                bits[start // 8 : start // 8 + marked.numel()] = marked.numpy()
+                count += marked_count
+            start += old.numel()
         self.base_fingerprints[name] = format_fingerprint(base_sums)
         self.tuned_fingerprints[name] = format_fingerprint(tuned_sums)
-        return TensorMask(bits if count else torch.empty(0, dtype=torch.uint8), tuple(base.shape), count)
+        return TensorMask(torch.from_numpy(bits if count else bits[:0].copy()), shape, count)
 
     def _marked(
         self, old: torch.Tensor, new: torch.Tensor, found: subnet_kernels.Comparison

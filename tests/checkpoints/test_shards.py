@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import same_bits
 from safetensors.torch import save_file
 
 from subnet_ft.checkpoints.shards import ShardReader
@@ -21,6 +23,11 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def resident_megabytes() -> float:
+    with open("/proc/self/status", encoding="utf-8") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
+
+
 def write_index(folder: Path, weight_map: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -31,6 +38,55 @@ def test_shard_reader_reads_headers_and_tensors(sharded: Path) -> None:
     assert reader["b"].spec("b").shape == (2, 3)
     assert reader["b"].spec("b").dtype == torch.bfloat16
     assert reader.read("a").tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_shard_reader_reads_every_dtype_shape_and_offset(tmp_path: Path) -> None:
+    tensors = {
+        "empty": torch.empty(0, 3),
+        "one": torch.tensor([1.5], dtype=torch.float16),
+        "odd": torch.randn(7, dtype=torch.bfloat16),
+        "matrix": torch.randn(301, 33),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt", "data_offsets": "none"})
+    reader = ShardReader(tmp_path)
+    buffer = torch.empty(64, dtype=torch.uint8)
+    for key, tensor in tensors.items():
+        assert same_bits(reader.read(key), tensor)
+        pieces = [piece.clone() for piece in reader.pieces(key, buffer)]
+        assert same_bits(torch.cat([torch.empty(0, dtype=tensor.dtype), *pieces]), tensor.view(-1))
+
+
+def test_shard_reader_reads_a_tensor_that_may_be_written_to(sharded: Path) -> None:
+    reader = ShardReader(sharded)
+    reader.read("a").zero_()
+    assert reader.read("a").tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_pieces_fill_the_buffer_and_overwrite_it(sharded: Path) -> None:
+    pieces = ShardReader(sharded).pieces("b", torch.empty(8, dtype=torch.uint8))
+    first = next(pieces)
+    assert first.tolist() == [1.0] * 4
+    first.zero_()
+    assert next(pieces).tolist() == [1.0] * 2
+    assert first.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_pieces_notice_that_a_file_has_become_shorter(sharded: Path) -> None:
+    reader = ShardReader(sharded)
+    file = sharded / "two.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"two\.safetensors` ends within `b`: it changed while it was read"):
+        list(reader.pieces("b", torch.empty(64, dtype=torch.uint8)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_a_tensor_that_is_dropped_is_no_longer_resident(tmp_path: Path) -> None:
+    save_file({name: torch.zeros(1 << 23) for name in "abcd"}, tmp_path / "model.safetensors")
+    reader = ShardReader(tmp_path)
+    before = resident_megabytes()
+    for key in reader:
+        assert not reader.read(key).any()
+        assert resident_megabytes() - before < 20  # one tensor has 32 MB
 
 
 def test_shard_reader_prefers_the_single_file(sharded: Path) -> None:
