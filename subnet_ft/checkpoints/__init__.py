@@ -11,9 +11,10 @@ from subnet_ft.checkpoints.resolve import resolve_checkpoint
 
 if TYPE_CHECKING:
     from subnet_ft.checkpoints.checkpoint import Checkpoint, open_checkpoint
+    from subnet_ft.checkpoints.models import undo_upcasts
     from subnet_ft.checkpoints.shards import TensorSpec
 
-__all__ = ["Checkpoint", "TensorSpec", "open_checkpoint", "resolve_checkpoint"]
+__all__ = ["Checkpoint", "TensorSpec", "open_checkpoint", "resolve_checkpoint", "undo_upcasts"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from subnet_ft.checkpoints import checkpoint
 
         return getattr(checkpoint, name)
+    if name == "undo_upcasts":
+        from subnet_ft.checkpoints import models
+
+        return models.undo_upcasts
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,7 @@ def load_model(
 
     Args:
         folder: A checkpoint folder.
-        dtype: Dtype of the weights in memory, such as `bfloat16`.
+        dtype: Dtype of the weights in memory, such as `bfloat16`, those excepted that transformers keeps in float32.
         attn_implementation: Passed to transformers; `None` lets it choose.
 
     Raises:
@@ -41,6 +41,25 @@ def load_model(
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def undo_upcasts(model: PreTrainedModel, *, dtype: str) -> None:
+    """Cast every weight that is wider than `dtype` to `dtype`, where that changes none of its values.
+
+    transformers keeps some weights in float32, whatever dtype they are stored and asked for in: since 5.24 the routers
+    of DeepSeek-V3 and its relatives. A run would save them in float32, and its checkpoint would not compare bit by bit
+    with the base. A weight with values that `dtype` lacks is stored in float32, too, and stays as it is.
+
+    Args:
+        model: As loaded, before training. In-out; buffers are left alone.
+        dtype: The dtype in which the model was loaded, such as `bfloat16`.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        narrow = parameter.data.to(getattr(torch, dtype))
+        if narrow.itemsize < parameter.itemsize and bool((narrow.to(parameter.dtype) == parameter.data).all()):
+            parameter.data = narrow
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -218,9 +218,11 @@ class SubnetMask:
             dtype = str(tensor.dtype).removeprefix("torch.")
             expected_dtype = base.dtypes.get(name, dtype)
             if dtype != expected_dtype:
+                undo = f"`subnet_ft.checkpoints.undo_upcasts(model, dtype='{expected_dtype}')`"
+                kept = f" If transformers keeps this weight in float32, call {undo}." if dtype == "float32" else ""
                 raise MaskMismatchError(
                     f"`{name}` is {dtype} but the mask was compared in {expected_dtype} of {self._base_name()}. Load "
-                    f"the model in {expected_dtype}, or extract a mask from {dtype} checkpoints."
+                    f"the model in {expected_dtype}, or extract a mask from {dtype} checkpoints.{kept}"
                 )
             if name not in base.fingerprints:
                 raise MaskMismatchError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,7 @@ def _generate_batch(
     shared: dict[str, Any] = {}
     if num_samples > 1:
         if length > 1:
-            shared["past_key_values"] = _prefill(model, input_ids, attention_mask, num_samples)
+            shared = _prefill(model, input_ids, attention_mask, num_samples)
         input_ids = input_ids.repeat_interleave(num_samples, dim=0)
         attention_mask = attention_mask.repeat_interleave(num_samples, dim=0)
     output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **shared)
@@ -152,21 +153,27 @@ def _generate_batch(
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
-def _prefill(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_samples: int) -> Any:
-    """Run all but the last prompt token once per prompt and repeat the cache for the samples of each."""
+def _prefill(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_samples: int) -> dict[str, Any]:
+    """Run all but the last prompt token once per prompt and repeat the cache for the samples of each.
+
+    Returns:
+        The cache under the name that the model's `forward` and `generate` take it by.
+    """
     from transformers import DynamicCache
 
+    # transformers 5.24 renamed the argument and warns of the old name.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-    cache = model(
+    output = model(
         input_ids=input_ids[:, :-1],
         attention_mask=attention_mask[:, :-1],
         position_ids=positions[:, :-1],
-        past_key_values=DynamicCache(config=model.config),
         use_cache=True,
         logits_to_keep=1,
-    ).past_key_values
-    cache.batch_repeat_interleave(num_samples)
-    return cache
+        **{name: DynamicCache(config=model.config)},
+    )
+    output[name].batch_repeat_interleave(num_samples)
+    return {name: output[name]}
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]) -> str:

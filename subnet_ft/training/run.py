@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subnet_ft.checkpoints.models import load_model, save_model
+from subnet_ft.checkpoints.listing import listing
+from subnet_ft.checkpoints.models import load_model, save_model, undo_upcasts
+from subnet_ft.errors import CheckpointError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW, memory_ledger
 from subnet_ft.training.algorithms import ALGORITHMS, run_config
@@ -77,12 +79,18 @@ def train(
         dataset: Prompts or preferences, in the format of the algorithm's trainer.
         task: Scores completions, for algorithms that sample; `None` for the others.
         progress: Show a bar on stderr.
+
+    Raises:
+        CheckpointError: Weights of the base have another dtype than the recipe's once they are loaded.
     """
     from subnet_ft.training.progress import show_progress
     from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete, replay_epochs
 
     spec = recipe.model
     model, tokenizer = load_model(base, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
+    # All weights are trained, saved and compared in one dtype.
+    undo_upcasts(model, dtype=spec.dtype)
+    _refuse_other_dtypes(model, base, spec.dtype)
     trainer = _build_trainer(recipe, model, tokenizer, folder, dataset, task)
     trainer.add_callback(NoSaveAtTheEnd())
     show_progress(trainer, progress=progress)
@@ -111,6 +119,17 @@ def train(
     )
 
 
+def _refuse_other_dtypes(model: PreTrainedModel, base: Path, dtype: str) -> None:
+    others = [name for name, parameter in model.named_parameters() if str(parameter.dtype) != f"torch.{dtype}"]
+    if others:
+        raise CheckpointError(
+            f"`{base}` stores weights more precisely than `model.dtype: {dtype}`, and transformers does not round "
+            f"them: {listing(others)}. A mask is compared in one dtype, so no subnetwork run could follow. Set "
+            f"`model.dtype` to float32, or round the base: load it, call `model.to(torch.{dtype})`, save it with "
+            "`save_pretrained`, and use that folder."
+        )
+
+
 def _build_trainer(
     recipe: Recipe, model: PreTrainedModel, tokenizer: Any, folder: Path, dataset: Dataset, task: Task | None
 ) -> Any:
@@ -125,9 +144,11 @@ def _build_trainer(
         model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options
     )
     reference = getattr(trainer, "ref_model", None)
-    if reference is not None and reference.dtype != model.dtype:
-        # TRL before 1.16 loads it in float32; the reference is the base as the policy started from it.
-        reference.to(model.dtype)
+    if reference is not None:
+        # The reference is the base as the policy started from it; TRL before 1.16 loads it in float32.
+        if reference.dtype != model.dtype:
+            reference.to(model.dtype)
+        undo_upcasts(reference, dtype=recipe.model.dtype)
     return trainer
 
 

@@ -7,6 +7,7 @@ import torch
 from helpers import random_bits
 
 import subnet_kernels
+from subnet_ft.checkpoints import undo_upcasts
 from subnet_ft.errors import MaskError, MaskMismatchError
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, TensorMask, layer_and_kind
 
@@ -138,6 +139,20 @@ def test_subnet_mask_check_refuses_another_dtype_by_name() -> None:
     mask = SubnetMask.from_dense(dense, Provenance(base=record(model)))
     with pytest.raises(MaskMismatchError, match=r"`0\.weight` is bfloat16 but the mask was compared in float32"):
         mask.check(model.to(torch.bfloat16))
+
+
+def test_subnet_mask_check_says_what_to_do_about_a_weight_kept_in_float32() -> None:
+    """transformers keeps some weights in float32 in a model that is loaded in bfloat16."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)).to(torch.bfloat16)
+    dense = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+    mask = SubnetMask.from_dense(dense, Provenance(base=record(model)))
+    model[1].float()
+    with pytest.raises(
+        MaskMismatchError, match=r"`1\.weight` is float32 .* in bfloat16 .*undo_upcasts\(model, dtype='bfloat16'\)`"
+    ):
+        mask.check(model)
+    undo_upcasts(model, dtype="bfloat16")
+    mask.check(model)
 
 
 def test_subnet_mask_check_refuses_a_base_that_it_cannot_check() -> None:
