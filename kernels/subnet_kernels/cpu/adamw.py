@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from numba import carray
 
-from subnet_kernels.cpu.blocks import BLOCK, ROOM, load_block, store_block
+from subnet_kernels.cpu.blocks import block_size, load_block, prefetch_state, store_block
 from subnet_kernels.cpu.jit import as_pointer, compiled
+from subnet_kernels.cpu.moves import ROOM, SCRATCH
 from subnet_kernels.cpu.steps import run_chunks
 from subnet_kernels.cpu.table import (
     COUNT,
     FIRST,
     FIRST_STATE,
     LAST,
+    NUM_ELEMENTS,
     ROW,
     SECOND_STATE,
     SLOT,
@@ -25,9 +27,7 @@ from subnet_kernels.cpu.table import (
 from subnet_kernels.updates import AdamWUpdate
 
 
-def masked_adamw(
-    updates: Sequence[AdamWUpdate], *, grad_scale: torch.Tensor | None, cache: dict[Any, Any]
-) -> None:
+def masked_adamw(updates: Sequence[AdamWUpdate], *, grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
     """Update the masked elements of every tensor; the operations and their order are the reference's."""
     rows = [row(update, update.exp_avg, update.exp_avg_sq) for update in updates]
     run_chunks(_step, updates, rows, [update.scalars for update in updates], grad_scale, cache)
@@ -36,22 +36,24 @@ def masked_adamw(
 @compiled
 def _step(rows: Any, scalars: Any, chunks: Any, scale: Any) -> None:
     buffers32 = np.empty((2, ROOM), dtype=np.float32)
-    buffers16 = np.empty((2, ROOM), dtype=np.uint16)
+    buffers16 = np.empty((3, ROOM), dtype=np.uint16)
     positions = np.empty(ROOM, dtype=np.int32)
-    changed = np.empty(ROOM, dtype=np.uint8)
+    scratch = np.empty(SCRATCH, dtype=np.uint64)
     for number in range(chunks.shape[0]):
         tensor = rows[chunks[number, ROW]]
         exp_avg = carray(as_pointer(tensor[FIRST_STATE]), tensor[COUNT], np.float32)
         exp_avg_sq = carray(as_pointer(tensor[SECOND_STATE]), tensor[COUNT], np.float32)
         slot = chunks[number, SLOT]
-        for first in range(chunks[number, FIRST], chunks[number, LAST], BLOCK):
-            last = min(first + BLOCK, chunks[number, LAST])
+        size = block_size(tensor[NUM_ELEMENTS], tensor[COUNT])
+        for first in range(chunks[number, FIRST], chunks[number, LAST], size):
+            last = min(first + size, chunks[number, LAST])
             grad, weights, n = load_block(tensor, first, last, slot, positions, buffers32, buffers16)
             _update(
                 grad, exp_avg[slot : slot + n], exp_avg_sq[slot : slot + n], weights, n,
                 scalars[chunks[number, ROW]], scale,
             )  # fmt: skip
-            store_block(tensor, first, slot, positions, weights, buffers16, changed, n)
+            prefetch_state(tensor, slot + n, n)
+            store_block(tensor, first, last, slot, positions, weights, buffers16, scratch, n)
             slot += n
 
 

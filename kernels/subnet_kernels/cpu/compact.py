@@ -7,25 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from subnet_kernels.cpu.blocks import BLOCK, ROOM, load_grad
-from subnet_kernels.cpu.decode import decode
+from subnet_kernels.cpu.blocks import block_size, find, read_dense
 from subnet_kernels.cpu.jit import compiled
-from subnet_kernels.cpu.table import FLOAT32, KINDS
+from subnet_kernels.cpu.moves import ROOM
+from subnet_kernels.cpu.table import KINDS
 from subnet_kernels.cpu.threads import run, split
 from subnet_kernels.layout import SEGMENT_TILES, TILE_SIZE, BitMask
 
-_SMALL = 1 << 15  # elements below which a second thread costs more than it saves
+_SMALL = 1 << 19  # elements below which a second thread costs more than it saves
 
 
-def compact(
-    dense: torch.Tensor, mask: BitMask, out: torch.Tensor, *, accumulate: bool, scale: float
-) -> torch.Tensor:
+def compact(dense: torch.Tensor, mask: BitMask, out: torch.Tensor, *, accumulate: bool, scale: float) -> torch.Tensor:
     """Put the masked elements of (N,) times `scale` into (K,) `out`; return the sum of squares of `out`."""
-    kind = KINDS[dense.dtype]
-    bits16 = dense.view(torch.int16) if kind != FLOAT32 else dense.view(torch.int32).view(torch.int16)
-    values32 = dense if kind == FLOAT32 else torch.empty(0)
     arguments = (
-        kind, bits16.numpy().view(np.uint16), values32.numpy(), mask.bits.numpy(), mask.is_full, out.numpy(),
+        KINDS[dense.dtype], dense.data_ptr(), mask.bits.data_ptr(), mask.num_elements, mask.count, out.numpy(),
         accumulate, np.float32(scale),
     )  # fmt: skip
     tasks = []
@@ -37,17 +32,20 @@ def compact(
 
 @compiled
 def _compact(
-    kind: int, dense16: Any, dense32: Any, bits: Any, is_full: bool, out: Any, accumulate: bool, scale: Any,
+    kind: int, dense: int, bits: int, num_elements: int, count: int, out: Any, accumulate: bool, scale: Any,
     start: int, stop: int, slot: int,
 ) -> float:  # fmt: skip
     positions = np.empty(ROOM, dtype=np.int32)
-    block = np.empty(ROOM, dtype=np.float32)
+    values = np.empty(ROOM, dtype=np.float32)
+    buffer16 = np.empty(ROOM, dtype=np.uint16)
+    is_full = count == num_elements
+    size = block_size(num_elements, count)
     total = 0.0
-    for first in range(start, stop, BLOCK):
-        last = min(first + BLOCK, stop)
-        n = last - first if is_full else decode(bits, first, last, positions)
-        load_grad(kind, dense16, dense32, first, positions, is_full, block, n)
-        total += _add(block, out[slot : slot + n], accumulate, scale, n)
+    for first in range(start, stop, size):
+        last = min(first + size, stop)
+        n = last - first if is_full else find(bits, first, last, positions)
+        read_dense(kind, dense, bits, first, last, positions, is_full, values, buffer16, n)
+        total += _add(values, out[slot : slot + n], accumulate, scale, n)
         slot += n
     return total
 
@@ -69,4 +67,4 @@ def _add(block: Any, out: Any, accumulate: bool, scale: Any, n: int) -> float:
             sums[lane] += np.float64(out[i + lane]) * np.float64(out[i + lane])
     for i in range(whole, n):
         sums[0] += np.float64(out[i]) * np.float64(out[i])
-    return sums.sum()
+    return float(sums.sum())

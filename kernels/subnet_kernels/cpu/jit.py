@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -16,15 +18,25 @@ logger = logging.getLogger(__name__)
 # Division as numpy does it: Python's check for zero would keep loops from being vectorised. No fastmath: every
 # operation rounds by itself, as in the reference.
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
+# numba compares only the file of the function itself, but compiled into it are others from files beside it.
+_SOURCES = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function when it is first called; the result is cached on disk where a folder can be written."""
+    """Compile a function when it is first called; the result is cached on disk where a folder can be written.
+
+    What is cached holds as long as no file of this folder changes.
+    """
     try:
-        return numba.njit(cache=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
-    except RuntimeError as error:  # numba finds no folder for its cache
+        dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
+        index = dispatcher._cache._cache_file
+        index._source_stamp = (index._source_stamp, _SOURCES)
+    except (RuntimeError, AttributeError) as error:  # no folder to write to, or another numba
         logger.info("compiling `%s` anew in every process: %s", function.__name__, error)
         return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
+    return dispatcher  # type: ignore[no-any-return]
 
 
 @intrinsic
@@ -80,3 +92,18 @@ def as_pointer(typing_context: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Ask for the cache line at an int64 address, to be written soon; nothing happens where there is no memory."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        builder.call(function, [pointer, *(ir.Constant(flag, value) for value in (1, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), generate

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from numba import carray
 
-from subnet_kernels.cpu.blocks import BLOCK, ROOM, load_block, store_block
+from subnet_kernels.cpu.blocks import block_size, load_block, prefetch_state, store_block
 from subnet_kernels.cpu.jit import as_pointer, compiled
+from subnet_kernels.cpu.moves import ROOM, SCRATCH
 from subnet_kernels.cpu.steps import run_chunks
-from subnet_kernels.cpu.table import COUNT, FIRST, FIRST_STATE, LAST, ROW, SLOT, row
+from subnet_kernels.cpu.table import COUNT, FIRST, FIRST_STATE, LAST, NUM_ELEMENTS, ROW, SLOT, row
 from subnet_kernels.updates import SGDUpdate
 
 
@@ -26,18 +27,20 @@ def masked_sgd(updates: Sequence[SGDUpdate], *, grad_scale: torch.Tensor | None,
 @compiled
 def _step(rows: Any, scalars: Any, chunks: Any, scale: Any) -> None:
     buffers32 = np.empty((2, ROOM), dtype=np.float32)
-    buffers16 = np.empty((2, ROOM), dtype=np.uint16)
+    buffers16 = np.empty((3, ROOM), dtype=np.uint16)
     positions = np.empty(ROOM, dtype=np.int32)
-    changed = np.empty(ROOM, dtype=np.uint8)
+    scratch = np.empty(SCRATCH, dtype=np.uint64)
     for number in range(chunks.shape[0]):
         tensor = rows[chunks[number, ROW]]
         buffer = carray(as_pointer(tensor[FIRST_STATE]), tensor[COUNT], np.float32)
         slot = chunks[number, SLOT]
-        for first in range(chunks[number, FIRST], chunks[number, LAST], BLOCK):
-            last = min(first + BLOCK, chunks[number, LAST])
+        size = block_size(tensor[NUM_ELEMENTS], tensor[COUNT])
+        for first in range(chunks[number, FIRST], chunks[number, LAST], size):
+            last = min(first + size, chunks[number, LAST])
             grad, weights, n = load_block(tensor, first, last, slot, positions, buffers32, buffers16)
             _update(grad, buffer[slot : slot + n], weights, n, scalars[chunks[number, ROW]], scale)
-            store_block(tensor, first, slot, positions, weights, buffers16, changed, n)
+            prefetch_state(tensor, slot + n, n)
+            store_block(tensor, first, last, slot, positions, weights, buffers16, scratch, n)
             slot += n
 
 

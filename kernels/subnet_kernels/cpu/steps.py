@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from subnet_kernels.cpu import table
-from subnet_kernels.cpu.threads import run
+from subnet_kernels.cpu.threads import num_threads, run
 from subnet_kernels.updates import AdamWUpdate, SGDUpdate
 
 
@@ -35,4 +35,10 @@ def run_chunks(
     scalar_table = np.array(scalars, dtype=np.float64).astype(np.float32)
     scale = np.float32(1.0 if grad_scale is None else float(grad_scale))
     chunks = table.chunks([update.mask for update in updates], cache)
-    run(function, [(row_table, scalar_table, chunk, scale) for chunk in chunks])
+    left = iter(chunks)
+
+    def work() -> None:
+        for chunk in left:  # whichever thread is free takes the next one
+            function(row_table, scalar_table, chunk, scale)
+
+    run(work, [()] * min(num_threads(), len(chunks)))

@@ -26,10 +26,12 @@ BFLOAT16, FLOAT16, FLOAT32, COMPACT = range(4)
 OWN, FP32, REMAINDER, STOCHASTIC = range(4)
 
 KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
-_CHUNKS_PER_THREAD = 4  # some tensors are denser than others, and the threads should end together
+_CHUNKS_PER_THREAD = 8  # some tensors are denser than others, and the threads should end together
 
 
-def row(update: AdamWUpdate | SGDUpdate, first_state: torch.Tensor | None, second_state: torch.Tensor | None) -> list[int]:
+def row(
+    update: AdamWUpdate | SGDUpdate, first_state: torch.Tensor | None, second_state: torch.Tensor | None
+) -> list[int]:
     """Return one tensor's row of addresses, sizes and kinds."""
     param, mask, grad, master = update.param, update.mask, update.grad, update.master
     is_compact = grad.dtype == torch.float32 and grad.shape == (mask.count,)
