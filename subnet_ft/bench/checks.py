@@ -62,12 +62,14 @@ def _adamw(generator: torch.Generator, mask: BitMask, on_host: BitMask) -> Itera
         scale = torch.tensor(0.7, device=where.device)
         for step, grad in enumerate(grads, start=1):
             update = AdamWUpdate(
-                param, where, grad.to(where.device), *moments, master,
+                param, where, grad.to(where.device), moments[0], moments[1], master,
                 lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, step=step, is_rounded=step > 1,
             )  # fmt: skip
             run([update], grad_scale=scale)
-        results.append((param, *moments, master))
-    yield from zip(("the weights", "exp_avg", "exp_avg_sq", "the masters"), *results, strict=True)
+        results.append({"the weights": param, "exp_avg": moments[0], "exp_avg_sq": moments[1], "the masters": master})
+    ours, expected = results
+    for name, found in ours.items():
+        yield name, found, expected[name]
 
 
 def _compact(generator: torch.Generator, mask: BitMask, on_host: BitMask) -> Iterator[tuple[str, Any, Any]]:
@@ -91,6 +93,17 @@ def _changed(generator: torch.Generator, mask: BitMask, on_host: BitMask) -> Ite
     yield "the count", count, expected_count
 
 
+def _compare(generator: torch.Generator, mask: BitMask, on_host: BitMask) -> Iterator[tuple[str, Any, Any]]:
+    base = torch.randn(mask.num_elements, generator=generator).bfloat16()
+    tuned = torch.where(reference.unpack_bits(on_host.bits, on_host.num_elements), base * 1.5, base)
+    tolerances = (1e-3, 1e-1)
+    found = subnet_kernels.compare(base.to(mask.device), tuned.to(mask.device), offset=5, tolerances=tolerances)
+    expected = reference.compare(base, tuned, offset=5, tolerances=tolerances)
+    yield "the bits", found.bits, expected.bits
+    for name in ("count", "beyond", "base_fingerprint", "tuned_fingerprint"):
+        yield f"`{name}`", getattr(found, name), getattr(expected, name)
+
+
 def _fingerprint(generator: torch.Generator, mask: BitMask, on_host: BitMask) -> Iterator[tuple[str, Any, Any]]:
     values = torch.randn(mask.num_elements, generator=generator).bfloat16()
     for outside, theirs in ((None, None), (mask, on_host)):
@@ -107,6 +120,7 @@ def _same(ours: Any, expected: Any) -> bool:
 _CHECKS: dict[str, Callable[..., Iterator[tuple[str, Any, Any]]]] = {
     "changed_bits": _changed,
     "compact": _compact,
+    "compare": _compare,
     "fingerprint": _fingerprint,
     "masked_adamw": _adamw,
 }

@@ -91,7 +91,12 @@ def _with_traffic(row: dict[str, Any], bandwidth: float) -> dict[str, Any]:
     """Add the counted bytes of our steps and the share of the copy bandwidth that they reach."""
     if row["method"] not in (OURS_DENSE, OURS_COMPACT) or row["median_ms"] is None:
         return row
-    counted = step_traffic(row["density"], compaction=row["method"] == OURS_COMPACT)
+    counted = step_traffic(
+        row["density"],
+        compaction=row["method"] == OURS_COMPACT,
+        # A tensor that is trained whole is written whole.
+        changed=None if row["density"] == 1.0 else row["changed_share"],
+    )
     num_parameters = sum(row["memory"].values()) / row["bytes_per_parameter"]
     achieved = counted * num_parameters / (row["median_ms"] / 1000)
     return {**row, "traffic_bytes_per_parameter": counted, "copy_bandwidth_share": achieved / bandwidth}

@@ -47,12 +47,16 @@ def smollm2_shapes(num_layers: int = 30) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to take a step: `before` is not timed, `step` is; `memory` gives bytes by component after a step."""
+    """One way to take a step: `before` is not timed, `step` is; `memory` gives bytes by component after a step.
+
+    Where only changed weights are written, `changed` takes one more step and returns their share of the trainable ones.
+    """
 
     name: str
     step: Callable[[], object]
     memory: Callable[[], Mapping[str, int]]
     before: Callable[[], object] = field(default=lambda: None)
+    changed: Callable[[], float] | None = None
 
 
 def measure_steps(
@@ -101,6 +105,7 @@ def measure_steps(
                 "fastest_ms": None if is_refused else min(times[method.name]),
                 "bytes_per_parameter": sum(memory.values()) / num_parameters,
                 "memory": memory,
+                **({} if method.changed is None else {"changed_share": method.changed()}),
                 **({"refused": reasons[0]} if is_refused else {}),
             }
 
@@ -198,8 +203,15 @@ def _ours(
         measured = {"weights": _nbytes(parameters.values()), **optimizer.memory()}
         return measured if compact_grads else {**measured, "gradients": _nbytes(grads.values())}
 
+    def changed() -> float:
+        before = [parameter.detach().clone() for parameter in parameters.values()]
+        put_gradients()
+        optimizer.step()
+        pairs = zip(before, parameters.values(), strict=True)
+        return sum(int((old != new.detach()).sum()) for old, new in pairs) / mask.num_trainable
+
     # Compaction consumes `.grad`, so it is put back before every step; that costs nothing worth timing.
-    return Method(OURS_COMPACT if compact_grads else OURS_DENSE, optimizer.step, memory, put_gradients)
+    return Method(OURS_COMPACT if compact_grads else OURS_DENSE, optimizer.step, memory, put_gradients, changed)
 
 
 def _fused_masters(start: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor]) -> Method:
