@@ -14,15 +14,16 @@ _EXPORTS = {
     "SubnetMask": "subnet_ft.masks",
     "extract": "subnet_ft.masks",
     "MaskedAdamW": "subnet_ft.optim",
+    "MaskedOptimizer": "subnet_ft.optim",
     "MaskedSGD": "subnet_ft.optim",
     "restrict": "subnet_ft.training",
 }
 
-__all__ = ["MaskedAdamW", "MaskedSGD", "SubnetMask", "__version__", "extract", "restrict"]
+__all__ = ["MaskedAdamW", "MaskedOptimizer", "MaskedSGD", "SubnetMask", "__version__", "extract", "restrict"]
 
 if TYPE_CHECKING:
     from subnet_ft.masks import SubnetMask, extract
-    from subnet_ft.optim import MaskedAdamW, MaskedSGD
+    from subnet_ft.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
     from subnet_ft.training import restrict
 
 

@@ -7,6 +7,7 @@
     ├── MaskError                   (ValueError)    a mask that is wrong in itself
     │   ├── MaskFileError                           a mask file that breaks its format
     │   └── MaskMismatchError                       a mask that belongs to another model
+    ├── OptimizerError              (ValueError)    an optimizer that cannot train a subnetwork
     ├── OptimizerStateError         (ValueError)    a saved optimizer state that does not fit
     ├── GradientError               (RuntimeError)  gradients that a masked optimizer cannot take
     ├── TrainerError                (ValueError)    a trainer that a masked optimizer cannot serve
@@ -59,6 +60,10 @@ class MaskFileError(MaskError):
 
 class MaskMismatchError(MaskError):
     """A mask does not belong to the model, the base or the other mask at hand."""
+
+
+class OptimizerError(SubnetError, ValueError):
+    """An optimizer needs more than the compact weights, gradients and state of a subnetwork."""
 
 
 class OptimizerStateError(SubnetError, ValueError):

@@ -53,8 +53,8 @@ class MaskedBase(torch.optim.Optimizer):
         self._cache: dict[torch.device, dict[Any, Any]] = {}
         super().__init__(trainable_groups(groups, mask), defaults)
         for group in self.param_groups:
-            self._check_options(group)
             group["mask_fingerprint"] = mask.fingerprint
+        self._prepare()
         for name, parameter in parameters.items():
             parameter.requires_grad_(mask.tensors[name].count > 0)
             if not parameter.requires_grad:
@@ -67,12 +67,18 @@ class MaskedBase(torch.optim.Optimizer):
         """Update every parameter that has a gradient, compact (K,) or dense (N,), times the () `scale`."""
 
     @abstractmethod
-    def _check_options(self, group: Mapping[str, Any]) -> None:
-        """Raise ValueError for a hyper-parameter out of range."""
+    def _prepare(self) -> None:
+        """Check the options of the param groups, and build what depends on them; no parameter was changed so far."""
 
     @abstractmethod
-    def entry_dtypes(self, parameter: torch.nn.Parameter) -> dict[str, torch.dtype]:
-        """Return which entries the saved state of a parameter has, and their dtypes; all but `step` are (K,)."""
+    def _checked_entries(
+        self, parameter: torch.nn.Parameter, values: Mapping[str, Any], saved_group: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return copies of a parameter's saved entries where this optimizer wants them.
+
+        Raises:
+            OptimizerStateError: An entry is missing, unknown, or of another dtype or shape.
+        """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -146,7 +152,10 @@ class MaskedBase(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, dict(state_dict)) or state_dict
-        state.load_state(self, self._names, state_dict)
+        loaded = state.checked_state(self.param_groups, self._names, state_dict, self._checked_entries)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+        self._adopt(loaded)
         self._written.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -165,13 +174,21 @@ class MaskedBase(torch.optim.Optimizer):
 
     def memory(self) -> dict[str, int]:
         """Return bytes that live from one step to the next: `gradients` (compact), `moments`, `masters` and `mask`."""
-        values = [entries for entries in self.state.values() if entries]
+        kept = [
+            item for entries in self.state.values() for item in entries.items() if isinstance(item[1], torch.Tensor)
+        ]
         return {
             "gradients": self._gradients.nbytes,
-            "moments": sum(v.nbytes for entries in values for k, v in entries.items() if k not in ("step", "master")),
-            "masters": sum(entries["master"].nbytes for entries in values if "master" in entries),
+            "moments": sum(value.nbytes for key, value in kept if key not in ("step", "master")),
+            "masters": sum(value.nbytes for key, value in kept if key == "master"),
             "mask": sum(mask.nbytes for mask in self._bit_masks.values()) + _nbytes(self._cache),
         }
+
+    def _adopt(self, loaded: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
+        """Make loaded entries the state; the options of the groups are loaded already."""
+        self.state.clear()
+        for parameter, entries in loaded.items():
+            self.state[parameter] = entries
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

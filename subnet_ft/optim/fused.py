@@ -13,6 +13,7 @@ from subnet_ft.masks import SubnetMask
 from subnet_ft.optim.base import MaskedBase
 from subnet_ft.optim.masters import check_master, master_dtype, new_masters
 from subnet_ft.optim.parameters import NamedParameters
+from subnet_ft.optim.state import check_keys, checked_tensor
 
 
 class FusedBase(MaskedBase):
@@ -42,25 +43,42 @@ class FusedBase(MaskedBase):
         )
 
     @abstractmethod
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for a hyper-parameter out of range."""
+
+    @abstractmethod
     def _moments(self, group: Mapping[str, Any]) -> Sequence[str]:
         """Return the names of the compact float32 state entries under a group's options."""
 
     @abstractmethod
-    def _describe(
-        self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]
-    ) -> Any:
+    def _describe(self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]) -> Any:
         """Return the kernel's description of one tensor's update number `step`; all descriptions have `shared`."""
 
     @abstractmethod
     def _run(self, updates: list[Any], grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
         """Run the kernel on the updates of one device."""
 
-    def entry_dtypes(self, parameter: torch.nn.Parameter) -> dict[str, torch.dtype]:
-        """Return which entries the saved state of a parameter has, and their dtypes; all but `step` are (K,)."""
+    def _prepare(self) -> None:
+        for group in self.param_groups:
+            self._check_options(group)
+
+    def _checked_entries(
+        self, parameter: torch.nn.Parameter, values: Mapping[str, Any], saved_group: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        name = self._names[parameter]
         group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
         dtypes = dict.fromkeys(("step", *self._moments(group)), torch.float32)
         kept = master_dtype(parameter.dtype, self.master)
-        return dtypes if kept is None else {**dtypes, "master": kept}
+        if kept is not None:
+            dtypes["master"] = kept
+        check_keys(name, values, required=dtypes, allowed=dtypes)
+        # The step count is read by the host at every step: on a GPU each reading would wait for the device.
+        return {
+            key: checked_tensor(name, key, values[key], dtype, (), torch.device("cpu"))
+            if key == "step"
+            else checked_tensor(name, key, values[key], dtype, (self.mask.tensors[name].count,), parameter.device)
+            for key, dtype in dtypes.items()
+        }
 
     def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
         streams = {parameter: number for number, parameter in enumerate(self._names)}

@@ -6,15 +6,12 @@ mask's fingerprint, because checkpointing tools keep param groups and drop what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from subnet_ft.errors import OptimizerStateError
-
-if TYPE_CHECKING:
-    from subnet_ft.optim.base import MaskedBase
 
 
 def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -36,31 +33,71 @@ def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     }
 
 
-def load_state(optimizer: MaskedBase, names: Mapping[torch.nn.Parameter, str], state_dict: Mapping[str, Any]) -> None:
-    """Load what `keyed_by_name` returned, after all of it was checked."""
+def checked_state(
+    groups: Sequence[Mapping[str, Any]],
+    names: Mapping[torch.nn.Parameter, str],
+    state_dict: Mapping[str, Any],
+    check_entries: Callable[[torch.nn.Parameter, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]],
+) -> dict[torch.nn.Parameter, dict[str, Any]]:
+    """Check what `keyed_by_name` returned as a whole, and return copies of its entries by parameter.
+
+    Args:
+        groups: The optimizer's param groups.
+        names: Parameter to name.
+        state_dict: The saved state.
+        check_entries: Takes a parameter, its saved entries and its saved group; returns copies of the entries, or
+            raises.
+
+    Raises:
+        OptimizerStateError: The state does not fit.
+    """
     saved_groups = state_dict["param_groups"]
-    if len(saved_groups) != len(optimizer.param_groups):
+    if len(saved_groups) != len(groups):
         raise OptimizerStateError(
-            f"The saved state has {len(saved_groups)} param groups, this optimizer {len(optimizer.param_groups)}."
+            f"The saved state has {len(saved_groups)} param groups, this optimizer {len(groups)}."
         )
-    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+    places: dict[str, tuple[torch.nn.Parameter, Mapping[str, Any]]] = {}
+    for group, saved in zip(groups, saved_groups, strict=True):
         _check_group(group, saved, [names[parameter] for parameter in group["params"]])
-    parameters = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
-    loaded: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+        places.update({names[parameter]: (parameter, saved) for parameter in group["params"]})
+    loaded: dict[torch.nn.Parameter, dict[str, Any]] = {}
     for name, values in state_dict["state"].items():
-        if name not in parameters:
+        if name not in places:
             raise OptimizerStateError(f"The saved state has values for `{name}`, which this optimizer does not train.")
-        count = optimizer.mask.tensors[name].count
-        dtypes = optimizer.entry_dtypes(parameters[name])
-        _check_keys(name, values, dtypes)
-        loaded[parameters[name]] = {
-            key: _checked(name, key, values[key], dtype, count, parameters[name].device)
-            for key, dtype in dtypes.items()
-        }
-    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        group.update({key: value for key, value in saved.items() if key != "params"})
-    optimizer.state.clear()
-    optimizer.state.update(loaded)
+        parameter, saved = places[name]
+        loaded[parameter] = check_entries(parameter, values, saved)
+    return loaded
+
+
+def check_keys(name: str, values: Collection[str], *, required: Collection[str], allowed: Collection[str]) -> None:
+    """Check which entries the saved state of a parameter has.
+
+    Raises:
+        OptimizerStateError: A required one is missing, or one is not allowed.
+    """
+    problems = [f"`{key}` is missing" for key in required if key not in values]
+    problems += [f"`{key}` is not known" for key in values if key not in allowed]
+    if problems:
+        raise OptimizerStateError(
+            f"The saved state of `{name}` does not fit: {', '.join(problems)}. Resume with the weight dtype and the "
+            "optimizer that the run was started with."
+        )
+
+
+def checked_tensor(
+    name: str, key: str, value: object, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """Return a copy on `device` of one entry, which must have a dtype and a shape.
+
+    Raises:
+        OptimizerStateError: It has another one, or is no tensor.
+    """
+    found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+    if not isinstance(value, torch.Tensor) or value.dtype != dtype:
+        raise OptimizerStateError(f"The saved `{key}` of `{name}` is {found}, expected {dtype}.")
+    if value.shape != shape:
+        raise OptimizerStateError(f"The saved `{key}` of `{name}` has shape {tuple(value.shape)}, expected {shape}.")
+    return value.to(device, copy=True)
 
 
 def _check_group(group: Mapping[str, Any], saved: Mapping[str, Any], names: list[str]) -> None:
@@ -69,10 +106,15 @@ def _check_group(group: Mapping[str, Any], saved: Mapping[str, Any], names: list
             f"The saved state belongs to mask {str(saved.get('mask_fingerprint'))[:16]}, this optimizer trains mask "
             f"{group['mask_fingerprint'][:16]}. Resume with the mask that the run was started with."
         )
+    if saved.get("optimizer_class") != group.get("optimizer_class"):
+        raise OptimizerStateError(
+            f"The saved state is that of {_kind(saved)}, this optimizer is {_kind(group)}. Resume with the optimizer "
+            "that the run was started with."
+        )
     if saved.get("master") != group.get("master"):
         raise OptimizerStateError(
-            f"The saved state has `master={saved.get('master')}`, this optimizer `master={group.get('master')}`. Resume "
-            "with the setting that the run was started with."
+            f"The saved state has `master={saved.get('master')}`, this optimizer `master={group.get('master')}`. "
+            "Resume with the setting that the run was started with."
         )
     if list(saved["params"]) != names:
         raise OptimizerStateError(
@@ -81,23 +123,6 @@ def _check_group(group: Mapping[str, Any], saved: Mapping[str, Any], names: list
         )
 
 
-def _check_keys(name: str, values: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> None:
-    problems = [f"`{key}` is missing" for key in dtypes if key not in values]
-    problems += [f"`{key}` is not known" for key in values if key not in dtypes]
-    if problems:
-        raise OptimizerStateError(
-            f"The saved state of `{name}` does not fit: {', '.join(problems)}. Resume with the weight dtype and the "
-            "optimizer that the run was started with."
-        )
-
-
-def _checked(name: str, key: str, value: object, dtype: torch.dtype, count: int, device: torch.device) -> torch.Tensor:
-    """Return a copy of one entry where the optimizer wants it."""
-    found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-    if not isinstance(value, torch.Tensor) or value.dtype != dtype:
-        raise OptimizerStateError(f"The saved `{key}` of `{name}` is {found}, expected {dtype}.")
-    shape = () if key == "step" else (count,)
-    if value.shape != shape:
-        raise OptimizerStateError(f"The saved `{key}` of `{name}` has shape {tuple(value.shape)}, expected {shape}.")
-    # The step count is read by the host at every step: on a GPU each reading would wait for the device.
-    return value.to("cpu" if key == "step" else device, copy=True)
+def _kind(group: Mapping[str, Any]) -> str:
+    wrapped = group.get("optimizer_class")
+    return "MaskedAdamW or MaskedSGD" if wrapped is None else f"MaskedOptimizer around `{wrapped}`"

@@ -1,0 +1,223 @@
+"""`MaskedOptimizer`: any element-wise torch optimizer on the weights of a mask, and on no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+import subnet_kernels
+from subnet_ft.errors import OptimizerError, OptimizerStateError
+from subnet_ft.masks import SubnetMask
+from subnet_ft.optim.base import MaskedBase
+from subnet_ft.optim.elementwise import check_elementwise, check_keywords
+from subnet_ft.optim.parameters import NamedParameters
+from subnet_ft.optim.state import check_keys, checked_tensor
+
+# What a param group holds besides the wrapped optimizer's options.
+_NOT_OPTIONS = frozenset({"params", "param_names", "mask_fingerprint", "optimizer_class", "compact_entries"})
+
+
+class MaskedOptimizer(MaskedBase):
+    """A torch optimizer that trains the weights of a mask; a weight outside it keeps its bits, whatever happens.
+
+    The wrapped optimizer sees one float32 parameter `(K,)` per tensor, the masters of its trainable weights, and their
+    compact gradients. After its step the masters are rounded into the weights. So it must treat every weight by itself:
+    those that need the shape or the norm of a tensor are refused by name. What `MaskedAdamW` says about gradients,
+    skipped tensors, `requires_grad` and weights that somebody else changes holds here, too.
+
+    Param groups have all options of the wrapped optimizer. A schedule that changes one reaches it at the next step, and
+    what the step itself changes comes back.
+
+    Args:
+        optimizer_cls: The class to wrap, such as `torch.optim.RAdam`. Where it is element-wise but asks the model for
+            more than gradients (a closure, a mode), that part is out of reach.
+        named_parameters: Pairs of name and parameter, or dicts with those pairs under `params` and options of their
+            own. All parameters of the model.
+        mask: Which weights to train.
+        max_grad_norm, compact_grads, check_base: As in `MaskedAdamW`. Without compact gradients every step makes
+            compact copies, 4 bytes per trainable weight, and frees them again.
+        kwargs: Options of `optimizer_cls`, such as `lr` or `fused`.
+
+    Raises:
+        OptimizerError: `optimizer_cls` is not element-wise.
+        TypeError: `optimizer_cls` is no optimizer class, or lacks an option.
+        MaskMismatchError: Names, shapes, dtypes or weights are not those of the mask.
+        GradientError: Another optimizer compacts the gradients already, or processes train together.
+
+    Example:
+        `MaskedOptimizer(torch.optim.RAdam, model.named_parameters(), mask, lr=1e-6, max_grad_norm=1.0)`
+    """
+
+    def __init__(
+        self,
+        optimizer_cls: type[torch.optim.Optimizer],
+        named_parameters: NamedParameters | Iterable[dict[str, Any]],
+        mask: SubnetMask,
+        *,
+        max_grad_norm: float | None,
+        compact_grads: bool = True,
+        check_base: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        check_elementwise(optimizer_cls)
+        if issubclass(optimizer_cls, MaskedBase):
+            raise OptimizerError(f"`{optimizer_cls.__name__}` is masked already; use it without `MaskedOptimizer`.")
+        check_keywords(optimizer_cls, kwargs)
+        self.optimizer_cls = optimizer_cls
+        self._kwargs = kwargs
+        super().__init__(
+            named_parameters, mask, {}, max_grad_norm=max_grad_norm, compact_grads=compact_grads, check_base=check_base
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state keyed by parameter name: tensors, numbers and strings only.
+
+        The entries of a tensor are `master` and what the wrapped optimizer keeps. Each group lists its
+        `compact_entries`: those that every tensor has as (K,), so that loading can check them.
+        """
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            kept = [
+                self._compact_entries(name, saved["state"][name]) for name in group["params"] if name in saved["state"]
+            ]
+            group["compact_entries"] = sorted(set.intersection(*kept)) if kept else []
+        return saved
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes that live from one step to the next: `gradients` (compact), `moments`, `masters` and `mask`.
+
+        `moments` is what the wrapped optimizer keeps in tensors, single numbers aside.
+        """
+        kept = [value for entries in self._inner.state.values() for value in entries.values()]
+        return {
+            **super().memory(),
+            "moments": sum(value.nbytes for value in kept if isinstance(value, torch.Tensor) and value.dim()),
+            "masters": sum(master.nbytes for master in self._masters.values()),
+        }
+
+    def _prepare(self) -> None:
+        """Build the wrapped optimizer on new masters; it fills in the options that a group leaves open."""
+        self._masters = {parameter: torch.nn.Parameter(self._gathered(parameter)) for parameter in self._trained()}
+        self._inner = self.optimizer_cls(
+            [
+                {**_options(group), "params": [self._masters[parameter] for parameter in group["params"]]}
+                for group in self.param_groups
+            ],
+            **self._kwargs,
+        )
+        self.defaults.update(self._inner.defaults)
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            group.update(_options(inner))
+            group["optimizer_class"] = self.optimizer_cls.__name__
+
+    def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
+        for parameter, master in self._masters.items():
+            master.grad = None
+            if parameter not in grads:
+                continue
+            if not self.state[parameter]:
+                # Weights that were loaded since the optimizer was built count.
+                master.data = self._gathered(parameter)
+            master.grad = self._compact_grad(parameter, grads[parameter], scale)
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            inner.update(_options(group))
+        self._inner.step()
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            group.update(_options(inner))
+        for parameter in grads:
+            self._store(parameter)
+        strangers = self._inner.state.keys() - self._masters.values()
+        if strangers:
+            raise OptimizerError(
+                f"`{self.optimizer_cls.__name__}` keeps state under {sorted(map(str, strangers))}, which is no tensor "
+                "that it trains and cannot be saved by name. Use another optimizer."
+            )
+
+    def _compact_grad(
+        self, parameter: torch.nn.Parameter, grad: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the gradient (K,) times `scale`; a compact one is scaled in place, for the step consumes it."""
+        if not self.compact_grads:
+            mask = self.bit_mask(parameter)
+            dense, grad = grad, torch.empty(mask.count, dtype=torch.float32, device=grad.device)
+            subnet_kernels.compact(dense, mask, grad, accumulate=False)
+        return grad if scale is None else grad.mul_(scale.to(grad.device))
+
+    def _store(self, parameter: torch.nn.Parameter) -> None:
+        """Round the masters of a parameter into it, and show what the wrapped optimizer keeps for it."""
+        master = self._masters[parameter]
+        grad, master.grad = master.grad, None
+        assert grad is not None
+        kept = self._inner.state[master]
+        for key, value in kept.items():
+            if key == "master" or not _is_savable(value):
+                raise OptimizerError(
+                    f"`{self.optimizer_cls.__name__}` keeps `{key}`, a {type(value).__name__}. Beside the "
+                    "`master` of a tensor only tensors, numbers and strings of other names can be saved. Use another "
+                    "optimizer."
+                )
+            # The buffer of the gradient is used again at the next step.
+            if _is_same_memory(value, grad):
+                kept[key] = value.clone()
+        self.state[parameter] = {"master": master.detach(), **kept}
+        weights = subnet_kernels.round_to_weights(master.detach(), parameter.dtype)
+        subnet_kernels.scatter(parameter.detach().view(-1), self.bit_mask(parameter), weights)
+
+    def _gathered(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return subnet_kernels.gather(parameter.detach().view(-1), self.bit_mask(parameter))
+
+    def _compact_entries(self, name: str, values: Mapping[str, Any]) -> set[str]:
+        shape = (self.mask.tensors[name].count,)
+        return {key for key, value in values.items() if isinstance(value, torch.Tensor) and value.shape == shape}
+
+    def _checked_entries(
+        self, parameter: torch.nn.Parameter, values: Mapping[str, Any], saved_group: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        name, compact = self._names[parameter], {"master", *saved_group.get("compact_entries", ())}
+        check_keys(name, values, required=sorted(compact), allowed=values)
+        # As torch has it: scalars that the host reads stay there, unless a kernel reads them.
+        on_device = saved_group.get("capturable") or saved_group.get("fused")
+        entries: dict[str, Any] = {}
+        for key, value in values.items():
+            if not _is_savable(value):
+                raise OptimizerStateError(
+                    f"The saved `{key}` of `{name}` is {type(value).__name__}, expected a tensor, number or string."
+                )
+            if key in compact:
+                dtype = torch.float32 if key == "master" else getattr(value, "dtype", torch.float32)
+                shape = (self.mask.tensors[name].count,)
+                entries[key] = checked_tensor(name, key, value, dtype, shape, parameter.device)
+            elif isinstance(value, torch.Tensor):
+                entries[key] = value.to(parameter.device if value.dim() or on_device else "cpu", copy=True)
+            else:
+                entries[key] = value
+        return entries
+
+    def _adopt(self, loaded: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
+        # What was there before leaves no trace, and its memory is free before new masters take theirs.
+        self._masters.clear()
+        del self._inner
+        super()._adopt(loaded)
+        self._prepare()
+        for parameter, entries in loaded.items():
+            master = self._masters[parameter]
+            master.data = entries["master"]
+            self._inner.state[master] = {key: value for key, value in entries.items() if key != "master"}
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+
+
+def _is_savable(value: object) -> bool:
+    return value is None or isinstance(value, (torch.Tensor, bool, int, float, str))
+
+
+def _is_same_memory(value: object, grad: torch.Tensor) -> bool:
+    return (
+        type(value) is torch.Tensor
+        and (value.dtype, value.shape, value.device) == (grad.dtype, grad.shape, grad.device)
+        and value.is_set_to(grad)
+    )
