@@ -10,7 +10,18 @@ from typing import Any
 
 import subnet_ft
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton", "numba", "safetensors", "reasoning-gym")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "triton",
+    "numba",
+    "safetensors",
+    "reasoning-gym",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Kernels for training a subnetwork: tensors in, tensors out; no names, no models, no config.
 
 Dense tensors are flat `(N,)`, compact ones `(K,)` in the order of the mask's true bits. A mask is one bit per element,
-`(ceil(N / 8),)` uint8: bit `i` of byte `j` stands for element `8 * j + i`, and padding bits are zero. `BitMask` adds the
-slot at which every tile of 1,024 elements starts.
+`(ceil(N / 8),)` uint8: bit `i` of byte `j` stands for element `8 * j + i`, and padding bits are zero. `BitMask` adds
+the slot at which every tile of 1,024 elements starts.
 """
 
 from subnet_kernels.dispatch import BACKENDS, backends, choose

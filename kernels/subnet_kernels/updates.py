@@ -49,7 +49,7 @@ class AdamWUpdate:
 
     @property
     def scalars(self) -> tuple[float, float, float, float, float, float, float]:
-        """The numbers that the elements need, computed in float64: decay factor, 1 - beta1, beta2, 1 - beta2, step size,
+        """What every element needs, computed in float64: decay factor, 1 - beta1, beta2, 1 - beta2, step size,
         reciprocal square root of the second bias correction, eps."""
         beta1, beta2 = self.betas
         return (

@@ -77,7 +77,7 @@ def _compact(generator: torch.Generator, mask: BitMask, on_host: BitMask) -> Ite
     buffers = [torch.ones(where.count, device=where.device) for where in (mask, on_host)]
     found = subnet_kernels.compact(grad.to(mask.device), mask, buffers[0], accumulate=True, scale=0.3)
     expected = reference.compact(grad, on_host, buffers[1], accumulate=True, scale=0.3)
-    yield "the buffer", *buffers
+    yield "the buffer", buffers[0], buffers[1]
     # Only the order of the sum may differ.
     yield "the sum of squares", bool(torch.isclose(found.cpu(), expected, rtol=1e-5)), True
 

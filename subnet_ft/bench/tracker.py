@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class StorageTracker(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type its start
     """Counts the bytes of storages by owner, from the dispatch of the op that allocated them until they are freed.
 
     Only what has an owner counts. `peak` is the largest sum over all owners at one time, `at_peak` its parts, and
@@ -23,7 +23,7 @@ class StorageTracker(TorchDispatchMode):
     """
 
     def __init__(self, owner_of: Callable[[str, torch.Tensor], str | None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._owner_of = owner_of
         self._known: set[int] = set()
         self.live: dict[str, int] = {}
@@ -63,4 +63,4 @@ class StorageTracker(TorchDispatchMode):
 
 
 def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from subnet_ft.errors import GradientError
 from subnet_kernels import BitMask
 
 # Which object compacts a parameter's gradient; two of them would steal each other's.
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_owners: MutableMapping[torch.Tensor, weakref.ref[CompactGradients]] = WeakIdKeyDictionary()
 
 
 class CompactGradients:
@@ -106,13 +107,15 @@ class CompactGradients:
         if taken:
             raise GradientError(
                 f"The gradients of `{taken[0]}` and {len(taken) - 1} other tensors already go to another masked "
-                "optimizer, which would keep them. Call its `release()` first, or build both with `compact_grads=False`."
+                "optimizer, which would keep them. Call its `release()` first, or build both with "
+                "`compact_grads=False`."
             )
         # A hook lives as long as its parameter; it must not keep this object, and with it the state, alive.
         reference = weakref.ref(self)
         for parameter in self._names:
             _owners[parameter] = reference
-            self._handles.append(parameter.register_post_accumulate_grad_hook(_hook(reference)))
+            register: Any = parameter.register_post_accumulate_grad_hook  # torch does not type it
+            self._handles.append(register(_hook(reference)))
 
 
 def flat_grad(parameter: torch.nn.Parameter, name: str) -> torch.Tensor:

@@ -60,7 +60,9 @@ def test_compaction_accumulates_over_micro_batches(micro_batches: int, size: int
     loss_of(twin, batch).backward()
     expected = dense_gradient(twin, mask)
     # One backward over all rows sums in another order; a micro-batch that is lost or counted twice is far beyond this.
-    torch.testing.assert_close(compact_gradient(optimizer), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        compact_gradient(optimizer), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
     optimizer.step()
     for (name, parameter), start in zip(model.named_parameters(), twin.parameters(), strict=True):
         chosen = mask[name]

@@ -81,7 +81,9 @@ def test_a_weight_that_somebody_else_wrote_is_overwritten_by_its_master(how: str
             group["lr"] = 0.0  # no rounding changes, so only what was written decides
         set_gradients(each, 9)
         its.step()
-    assert all(same_bits(a.detach(), b.detach()) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert all(
+        same_bits(a.detach(), b.detach()) for a, b in zip(model.parameters(), expected.parameters(), strict=True)
+    )
 
 
 def test_a_step_tells_autograd_that_it_changed_the_weights() -> None:

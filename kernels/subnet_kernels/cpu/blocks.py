@@ -1,6 +1,6 @@
 """The steps that all updates share, on one block of a tensor: gradients in, weights in, weights out.
 
-A block's buffers stay in the first-level cache, so every step is a plain loop over them. All functions work on bits
+A block's buffers stay in the nearest caches, so every step is a plain loop over them. All functions work on bits
 (uint16, uint32) where a value must not be rounded on the way.
 """
 
@@ -42,8 +42,9 @@ _moves = moves_avx512 if avx512.is_available() else moves
 find, take16, take32 = _moves.find, _moves.take16, _moves.take32
 put16, put32, put_changed16 = _moves.put16, _moves.put32, _moves.put_changed16
 
-_MASKED = 1024  # masked elements that make a block worth its fixed costs
-_SMALLEST = 2048
+_MASKED = 4096  # masked elements that make a block worth its fixed costs
+_SMALLEST = 4096
+_IS_DENSE = 8  # one element in so many is masked, or more
 _LINE = 64  # bytes per cache line
 
 _HALF = np.uint32(0x8000)
@@ -186,7 +187,12 @@ def load_block(
 
 @compiled
 def prefetch_state(tensor: Any, slot: int, n: int) -> None:
-    """Ask for the compact state of the next block, about as long as this one, so that it comes during the store."""
+    """Ask for the compact state of a sparse tensor's next block, about as long as this one: it comes during the store.
+
+    A denser tensor streams its state, which the processor foresees by itself; asking for more would only disturb it.
+    """
+    if _IS_DENSE * tensor[COUNT] > tensor[NUM_ELEMENTS]:
+        return
     states = (tensor[FIRST_STATE], tensor[SECOND_STATE], tensor[MASTER] if tensor[MASTER_KIND] == FP32 else 0)
     for state in states:
         if state != 0:

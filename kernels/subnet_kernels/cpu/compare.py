@@ -31,7 +31,8 @@ def count_bits(bits: torch.Tensor) -> int:
     whole = array.size // 8 * 8
     words = array[:whole].view(np.uint64)
     tasks = [(words[start:stop],) for start, stop in split(words.size, 1 if 8 * whole < _SMALL else None)]
-    return sum(run(_count, tasks), sum(byte.bit_count() for byte in array[whole:].tolist()))
+    rest = sum(byte.bit_count() for byte in array[whole:].tolist())
+    return int(sum(run(_count, tasks), rest))
 
 
 def changed_bits(

@@ -20,7 +20,7 @@ from numba import carray
 from subnet_kernels.cpu.decode import decode
 from subnet_kernels.cpu.jit import as_pointer, compiled, trailing_zeros
 
-MAX_BLOCK = 1 << 14
+MAX_BLOCK = 1 << 15
 """Most elements of a block."""
 ROOM = MAX_BLOCK + 64
 """Length of a block's buffers: whole vectors and words are written, past the last element."""

@@ -23,7 +23,7 @@ from subnet_kernels.cpu.avx512 import (
 from subnet_kernels.cpu.jit import as_pointer, compiled, popcount
 
 _SPARSE = 128  # masked elements are rarer than one in so many: most words are empty, and a branch is predicted well
-_FLAGS = 512  # words of `scratch` for a bit per element of the largest block, with room; the words to write follow
+_FLAGS = 1024  # words of `scratch` for a bit per element of the largest block, with room; the words to write follow
 
 
 @compiled

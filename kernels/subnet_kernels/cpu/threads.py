@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,7 @@ def split(num_items: int, parts: int | None = None) -> list[tuple[int, int]]:
     """
     parts = max(1, min(num_threads() if parts is None else parts, num_items))
     bounds = [num_items * part // parts for part in range(parts + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def _pool() -> ThreadPoolExecutor:
