@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code (`subnet_ft.cli.results`); only an unexpected error shows a traceback."""
+    """Run one command and return its exit code (`results.py`); only an unexpected error shows a traceback."""
     options = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # What transformers deprecates inside TRL is nothing that a user of this command can change.
