@@ -14,7 +14,7 @@ from subnet_kernels import compact, reference
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MANY = 1 << 21  # elements, so many that several threads share them
-CASES = [*itertools.product(SIZES, DENSITIES), (5000, 0.6), (65539, 0.02), (65539, CLUSTERED), (MANY, 0.1)]
+CASES = [*itertools.product(SIZES, DENSITIES), (5000, 0.6), (65539, 0.02), (300_000, CLUSTERED), (MANY, 0.1)]
 
 
 @pytest.fixture(params=["reference", "cpu"])

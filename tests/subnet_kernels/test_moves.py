@@ -26,7 +26,7 @@ WAYS = [
         moves_avx512, marks=pytest.mark.skipif(not avx512.is_available(), reason="this CPU has no AVX-512 VBMI2")
     ),
 ]
-BLOCKS = [(0, 1), (0, 31), (0, 32), (64, 100), (1024, 1024 + MAX_BLOCK), (2048, 3999)]
+BLOCKS = [(0, 1), (0, 31), (0, 32), (64, 100), (1024, 1024 + MAX_BLOCK), (0, MAX_BLOCK - 32), (2048, 3999)]
 DENSITIES = (0.0, 0.002, 0.1, 0.5, 1.0)
 
 

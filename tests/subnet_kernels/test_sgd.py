@@ -79,7 +79,7 @@ def test_masked_sgd_ignores_nan_off_the_mask_and_keeps_its_bits(kind: str, backe
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize(
-    ("size", "density"), [*itertools.product(SIZES, DENSITIES), (5000, 0.6), (65539, 0.02), (65539, CLUSTERED)]
+    ("size", "density"), [*itertools.product(SIZES, DENSITIES), (5000, 0.6), (65539, 0.02), (300_000, CLUSTERED)]
 )
 @pytest.mark.usefixtures("cpu")
 def test_masked_sgd_compiled_equals_the_reference(size: int, density: float | str, kind: str) -> None:
