@@ -22,15 +22,13 @@ from subnet_kernels.cpu.table import (
     ROW,
     SECOND_STATE,
     SLOT,
-    row,
 )
 from subnet_kernels.updates import AdamWUpdate
 
 
 def masked_adamw(updates: Sequence[AdamWUpdate], *, grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
     """Update the masked elements of every tensor; the operations and their order are the reference's."""
-    rows = [row(update, update.exp_avg, update.exp_avg_sq) for update in updates]
-    run_chunks(_step, updates, rows, [update.scalars for update in updates], grad_scale, cache)
+    run_chunks(_step, updates, [update.scalars for update in updates], grad_scale, cache)
 
 
 @compiled

@@ -13,15 +13,14 @@ from subnet_kernels.cpu.blocks import block_size, load_block, prefetch_state, st
 from subnet_kernels.cpu.jit import as_pointer, compiled
 from subnet_kernels.cpu.moves import ROOM, SCRATCH
 from subnet_kernels.cpu.steps import run_chunks
-from subnet_kernels.cpu.table import COUNT, FIRST, FIRST_STATE, LAST, NUM_ELEMENTS, ROW, SLOT, row
+from subnet_kernels.cpu.table import COUNT, FIRST, FIRST_STATE, LAST, NUM_ELEMENTS, ROW, SLOT
 from subnet_kernels.updates import SGDUpdate
 
 
 def masked_sgd(updates: Sequence[SGDUpdate], *, grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
     """Update the masked elements of every tensor; the operations and their order are the reference's."""
-    rows = [row(update, update.momentum_buffer, None) for update in updates]
     scalars = [(update.lr, update.momentum, update.weight_decay, float(update.nesterov)) for update in updates]
-    run_chunks(_step, updates, rows, scalars, grad_scale, cache)
+    run_chunks(_step, updates, scalars, grad_scale, cache)
 
 
 @compiled

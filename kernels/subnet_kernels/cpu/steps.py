@@ -16,7 +16,6 @@ from subnet_kernels.updates import AdamWUpdate, SGDUpdate
 def run_chunks(
     function: Callable[..., None],
     updates: Sequence[AdamWUpdate] | Sequence[SGDUpdate],
-    rows: list[list[int]],
     scalars: Sequence[Sequence[float]],
     grad_scale: torch.Tensor | None,
     cache: dict[Any, Any],
@@ -26,12 +25,11 @@ def run_chunks(
     Args:
         function: Takes rows (R, 13) int64, scalars (R, S) float32, a chunk array (C, 4) int64 and the gradients' scale.
         updates: The tensors, in the order of the rows.
-        rows: One per tensor.
         scalars: The numbers of each tensor.
         grad_scale: () float32 or `None`.
         cache: Kept by the caller from one step to the next.
     """
-    row_table = np.array(rows, dtype=np.int64)
+    row_table = table.rows(updates, cache)
     scalar_table = np.array(scalars, dtype=np.float64).astype(np.float32)
     scale = np.float32(1.0 if grad_scale is None else float(grad_scale))
     chunks = table.chunks([update.mask for update in updates], cache)

@@ -89,6 +89,10 @@ def _run(
 def _check(update: AdamWUpdate | SGDUpdate, state: tuple[torch.Tensor | None, ...]) -> None:
     """Raise ValueError unless every tensor of an update fits its mask; hundreds of updates make one step."""
     param, mask, grad, master = update.param, update.mask, update.grad, update.master
+    if grad.device != param.device or not grad.is_contiguous():
+        raise ValueError(f"`grad` must be contiguous and on {param.device}, got {grad.device}")
+    if update.checked_grad == (grad.dtype, grad.numel()) and grad.dim() == 1:
+        return
     check_mask(mask, param.numel(), param.device)
     if param.dtype not in _FLOATS or param.dim() != 1 or not param.is_contiguous():
         raise ValueError(
@@ -103,8 +107,6 @@ def _check(update: AdamWUpdate | SGDUpdate, state: tuple[torch.Tensor | None, ..
             f"`grad` must be torch.float32 of shape ({mask.count},) or floating of shape {tuple(param.shape)}, got "
             f"{grad.dtype} {tuple(grad.shape)}"
         )
-    if not grad.is_contiguous() or grad.device != param.device:
-        raise ValueError(f"`grad` must be contiguous and on {param.device}, got {grad.device}")
     for tensor in state:
         if tensor is not None and tensor.dtype != torch.float32:
             raise ValueError(f"state must be torch.float32, got {tensor.dtype}")
@@ -116,6 +118,7 @@ def _check(update: AdamWUpdate | SGDUpdate, state: tuple[torch.Tensor | None, ..
         if not tensor.is_contiguous() or tensor.device != param.device:
             raise ValueError(f"state must be contiguous and on {param.device}, got {tensor.device}")
     _check_master(param, master, update.rounding_key)
+    update.checked_grad = (grad.dtype, grad.numel())
 
 
 def _check_master(param: torch.Tensor, master: torch.Tensor | None, rounding_key: int | None) -> None:
