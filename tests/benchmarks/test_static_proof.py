@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -38,6 +39,15 @@ def by_name(report: dict[str, Any]) -> Rows:
     return {(row["kernel"], row["target"]): row for row in report["rows"]}
 
 
+@pytest.fixture
+def expected() -> Rows:
+    """The committed table, which holds for one version of Triton and the compilers that it brings."""
+    installed = importlib.metadata.version("triton")
+    if installed != EXPECTED["triton"]:
+        pytest.skip(f"the table was made by triton {EXPECTED['triton']}, here is {installed}")
+    return by_name(EXPECTED)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     pytest.importorskip("triton", reason="needs triton, which exists for Linux only")
@@ -70,16 +80,17 @@ def test_kernels_compute_offsets_in_64_bits(compiled: Rows) -> None:
     assert [name for name, row in compiled.items() if not row["is_64_bit"]] == []
 
 
-def test_kernels_access_memory_as_wide_as_in_the_table(compiled: Rows) -> None:
-    for name, expected in by_name(EXPECTED).items():
-        found = compiled[name]
-        assert (found["loads"], found["stores"]) == (expected["loads"], expected["stores"]), f"{name}. {AGAIN}"
+def test_kernels_access_memory_as_wide_as_in_the_table(compiled: Rows, expected: Rows) -> None:
+    for name, row in expected.items():
+        assert {action: compiled[name][action] for action in ("loads", "stores")} == {
+            action: row[action] for action in ("loads", "stores")
+        }, f"{name}. {AGAIN}"
 
 
-def test_kernels_take_no_more_registers_than_in_the_table(compiled: Rows) -> None:
-    for name, expected in by_name(EXPECTED).items():
+def test_kernels_take_no_more_registers_than_in_the_table(compiled: Rows, expected: Rows) -> None:
+    for name, row in expected.items():
         for count in ("registers", "shared", "stack"):
-            assert compiled[name][count] <= expected[count], f"{name}: {count}. {AGAIN}"
+            assert compiled[name][count] <= row[count], f"{name}: {count}. {AGAIN}"
 
 
 def test_a_full_mask_moves_weights_in_vectors_of_16_bytes(compiled: Rows) -> None:

@@ -37,7 +37,7 @@ def convert_kernel(
 
 @kernel
 def widen_kernel(bits_ptr: tl.tensor, out_ptr: tl.tensor, KIND: tl.constexpr, SIZE: tl.constexpr) -> None:
-    lane = tl.arange(0, SIZE)
+    lane = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     tl.store(out_ptr + lane, widen(tl.load(bits_ptr + lane), KIND))
 
 
@@ -98,9 +98,7 @@ def test_widen_reads_every_bfloat16_and_every_number_of_float16() -> None:
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     for kind, dtype in {"bfloat16": torch.bfloat16, "float16": torch.float16}.items():
         out = torch.full(bits.shape, float("nan"), device=DEVICE)
-        launch(
-            widen_kernel, 1, bits.to(DEVICE), out, device=DEVICE, is_slotwise=False, KIND=kind, SIZE=bits.numel()
-        )  # fmt: skip
+        launch(widen_kernel, 64, bits.to(DEVICE), out, device=DEVICE, is_slotwise=False, KIND=kind, SIZE=1024)
         expected = bits.view(dtype).float()
         numbers = torch.ones_like(bits, dtype=torch.bool) if dtype == torch.bfloat16 else ~expected.isnan()
         assert same_bits(out.cpu()[numbers], expected[numbers])

@@ -67,5 +67,5 @@ def compact_slots(
         if ACCUMULATE:
             values = tl.load(out_ptr + slots, mask=slots < count, other=0.0) + values
         tl.store(out_ptr + slots, values, mask=slots < count)
-        squares += tl.where(slots < count, values * values, 0.0)
+        squares += values * values  # zero in idle lanes
     tl.store(partials_ptr + tile, tl.sum(tl.sum(squares.to(tl.float64), 1), 0))
