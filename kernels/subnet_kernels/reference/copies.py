@@ -30,9 +30,7 @@ def swap(dense: torch.Tensor, mask: BitMask, compact: torch.Tensor) -> None:
     compact.copy_(masked)
 
 
-def compact(
-    dense: torch.Tensor, mask: BitMask, out: torch.Tensor, *, accumulate: bool, scale: float
-) -> torch.Tensor:
+def compact(dense: torch.Tensor, mask: BitMask, out: torch.Tensor, *, accumulate: bool, scale: float) -> torch.Tensor:
     """Put the masked elements of (N,) times `scale` into (K,) float32 `out`; return the sum of squares of `out`."""
     masked = gather(dense, mask, dtype=torch.float32).mul_(scale)
     if accumulate:
