@@ -153,9 +153,7 @@ class FusedBase(MaskedBase):
         self._kept[id(parameter)] = kept
         return kept
 
-    def _fill(
-        self, kept: _Kept, parameter: torch.nn.Parameter, group: Mapping[str, Any], grad: torch.Tensor
-    ) -> None:
+    def _fill(self, kept: _Kept, parameter: torch.nn.Parameter, group: Mapping[str, Any], grad: torch.Tensor) -> None:
         """Put in what changes from step to step."""
         update = kept.update
         update.grad = grad

@@ -11,7 +11,7 @@ import torch
 from gpu_cases import DEVICE, WEIGHTS, Update, adamw_update, bit_mask, cases, changed_tensors, on_device, sgd_update
 from helpers import random_bits, same_bits
 
-from subnet_kernels import AdamWUpdate, SGDUpdate, reference, split_master
+from subnet_kernels import TILE_SIZE, AdamWUpdate, SGDUpdate, reference, split_master
 from subnet_kernels.gpu import launch, masked_adamw, masked_sgd, step
 
 Step = Callable[..., None]
@@ -248,3 +248,12 @@ def test_masters_and_remainders_give_the_same_weights_over_10000_steps() -> None
 def test_masked_adamw_with_nothing_to_do_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = on_device(adamw_update(100, 0.0, "fp32", None))
     assert started_kernels(monkeypatch, [empty]) == []
+
+
+def test_the_plan_says_what_it_holds_on_the_device() -> None:
+    mask = bit_mask(random_bits(5 * TILE_SIZE + 1, 0.2))
+    param, grad = (torch.zeros(count, device=DEVICE) for count in (mask.num_elements, mask.count))
+    update = SGDUpdate(param, mask, grad, None, None, lr=0.1, momentum=0.0, weight_decay=0.0)
+    cache: dict[Any, Any] = {}
+    masked_sgd([update], grad_scale=None, cache=cache)
+    assert cache["triton_plan"].nbytes == 6 * 8 + 8 * step.COLUMNS  # six tiles, one row

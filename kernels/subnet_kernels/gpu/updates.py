@@ -52,6 +52,11 @@ class Plan:
         self._host = np.empty((0, step.COLUMNS), dtype=np.int64)
         self._table = torch.empty(0)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device beside the masks: the tiles of every launch, and the table."""
+        return self._table.nbytes + sum(tiles.nbytes for _, tiles, _ in self.launches)
+
     def upload(self, rows: list[list[int]], scalars: Sequence[tuple[float, ...]], device: torch.device) -> torch.Tensor:
         """Return the table of this step on the device; a copy only where a number changed since the last one."""
         host = np.zeros((len(rows), step.COLUMNS), dtype=np.int64)
