@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -31,8 +31,6 @@ class AdamWUpdate:
             implementation may then leave those alone whose rounding does not change. Without float32 masters it means
             nothing.
         rounding_key: What `rounding_key` returns; used only where `param` is rounded stochastically.
-        checked_grad: Dtype and length of the gradient with which everything here was checked; set by `masked_adamw`. An
-            object that is passed again, as an optimizer does at every step, may change its gradient and its numbers.
     """
 
     param: torch.Tensor
@@ -48,7 +46,6 @@ class AdamWUpdate:
     step: int
     is_rounded: bool = False
     rounding_key: int | None = None
-    checked_grad: tuple[torch.dtype, int] | None = field(default=None, init=False, repr=False)
 
     @property
     def scalars(self) -> tuple[float, float, float, float, float, float, float]:
@@ -82,7 +79,6 @@ class SGDUpdate:
         nesterov: Use the gradient after the momentum step (Nesterov).
         is_rounded: As in `AdamWUpdate`.
         rounding_key: As in `AdamWUpdate`.
-        checked_grad: As in `AdamWUpdate`.
     """
 
     param: torch.Tensor
@@ -96,4 +92,3 @@ class SGDUpdate:
     nesterov: bool = False
     is_rounded: bool = False
     rounding_key: int | None = None
-    checked_grad: tuple[torch.dtype, int] | None = field(default=None, init=False, repr=False)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 import subnet_kernels
+from subnet_ft.errors import OptimizerError
 from subnet_ft.masks import SubnetMask, by_canonical_name
 from subnet_ft.optim import state
-from subnet_ft.optim.gradients import CompactGradients, flat_grad, norm_of_squares
+from subnet_ft.optim.gradients import CompactGradients, flat_grad, norm_of_squares, refuse_many_processes
 from subnet_ft.optim.parameters import NamedParameters, check_parameters, named_groups, trainable_groups
 from subnet_kernels import BitMask
 
@@ -43,24 +44,29 @@ class MaskedBase(torch.optim.Optimizer):
         groups = named_groups(named_parameters, type(self).__name__)
         parameters = by_canonical_name(pair for group in groups for pair in group["params"])
         check_parameters(parameters, mask, check_base=check_base)
+        if compact_grads:
+            refuse_many_processes()
         self.mask = mask
         self.max_grad_norm = max_grad_norm
         self.compact_grads = compact_grads
         self._clip_coefficient: torch.Tensor | None = None
         self._names: dict[torch.nn.Parameter, str] = {parameter: name for name, parameter in parameters.items()}
         self._bit_masks: dict[str, BitMask] = {}
-        self._written: dict[torch.nn.Parameter, int] = {}
+        self._written: dict[int, tuple[int, ...]] = {}
         self._cache: dict[torch.device, dict[Any, Any]] = {}
         super().__init__(trainable_groups(groups, mask), defaults)
         for group in self.param_groups:
             group["mask_fingerprint"] = mask.fingerprint
         self._prepare()
+        # Nothing of the model was changed so far: what is refused leaves it as it was.
+        self._gradients = CompactGradients(parameters, self.bit_mask)
         for name, parameter in parameters.items():
             parameter.requires_grad_(mask.tensors[name].count > 0)
             if not parameter.requires_grad:
                 parameter.grad = None
-        trained = {self._names[p]: p for p in self._trained()}
-        self._gradients = CompactGradients(trained, self.bit_mask, hooked=compact_grads)
+        if compact_grads:
+            self._gradients.hook(self._trained())
+        self._is_built = True
 
     @abstractmethod
     def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
@@ -93,15 +99,31 @@ class MaskedBase(torch.optim.Optimizer):
                 loss = closure()
         if self._clip_coefficient is None and self.max_grad_norm is not None:
             self.clip_grad_norm_(self.max_grad_norm)
-        scale, self._clip_coefficient = self._clip_coefficient, None
         grads = self._grads()
-        self._update(grads, scale)
+        self._update(grads, self._clip_coefficient)
+        # The kernels write behind autograd's back; this is what makes a backward through old weights an error.
+        torch.autograd.graph.increment_version(grads)
         for parameter in grads:
-            # The kernels write behind autograd's back; this is what makes a backward through old weights an error.
-            torch.autograd.graph.increment_version(parameter)
-            self._written[parameter] = parameter._version
+            self._mark_rounded(parameter)
         self._gradients.clear()
+        self._clip_coefficient = None
         return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a group while the optimizer is built; afterwards the mask is bound, and a group is refused."""
+        if getattr(self, "_is_built", False):
+            raise OptimizerError(
+                f"{type(self).__name__} is bound to its mask and takes no further parameters. Build a new one on all "
+                "of them."
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied or pickled: hooks and mask belong to this model's parameters."""
+        raise OptimizerError(
+            f"{type(self).__name__} cannot be copied or pickled, because its hooks belong to the parameters of this "
+            "model. Build one on the other model and load this one's `state_dict()`."
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and with them what `clip_grad_norm_` decided about them.
@@ -131,12 +153,21 @@ class MaskedBase(torch.optim.Optimizer):
         finite is no error here: the next `step` writes NaN wherever the scaled gradient is NaN, so check the returned
         norm to leave that step out.
 
+        Of several calls before one step, the strictest counts.
+
         Returns:
             () float32, the norm before clipping.
+
+        Raises:
+            ValueError: `max_norm` is negative or NaN.
         """
+        if not max_norm >= 0:
+            raise ValueError(f"`max_norm` must be >= 0, got {max_norm}")
         norm = self.grad_norm()
         # The small constant is that of torch.nn.utils.clip_grad_norm_.
-        self._clip_coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        earlier = self._clip_coefficient
+        self._clip_coefficient = coefficient if earlier is None else torch.minimum(earlier, coefficient)
         return norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,6 +194,7 @@ class MaskedBase(torch.optim.Optimizer):
     def release(self) -> None:
         """Let the model go: remove the gradient hooks and free the gradients. The optimizer trains no longer."""
         self._gradients.release()
+        self._cache.clear()
 
     def bit_mask(self, parameter: torch.nn.Parameter) -> BitMask:
         """Return a parameter's mask on its device, brought there once."""
@@ -187,6 +219,7 @@ class MaskedBase(torch.optim.Optimizer):
     def _adopt(self, loaded: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
         """Make loaded entries the state; the options of the groups are loaded already."""
         self.state.clear()
+        self._cache.clear()
         for parameter, entries in loaded.items():
             self.state[parameter] = entries
 
@@ -195,10 +228,18 @@ class MaskedBase(torch.optim.Optimizer):
 
     def _grads(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Return the gradient of every parameter that got one: compact (K,), or dense (N,) without compaction."""
+        trained = self._trained()
+        for parameter in trained:
+            if parameter not in self._names:
+                raise OptimizerError(
+                    f"A parameter of shape {tuple(parameter.shape)} took the place of one that this optimizer was "
+                    "built on, so its name and mask are unknown. Build the optimizer after whatever replaces "
+                    "parameters."
+                )
         if not self.compact_grads:
-            return {p: flat_grad(p, self._names[p]) for p in self._trained() if p.grad is not None}
+            return {p: flat_grad(p, self._names[p]) for p in trained if p.grad is not None}
         self._gradients.collect()
-        found = ((parameter, self._gradients.get(parameter)) for parameter in self._trained())
+        found = ((parameter, self._gradients.get(parameter)) for parameter in trained)
         return {parameter: grad for parameter, grad in found if grad is not None}
 
     def _squares(self, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -209,14 +250,17 @@ class MaskedBase(torch.optim.Optimizer):
         return subnet_kernels.compact(grad, mask, scratch, accumulate=False)
 
     def _is_rounded(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether nobody wrote to a parameter since its masters were rounded into it."""
-        return self._written.get(parameter) == parameter._version
+        """Whether nobody wrote to a parameter or its masters since these were rounded into it."""
+        return self._written.get(id(parameter)) == self._versions(parameter)
 
-    def _on_each_device(self, parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
-        groups: dict[torch.device, list[torch.nn.Parameter]] = {}
-        for parameter in parameters:
-            groups.setdefault(parameter.device, []).append(parameter)
-        return list(groups.values())
+    def _mark_rounded(self, parameter: torch.nn.Parameter) -> None:
+        self._written[id(parameter)] = self._versions(parameter)
+
+    def _versions(self, parameter: torch.nn.Parameter) -> tuple[int, ...]:
+        """Return numbers that change when torch writes to a parameter or its masters, or gives it another storage."""
+        master = self.state[parameter].get("master")
+        written = (parameter._version, parameter.data_ptr())
+        return written if master is None else (*written, master._version, master.data_ptr())
 
 
 def _nbytes(cache: Mapping[Any, Any]) -> int:

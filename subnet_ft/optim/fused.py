@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import torch
@@ -16,23 +14,6 @@ from subnet_ft.optim.base import MaskedBase
 from subnet_ft.optim.masters import check_master, master_dtype, new_masters
 from subnet_ft.optim.parameters import NamedParameters
 from subnet_ft.optim.state import check_keys, checked_tensor
-
-
-@dataclass
-class _Kept:
-    """One parameter's part of a step, kept from one step to the next: hundreds of them make a step."""
-
-    update: Any
-    step: int
-    count: torch.Tensor
-    stream: int
-    tensors: tuple[torch.Tensor, ...]
-
-    def fits(self, parameter: torch.nn.Parameter, values: Mapping[str, Any]) -> bool:
-        """Whether parameter and state still are the tensors that this was made of."""
-        if self.update.param.data_ptr() != parameter.data_ptr() or len(values) != len(self.tensors):
-            return False
-        return all(map(is_, self.tensors, values.values()))
 
 
 class FusedBase(MaskedBase):
@@ -52,7 +33,6 @@ class FusedBase(MaskedBase):
     ) -> None:
         check_master(master)
         self.master = master
-        self._kept: dict[int, _Kept] = {}
         super().__init__(
             named_parameters,
             mask,
@@ -71,12 +51,8 @@ class FusedBase(MaskedBase):
         """Return the names of the compact float32 state entries under a group's options."""
 
     @abstractmethod
-    def _describe(self, group: Mapping[str, Any], values: Mapping[str, Any], shared: dict[str, Any]) -> Any:
-        """Return the kernel's description of one tensor's updates; all descriptions have `shared`."""
-
-    @abstractmethod
-    def _fill_options(self, update: Any, group: Mapping[str, Any], step: int) -> None:
-        """Put the options that only this optimizer has into the description of update number `step`."""
+    def _describe(self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]) -> Any:
+        """Return the kernel's description of one tensor's update number `step`; all descriptions have `shared`."""
 
     @abstractmethod
     def _run(self, updates: list[Any], grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
@@ -104,37 +80,37 @@ class FusedBase(MaskedBase):
             for key, dtype in dtypes.items()
         }
 
-    def _adopt(self, loaded: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
-        super()._adopt(loaded)
-        self._kept.clear()
-
     def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
         batches: dict[torch.device, list[Any]] = {}
         counts: list[torch.Tensor] = []
         for group in self.param_groups:
+            self._check_options(group)
             for parameter in group["params"]:
                 grad = grads.get(parameter)
                 if grad is not None:
-                    kept = self._ready(parameter, group, grad)
-                    kept.step += 1
-                    counts.append(kept.count)
-                    self._fill(kept, parameter, group, grad)
-                    batches.setdefault(grad.device, []).append(kept.update)
-        if counts:
-            torch._foreach_add_(counts, 1.0)
+                    values = self.state[parameter]
+                    update = self._one(parameter, group, values, grad)
+                    counts.append(values["step"])
+                    batches.setdefault(grad.device, []).append(update)
+        # Plans of a device that the model has left would keep its memory.
+        self._cache = {device: self._cache.get(device, {}) for device in batches}
         for device, batch in batches.items():
-            cache = self._cache.setdefault(device, {})
-            self._run(batch, None if scale is None else scale.to(device), cache)
+            self._run(batch, None if scale is None else scale.to(device), self._cache[device])
+        if counts:
+            torch._foreach_add_(counts, 1.0)  # last, so that a refused step does not count
 
-    def _ready(self, parameter: torch.nn.Parameter, group: Mapping[str, Any], grad: torch.Tensor) -> _Kept:
-        """Return what the last step left for a parameter, or make it anew where any of its tensors was replaced."""
-        values = self.state[parameter]
-        kept = self._kept.get(id(parameter))
-        if kept is not None and kept.fits(parameter, values):
-            return kept
+    def _one(
+        self, parameter: torch.nn.Parameter, group: Mapping[str, Any], values: dict[str, Any], grad: torch.Tensor
+    ) -> Any:
+        """Return the kernel's description of one tensor's update; nothing of it is kept after the step."""
         weight = parameter.detach().view(-1)
         if not values:
             self._start(parameter, group, values, weight)
+        step = int(values["step"]) + 1
+        key = None
+        if self.master == "stochastic" and weight.dtype == torch.bfloat16:
+            stream = list(self._names.values()).index(self._names[parameter])
+            key = subnet_kernels.rounding_key(group["rounding_seed"], stream, step)
         shared = {
             "param": weight,
             "mask": self.bit_mask(parameter),
@@ -142,28 +118,10 @@ class FusedBase(MaskedBase):
             "master": values.get("master"),
             "lr": float(group["lr"]),
             "weight_decay": group["weight_decay"],
+            "is_rounded": self._is_rounded(parameter),
+            "rounding_key": key,
         }
-        kept = _Kept(
-            update=self._describe(group, values, shared),
-            step=int(values["step"]),
-            count=values["step"],
-            stream=list(self._names.values()).index(self._names[parameter]),
-            tensors=tuple(values.values()),
-        )
-        self._kept[id(parameter)] = kept
-        return kept
-
-    def _fill(self, kept: _Kept, parameter: torch.nn.Parameter, group: Mapping[str, Any], grad: torch.Tensor) -> None:
-        """Put in what changes from step to step."""
-        update = kept.update
-        update.grad = grad
-        update.lr = float(group["lr"])
-        update.weight_decay = group["weight_decay"]
-        update.is_rounded = self._is_rounded(parameter)
-        if self.master == "stochastic" and parameter.dtype == torch.bfloat16:
-            seed = group["rounding_seed"]
-            update.rounding_key = subnet_kernels.rounding_key(seed, kept.stream, kept.step)
-        self._fill_options(update, group, kept.step)
+        return self._describe(group, values, step, shared)
 
     def _start(
         self, parameter: torch.nn.Parameter, group: Mapping[str, Any], values: dict[str, Any], weight: torch.Tensor
@@ -175,4 +133,4 @@ class FusedBase(MaskedBase):
         masters = new_masters(weight, mask, self.master)
         if masters is not None:
             values["master"] = masters
-        self._written[parameter] = parameter._version  # the masters are the weights
+        self._mark_rounded(parameter)  # the masters are the weights

@@ -16,7 +16,7 @@ import subnet_kernels
 from subnet_ft.errors import GradientError
 from subnet_kernels import BitMask
 
-# Which object compacts a parameter's gradient; two of them would steal each other's.
+# Which object takes a parameter's gradient; two of them would steal each other's.
 _owners: MutableMapping[torch.Tensor, weakref.ref[CompactGradients]] = WeakIdKeyDictionary()
 
 
@@ -27,31 +27,32 @@ class CompactGradients:
     Buffers stay allocated from one step to the next.
 
     Args:
-        parameters: Name to trainable parameter.
+        parameters: Name to parameter, also those in which nothing is trained.
         bit_mask: Returns a parameter's mask on its device.
-        hooked: Compact every gradient as soon as autograd has accumulated it, and free the dense one; otherwise only
-            in `collect`.
 
     Raises:
-        GradientError: Another optimizer compacts a parameter already, or processes train together: DDP reduces dense
-            gradients after the hooks have run.
+        GradientError: Another masked optimizer that is still alive was built on one of the parameters.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, torch.nn.Parameter],
         bit_mask: Callable[[torch.nn.Parameter], BitMask],
-        *,
-        hooked: bool,
     ) -> None:
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._bit_mask = bit_mask
         self._buffers: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._squares: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        if hooked:
-            _refuse_many_processes()
-            self._claim()
+        self._claim()
+
+    def hook(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Compact every gradient of these as soon as autograd has accumulated it, and free the dense one."""
+        # A hook lives as long as its parameter; it must not keep this object, and with it the state, alive.
+        reference = weakref.ref(self)
+        for parameter in parameters:
+            register: Any = parameter.register_post_accumulate_grad_hook  # torch does not type it
+            self._handles.append(register(_hook(reference)))
 
     def add(self, parameter: torch.nn.Parameter) -> None:
         """Add a parameter's dense gradient on the mask to its buffer and free the dense one."""
@@ -106,16 +107,11 @@ class CompactGradients:
         taken = [name for parameter, name in self._names.items() if _owner(parameter) is not None]
         if taken:
             raise GradientError(
-                f"The gradients of `{taken[0]}` and {len(taken) - 1} other tensors already go to another masked "
-                "optimizer, which would keep them. Call its `release()` first, or build both with "
-                "`compact_grads=False`."
+                f"`{taken[0]}` and {len(taken) - 1} other parameters already belong to another masked optimizer, and "
+                "two would take each other's gradients. Call its `release()` first."
             )
-        # A hook lives as long as its parameter; it must not keep this object, and with it the state, alive.
-        reference = weakref.ref(self)
         for parameter in self._names:
-            _owners[parameter] = reference
-            register: Any = parameter.register_post_accumulate_grad_hook  # torch does not type it
-            self._handles.append(register(_hook(reference)))
+            _owners[parameter] = weakref.ref(self)
 
 
 def flat_grad(parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
@@ -139,7 +135,7 @@ def _hook(reference: weakref.ref[CompactGradients]) -> Callable[[torch.Tensor], 
     def compact(parameter: torch.Tensor) -> None:
         owner = reference()
         if owner is not None:
-            _refuse_many_processes()
+            refuse_many_processes()
             assert isinstance(parameter, torch.nn.Parameter)
             with torch.no_grad():
                 owner.add(parameter)
@@ -153,7 +149,8 @@ def _owner(parameter: torch.nn.Parameter) -> CompactGradients | None:
     return owner
 
 
-def _refuse_many_processes() -> None:
+def refuse_many_processes() -> None:
+    """Raise GradientError where processes train together: DDP reduces dense gradients after the hooks have run."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise GradientError(
             f"{dist.get_world_size()} processes train together, and DDP reduces dense gradients only after the hooks "

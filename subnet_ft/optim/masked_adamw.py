@@ -94,18 +94,17 @@ class MaskedAdamW(FusedBase):
     def _moments(self, group: Mapping[str, Any]) -> Sequence[str]:
         return ("exp_avg", "exp_avg_sq")
 
-    def _describe(self, group: Mapping[str, Any], values: Mapping[str, Any], shared: dict[str, Any]) -> AdamWUpdate:
+    def _describe(
+        self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]
+    ) -> AdamWUpdate:
         return AdamWUpdate(
             exp_avg=values["exp_avg"],
             exp_avg_sq=values["exp_avg_sq"],
             betas=group["betas"],
             eps=group["eps"],
-            step=1,
+            step=step,
             **shared,
         )
-
-    def _fill_options(self, update: AdamWUpdate, group: Mapping[str, Any], step: int) -> None:
-        update.betas, update.eps, update.step = group["betas"], group["eps"], step
 
     def _run(self, updates: list[AdamWUpdate], grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
         subnet_kernels.masked_adamw(updates, grad_scale=grad_scale, cache=cache)

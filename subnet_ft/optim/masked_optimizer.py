@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ class MaskedOptimizer(MaskedBase):
     compact gradients. After its step the masters are rounded into the weights. So it must treat every weight by itself:
     those that need the shape or the norm of a tensor are refused by name. What `MaskedAdamW` says about gradients,
     skipped tensors, `requires_grad` and weights that somebody else changes holds here, too.
+
+    Between steps, `state` alone holds masters and moments: an entry that is replaced counts and its old tensor is free,
+    and a tensor whose state is cleared starts again from its weights.
 
     Param groups have all options of the wrapped optimizer. A schedule that changes one reaches it at the next step, and
     what the step itself changes comes back.
@@ -90,44 +93,42 @@ class MaskedOptimizer(MaskedBase):
 
         `moments` is what the wrapped optimizer keeps in tensors, single numbers aside.
         """
-        kept = [value for entries in self._inner.state.values() for value in entries.values()]
+        held = super().memory()
+        kept = [value for entries in self.state.values() for key, value in entries.items() if key != "master"]
         return {
-            **super().memory(),
+            **held,
             "moments": sum(value.nbytes for value in kept if isinstance(value, torch.Tensor) and value.dim()),
-            "masters": sum(master.nbytes for master in self._masters.values()),
+            # Those of tensors that took no step yet are not part of the state.
+            "masters": held["masters"] + sum(master.nbytes for master in self._masters.values()),
         }
 
     def _prepare(self) -> None:
         """Build the wrapped optimizer on new masters; it fills in the options that a group leaves open."""
         self._masters = {parameter: torch.nn.Parameter(self._gathered(parameter)) for parameter in self._trained()}
-        self._inner = self.optimizer_cls(
-            [
-                {**_options(group), "params": [self._masters[parameter] for parameter in group["params"]]}
-                for group in self.param_groups
-            ],
-            **self._kwargs,
-        )
+        self._inner = self._wrapped(self._masters)
+        for master in self._masters.values():
+            self._inner.state.pop(master, None)  # made again at the first step
         self.defaults.update(self._inner.defaults)
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update(_options(inner))
             group["optimizer_class"] = self.optimizer_cls.__name__
 
     def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
+        self._lend_state(grads)
         for parameter, master in self._masters.items():
-            master.grad = None
-            if parameter not in grads:
-                continue
-            if not self.state[parameter]:
-                # Weights that were loaded since the optimizer was built count.
-                master.data = self._gathered(parameter)
-            master.grad = self._compact_grad(parameter, grads[parameter], scale)
+            master.grad = self._compact_grad(parameter, grads[parameter], scale) if parameter in grads else None
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update(_options(group))
         self._inner.step()
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update(_options(inner))
+        for parameter in self._masters:
+            if parameter in grads or self.state.get(parameter):
+                self._take_back_state(parameter)
         for parameter in grads:
-            self._store(parameter)
+            master = self.state[parameter]["master"]
+            weights = subnet_kernels.round_to_weights(master, parameter.dtype)
+            subnet_kernels.scatter(parameter.detach().view(-1), self.bit_mask(parameter), weights)
         strangers = self._inner.state.keys() - self._masters.values()
         if strangers:
             raise OptimizerError(
@@ -145,12 +146,55 @@ class MaskedOptimizer(MaskedBase):
             subnet_kernels.compact(dense, mask, grad, accumulate=False)
         return grad if scale is None else grad.mul_(scale.to(grad.device))
 
-    def _store(self, parameter: torch.nn.Parameter) -> None:
-        """Round the masters of a parameter into it, and show what the wrapped optimizer keeps for it."""
+    def _wrapped(self, parameters: Collection[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """Build a wrapped optimizer of the masters of some parameters, with the options of their groups now."""
+        chosen = [[parameter for parameter in group["params"] if parameter in parameters] for group in self.param_groups]
+        return self.optimizer_cls(
+            [
+                {**_options(group), "params": [self._masters[parameter] for parameter in params]}
+                for group, params in zip(self.param_groups, chosen, strict=True)
+                if params
+            ],
+            **self._kwargs,
+        )
+
+    def _lend_state(self, grads: Collection[torch.nn.Parameter]) -> None:
+        """Give what `self.state` holds, whoever put it there, to the wrapped optimizer; without any, start anew."""
+        new = []
+        for parameter, master in self._masters.items():
+            entries = self.state.get(parameter)
+            if entries:
+                self._check_master(parameter, entries.get("master"))
+                master.data = entries["master"]
+                self._inner.state[master] = {key: value for key, value in entries.items() if key != "master"}
+            elif parameter in grads:
+                # Weights that were loaded since the optimizer was built count.
+                master.data = self._gathered(parameter)
+                self._inner.state.pop(master, None)
+                new.append(parameter)
+        if new:
+            # Some fill their state when they are built, such as Adagrad its sums.
+            self._inner.state.update(self._wrapped(new).state)
+
+    def _check_master(self, parameter: torch.nn.Parameter, master: object) -> None:
+        shape = (self.mask.tensors[self._names[parameter]].count,)
+        if isinstance(master, torch.Tensor):
+            found = (master.dtype, tuple(master.shape), master.device)
+            if found == (torch.float32, shape, parameter.device) and master.is_contiguous():
+                return
+        else:
+            found = (type(master).__name__,)
+        raise OptimizerStateError(
+            f"The `master` of `{self._names[parameter]}` in the optimizer's `state` is {' '.join(map(str, found))}, "
+            f"expected contiguous torch.float32 {shape} {parameter.device}. Put such a tensor there, or remove the whole "
+            "entry of this parameter to start again from its weights."
+        )
+
+    def _take_back_state(self, parameter: torch.nn.Parameter) -> None:
+        """Make `self.state` the only holder of a parameter's masters and of what the wrapped optimizer keeps."""
         master = self._masters[parameter]
         grad, master.grad = master.grad, None
-        assert grad is not None
-        kept = self._inner.state[master]
+        kept = self._inner.state.pop(master, {})
         for key, value in kept.items():
             if key == "master" or not _is_savable(value):
                 raise OptimizerError(
@@ -159,11 +203,10 @@ class MaskedOptimizer(MaskedBase):
                     "optimizer."
                 )
             # The buffer of the gradient is used again at the next step.
-            if _is_same_memory(value, grad):
+            if grad is not None and _is_same_memory(value, grad):
                 kept[key] = value.clone()
         self.state[parameter] = {"master": master.detach(), **kept}
-        weights = subnet_kernels.round_to_weights(master.detach(), parameter.dtype)
-        subnet_kernels.scatter(parameter.detach().view(-1), self.bit_mask(parameter), weights)
+        master.data = master.new_empty(0)
 
     def _gathered(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         return subnet_kernels.gather(parameter.detach().view(-1), self.bit_mask(parameter))
@@ -201,10 +244,8 @@ class MaskedOptimizer(MaskedBase):
         del self._inner
         super()._adopt(loaded)
         self._prepare()
-        for parameter, entries in loaded.items():
-            master = self._masters[parameter]
-            master.data = entries["master"]
-            self._inner.state[master] = {key: value for key, value in entries.items() if key != "master"}
+        for parameter in loaded:
+            self._masters[parameter].data = torch.empty(0)
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,11 +77,15 @@ class MaskedSGD(FusedBase):
     def _moments(self, group: Mapping[str, Any]) -> Sequence[str]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _describe(self, group: Mapping[str, Any], values: Mapping[str, Any], shared: dict[str, Any]) -> SGDUpdate:
-        return SGDUpdate(momentum_buffer=values.get("momentum_buffer"), momentum=group["momentum"], **shared)
-
-    def _fill_options(self, update: SGDUpdate, group: Mapping[str, Any], step: int) -> None:
-        update.momentum, update.nesterov = group["momentum"], group["nesterov"]
+    def _describe(
+        self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]
+    ) -> SGDUpdate:
+        return SGDUpdate(
+            momentum_buffer=values.get("momentum_buffer"),
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            **shared,
+        )
 
     def _run(self, updates: list[SGDUpdate], grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
         subnet_kernels.masked_sgd(updates, grad_scale=grad_scale, cache=cache)

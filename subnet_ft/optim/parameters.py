@@ -67,5 +67,10 @@ def check_parameters(parameters: Mapping[str, torch.nn.Parameter], mask: SubnetM
             )
         if mask.tensors[name].count and not parameter.is_contiguous():
             raise MaskMismatchError(f"`{name}` is not contiguous; call `.contiguous()` on it before training.")
+    names: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        other = names.setdefault(id(parameter), name)
+        if other != name:
+            raise MaskMismatchError(f"`{other}` and `{name}` are one parameter; a tied weight has one name in a mask.")
     if check_base:
         mask.check_weights((name, parameter.detach()) for name, parameter in parameters.items())

@@ -48,10 +48,21 @@ def restrict(
     built: list[MaskedAdamW] = []
 
     def create_optimizer(model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if trainer.model is not own_model:
+            raise TrainerError(
+                "The trainer got another model after `restrict`, which would stay untrained. Give the trainer its "
+                "model first, and call `restrict` last."
+            )
+        if built:
+            # A run that was broken off leaves the gradients of its last micro-batches; the trainer drops only `.grad`.
+            built[0].zero_grad()
         if trainer.optimizer is None:
             # Built when training starts, because other tools replace parameter objects before that. A resumed run
             # already holds trained weights then, so the base was checked above.
-            built[:] = [_build(trainer, own_model if model is None else model, mask, master, compact_grads)]
+            for earlier in built:
+                earlier.release()  # the trainer dropped it, as a retry with smaller batches does
+            target: Any = own_model if model is None else model
+            built[:] = [_build(trainer, target, mask, master, compact_grads)]
             trainer.optimizer = built[0]
         # A second `train()` finds the optimizer of the first in the wrapper that accelerate put around it.
         elif not built or getattr(trainer.optimizer, "optimizer", trainer.optimizer) is not built[0]:
@@ -105,6 +116,11 @@ def _refuse_what_would_break(trainer: Trainer) -> None:
         raise TrainerError(
             f"The trainer is already restricted to mask {earlier.fingerprint[:16]} (density {earlier.density:.4g}). "
             "Build a new trainer for another mask."
+        )
+    if trainer.model_init is not None:
+        raise TrainerError(
+            "The trainer builds a new model with `model_init` when training starts, and a mask belongs to one model. "
+            "Pass `model` instead."
         )
     if trainer.optimizer is not None:
         raise TrainerError(

@@ -194,7 +194,7 @@ def test_a_second_optimizer_on_the_same_parameters_is_refused_while_the_first_li
     model = small_model(torch.float32)
     mask = random_mask(model, 0.5)
     first = MaskedAdamW(model.named_parameters(), mask, max_grad_norm=None)
-    with pytest.raises(GradientError, match=r"`0\.weight` and 5 other tensors already go to another masked optimizer"):
+    with pytest.raises(GradientError, match=r"`0\.weight` and 5 other parameters already belong to another masked"):
         MaskedAdamW(model.named_parameters(), mask, max_grad_norm=None)
     first.release()
     second = MaskedAdamW(model.named_parameters(), mask, lr=0.1, max_grad_norm=None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import random_bits, same_bits
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
 from subnet_ft.errors import MaskMismatchError, TrainerError
@@ -180,6 +180,47 @@ def test_restrict_trains_tensors_of_the_mask_that_were_frozen(tmp_path: Path) ->
     start = frozen.detach().clone()
     restrict(trainer, half_mask(trainer.model)).train()
     assert not torch.equal(frozen.detach(), start)
+
+
+def test_restrict_refuses_a_trainer_that_makes_its_own_model(tmp_path: Path) -> None:
+    built = build(tmp_path)
+    trainer = Trainer(model_init=lambda: tiny_model("llama"), args=built.args, train_dataset=built.train_dataset)
+    with pytest.raises(TrainerError, match="builds a new model with `model_init`"):
+        restrict(trainer, half_mask(tiny_model("llama")))
+
+
+def test_restrict_refuses_a_model_that_was_set_after_it(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    restrict(trainer, half_mask(trainer.model))
+    trainer.model = tiny_model("llama")
+    with pytest.raises(TrainerError, match="got another model after `restrict`"):
+        trainer.train()
+
+
+class BreaksOff(TrainerCallback):
+    """Ends the first run between two micro-batches."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        if not self.is_done:
+            self.is_done = True
+            raise KeyboardInterrupt
+
+
+def test_restrict_forgets_the_gradients_of_a_run_that_was_broken_off(tmp_path: Path) -> None:
+    weights = []
+    for breaks_off in (True, False):
+        trainer = build(tmp_path, gradient_accumulation_steps=2, max_steps=2)
+        restrict(trainer, half_mask(trainer.model))
+        if breaks_off:
+            trainer.add_callback(BreaksOff())
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        trainer.train()
+        weights.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
+    assert all(same_bits(a, b) for a, b in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,14 +30,18 @@ def run_chunks(
         grad_scale: () float32 or `None`.
         cache: Kept by the caller from one step to the next.
     """
-    row_table = table.rows(updates, cache)
+    row_table = table.rows(updates)
     scalar_table = np.array(scalars, dtype=np.float64).astype(np.float32)
     scale = np.float32(1.0 if grad_scale is None else float(grad_scale))
     chunks = table.chunks([update.mask for update in updates], cache)
-    left = iter(chunks)
+    left = deque(chunks)  # takes are atomic also without an interpreter lock; an iterator may yield a chunk twice
 
     def work() -> None:
-        for chunk in left:  # whichever thread is free takes the next one
+        while True:
+            try:
+                chunk = left.popleft()  # whichever thread is free takes the next one
+            except IndexError:
+                return
             function(row_table, scalar_table, chunk, scale)
 
     run(work, [()] * min(num_threads(), len(chunks)))

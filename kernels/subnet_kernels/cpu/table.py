@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -57,28 +56,9 @@ def row(
     ]
 
 
-def rows(updates: Sequence[AdamWUpdate] | Sequence[SGDUpdate], cache: dict[Any, Any]) -> np.ndarray:
-    """Return the rows (R, 13) int64 of all tensors; of objects that were passed before, only what may change is read.
-
-    Args:
-        updates: The tensors.
-        cache: Holds the rows from one step to the next.
-    """
-    checked = [update.checked_grad for update in updates]
-    known = cache.get("rows_of", ())
-    if None in checked or len(known) != len(updates) or cache["rows_checked"] != checked:
-        is_known = False
-    else:
-        is_known = all(map(is_, known, updates))
-    if not is_known:
-        cache["rows"] = np.array([row(update, *_states(update)) for update in updates], dtype=np.int64)
-        cache["rows_of"], cache["rows_checked"] = list(updates), checked
-    table: np.ndarray = cache["rows"]
-    if is_known:
-        table[:, GRAD] = [update.grad.data_ptr() for update in updates]
-        table[:, IS_ROUNDED] = [update.is_rounded for update in updates]
-        table[:, ROUNDING_KEY] = [update.rounding_key or 0 for update in updates]
-    return table
+def rows(updates: Sequence[AdamWUpdate] | Sequence[SGDUpdate]) -> np.ndarray:
+    """Return the rows (R, 13) int64 of all tensors; made anew in every step, since any of them may have moved."""
+    return np.array([row(update, *_states(update)) for update in updates], dtype=np.int64)
 
 
 def _states(update: AdamWUpdate | SGDUpdate) -> tuple[torch.Tensor | None, torch.Tensor | None]:

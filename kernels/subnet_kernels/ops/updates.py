@@ -91,8 +91,6 @@ def _check(update: AdamWUpdate | SGDUpdate, state: tuple[torch.Tensor | None, ..
     param, mask, grad, master = update.param, update.mask, update.grad, update.master
     if grad.device != param.device or not grad.is_contiguous():
         raise ValueError(f"`grad` must be contiguous and on {param.device}, got {grad.device}")
-    if update.checked_grad == (grad.dtype, grad.numel()) and grad.dim() == 1:
-        return
     check_mask(mask, param.numel(), param.device)
     if param.dtype not in _FLOATS or param.dim() != 1 or not param.is_contiguous():
         raise ValueError(
@@ -118,7 +116,6 @@ def _check(update: AdamWUpdate | SGDUpdate, state: tuple[torch.Tensor | None, ..
         if not tensor.is_contiguous() or tensor.device != param.device:
             raise ValueError(f"state must be contiguous and on {param.device}, got {tensor.device}")
     _check_master(param, master, update.rounding_key)
-    update.checked_grad = (grad.dtype, grad.numel())
 
 
 def _check_master(param: torch.Tensor, master: torch.Tensor | None, rounding_key: int | None) -> None:
