@@ -154,7 +154,7 @@ def test_a_further_group_is_refused() -> None:
 @pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
 def test_an_optimizer_is_not_copied(how: Callable[[Any], Any]) -> None:
     _, optimizer = build()
-    with pytest.raises(OptimizerError, match="load this one.s `state_dict"):
+    with pytest.raises(OptimizerError, match=r"load this one.s `state_dict"):
         how(optimizer)
 
 
@@ -173,7 +173,7 @@ def test_a_refused_step_counts_for_nothing() -> None:
     set_gradients(model, 1)
     norm = float(optimizer.clip_grad_norm_(0.5))
     optimizer.param_groups[0]["momentum"] = 0.0
-    with pytest.raises(ValueError, match="`momentum` 0.0 with a buffer"):
+    with pytest.raises(ValueError, match=r"`momentum` 0\.0 with a buffer"):
         optimizer.step()
     assert {float(values["step"]) for values in optimizer.state.values()} == {1.0}
     assert float(optimizer._clip_coefficient) == pytest.approx(0.5 / norm, rel=1e-4)
