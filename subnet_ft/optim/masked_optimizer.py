@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -146,9 +146,9 @@ class MaskedOptimizer(MaskedBase):
             subnet_kernels.compact(dense, mask, grad, accumulate=False)
         return grad if scale is None else grad.mul_(scale.to(grad.device))
 
-    def _wrapped(self, parameters: Collection[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    def _wrapped(self, parameters: Container[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Build a wrapped optimizer of the masters of some parameters, with the options of their groups now."""
-        chosen = [[parameter for parameter in group["params"] if parameter in parameters] for group in self.param_groups]
+        chosen = [[p for p in group["params"] if p in parameters] for group in self.param_groups]
         return self.optimizer_cls(
             [
                 {**_options(group), "params": [self._masters[parameter] for parameter in params]}
@@ -158,9 +158,9 @@ class MaskedOptimizer(MaskedBase):
             **self._kwargs,
         )
 
-    def _lend_state(self, grads: Collection[torch.nn.Parameter]) -> None:
+    def _lend_state(self, grads: Container[torch.nn.Parameter]) -> None:
         """Give what `self.state` holds, whoever put it there, to the wrapped optimizer; without any, start anew."""
-        new = []
+        new: set[torch.nn.Parameter] = set()
         for parameter, master in self._masters.items():
             entries = self.state.get(parameter)
             if entries:
@@ -171,23 +171,22 @@ class MaskedOptimizer(MaskedBase):
                 # Weights that were loaded since the optimizer was built count.
                 master.data = self._gathered(parameter)
                 self._inner.state.pop(master, None)
-                new.append(parameter)
+                new.add(parameter)
         if new:
             # Some fill their state when they are built, such as Adagrad its sums.
             self._inner.state.update(self._wrapped(new).state)
 
     def _check_master(self, parameter: torch.nn.Parameter, master: object) -> None:
         shape = (self.mask.tensors[self._names[parameter]].count,)
+        expected, found = f"torch.float32 {shape} {parameter.device}", type(master).__name__
         if isinstance(master, torch.Tensor):
-            found = (master.dtype, tuple(master.shape), master.device)
-            if found == (torch.float32, shape, parameter.device) and master.is_contiguous():
+            found = f"{master.dtype} {tuple(master.shape)} {master.device}"
+            if found == expected and master.is_contiguous():
                 return
-        else:
-            found = (type(master).__name__,)
         raise OptimizerStateError(
-            f"The `master` of `{self._names[parameter]}` in the optimizer's `state` is {' '.join(map(str, found))}, "
-            f"expected contiguous torch.float32 {shape} {parameter.device}. Put such a tensor there, or remove the whole "
-            "entry of this parameter to start again from its weights."
+            f"The `master` of `{self._names[parameter]}` in the optimizer's `state` is {found}, expected contiguous "
+            f"{expected}. Put such a tensor there, or remove the whole entry of this parameter to start again from its "
+            "weights."
         )
 
     def _take_back_state(self, parameter: torch.nn.Parameter) -> None:

@@ -122,8 +122,12 @@ def test_copies_write_through_a_view_of_a_parameter() -> None:
     assert parameter.tolist() == [[1.0, 8.0], [3.0, 9.0]]
 
 
-def test_gather_reads_a_strided_tensor() -> None:
-    assert gather(torch.arange(8.0)[::2], EXAMPLE).tolist() == [2.0, 6.0]
+@pytest.mark.parametrize("dense", [torch.zeros(2, 2), torch.zeros(1, 4), torch.zeros(8)[::2]])
+@pytest.mark.parametrize("bits", [0b1010, 0b1111])
+def test_gather_refuses_rows_and_strides(dense: torch.Tensor, bits: int) -> None:
+    mask = BitMask.from_bits(torch.tensor([bits], dtype=torch.uint8), 4)
+    with pytest.raises(ValueError, match="`dense` must be flat and contiguous: what is read are elements"):
+        gather(dense, mask)
 
 
 def test_gather_refuses_a_third_dtype() -> None:

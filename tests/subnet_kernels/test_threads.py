@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -44,6 +45,27 @@ def test_run_raises_after_all_have_ended(failing: int) -> None:
     with pytest.raises(ValueError, match=f"task {failing}"):
         threads.run(work, [(number,) for number in range(3)])
     assert sorted(ended) == sorted({0, 1, 2} - {failing})
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signals to threads")
+def test_run_raises_an_interrupt_after_all_have_ended() -> None:
+    ended = []
+
+    def work(number: int) -> None:
+        for _ in range(2 * number):
+            time.sleep(0.05)
+            if number == 1:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        if number == 2:
+            ended.append(number)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            threads.run(work, [(number,) for number in range(3)])
+        assert ended == [2]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_split_gives_the_runs_of_its_example() -> None:

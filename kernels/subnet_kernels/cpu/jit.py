@@ -18,16 +18,21 @@ logger = logging.getLogger(__name__)
 # Division as numpy does it: Python's check for zero would keep loops from being vectorised. No fastmath: every
 # operation rounds by itself, as in the reference.
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
-# numba compares only the file of the function itself, but compiled into it are others from files beside it.
-_SOURCES = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-).hexdigest()
+
+
+def digest_of_sources(package: Path) -> str:
+    """Return the SHA-256 of every Python file of a package, in all its folders."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
+
+
+# numba compares only the file of the function itself, but compiled into it are functions and constants of others.
+_SOURCES = digest_of_sources(Path(__file__).parents[1])
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function when it is first called; the result is cached on disk where a folder can be written.
 
-    What is cached holds as long as no file of this folder changes.
+    What is cached holds as long as no file of the package `subnet_kernels` changes.
     """
     try:
         dispatcher = numba.njit(cache=True, **_OPTIONS)(function)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -26,16 +26,16 @@ def run(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[
         tasks: Its arguments, one tuple per call; as many as `num_threads()` is best.
 
     Returns:
-        What the calls returned, in order; the first exception is raised after all have ended.
+        What the calls returned, in order; the first exception, or an interrupt, is raised after all have ended.
     """
     if len(tasks) <= 1:
         return [function(*task) for task in tasks]
-    futures = [_pool().submit(function, *task) for task in tasks[1:]]
+    futures: list[Future[Any]] = []
     try:
+        futures.extend(_pool().submit(function, *task) for task in tasks[1:])
         first = function(*tasks[0])
     finally:
-        for future in futures:
-            future.exception()  # waits: no thread may still write when the caller goes on
+        _wait_for(futures)
     return [first, *(future.result() for future in futures)]
 
 
@@ -48,6 +48,19 @@ def split(num_items: int, parts: int | None = None) -> list[tuple[int, int]]:
     parts = max(1, min(num_threads() if parts is None else parts, num_items))
     bounds = [num_items * part // parts for part in range(parts + 1)]
     return list(itertools.pairwise(bounds))
+
+
+def _wait_for(futures: Sequence[Future[Any]]) -> None:
+    """Return when all calls have ended: no thread may still write when the caller goes on, not even after Ctrl-C."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            wait(futures)
+            break
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _pool() -> ThreadPoolExecutor:

@@ -23,6 +23,7 @@ def gather(dense: torch.Tensor, mask: BitMask, *, dtype: torch.dtype = torch.flo
         dense [1, 2, 3, 4] under mask 0b1010 gives [2, 4].
     """
     check_mask(mask, dense.numel(), dense.device)
+    _check_flat(dense, "dense", "what is read are elements, in the order of memory")
     if dtype not in (torch.float32, dense.dtype):
         raise ValueError(f"`dtype` must be torch.float32 or that of `dense`, {dense.dtype}, got {dtype}")
     compact_values: torch.Tensor = choose("gather", dense.device).function(dense, mask, dtype=dtype)
@@ -82,7 +83,7 @@ def compact(
         raise ValueError(
             f"`out` must be contiguous torch.float32 of shape ({mask.count},), got {out.dtype} {tuple(out.shape)}"
         )
-    _check_flat(dense, "dense")
+    _check_flat(dense, "dense", "what is read are elements, in the order of memory")
     sum_of_squares: torch.Tensor = choose("compact", dense.device).function(
         dense, mask, out, accumulate=accumulate, scale=scale
     )
@@ -99,14 +100,14 @@ def check_mask(mask: BitMask, num_elements: int, device: torch.device) -> None:
 
 def _check_pair(dense: torch.Tensor, mask: BitMask, compact_values: torch.Tensor) -> None:
     check_mask(mask, dense.numel(), dense.device)
-    _check_flat(dense, "dense")
+    _check_flat(dense, "dense", "an update of a copy would be lost")
     if compact_values.dtype != dense.dtype:
         raise ValueError(f"`compact` is {compact_values.dtype} but `dense` is {dense.dtype}; round before scattering")
     if compact_values.shape != (mask.count,):
         raise ValueError(f"`compact` has shape {tuple(compact_values.shape)}, the mask has {mask.count} set bits")
-    _check_flat(compact_values, "compact")
+    _check_flat(compact_values, "compact", "an update of a copy would be lost")
 
 
-def _check_flat(tensor: torch.Tensor, name: str) -> None:
+def _check_flat(tensor: torch.Tensor, name: str, reason: str) -> None:
     if not tensor.is_contiguous() or tensor.dim() != 1:
-        raise ValueError(f"`{name}` must be flat and contiguous: an update of a copy would be lost")
+        raise ValueError(f"`{name}` must be flat and contiguous: {reason}; got shape {tuple(tensor.shape)}")
