@@ -8,15 +8,31 @@ from typing import Any
 import torch
 
 import subnet_kernels
+from subnet_ft.bench.step import LEARNING_RATE
+from subnet_ft.masks import SubnetMask
+from subnet_ft.optim import MaskedAdamW
 from subnet_kernels import AdamWUpdate, BitMask, reference
 
 _SIZES = (1, 63, 1000, 65539)
 _DENSITIES = (0.0, 0.02, 0.3, 1.0)
 _NUM_STEPS = 3
 
+# Shape and density of the tensors of one optimizer: one element, whole and partial tiles, trained whole, in part, not.
+_TENSORS: dict[str, tuple[tuple[int, ...], float]] = {
+    "one": ((1,), 1.0),
+    "tail": ((1000,), 0.3),
+    "tile": ((64, 16), 0.1),
+    "whole": ((129, 65), 1.0),
+    "untrained": ((63,), 0.0),
+    "large": ((65539,), 0.2),
+    "sparse": ((257, 129), 0.02),
+}
+
 
 def failing_ops(device: torch.device) -> dict[str, str]:
     """Compare what runs on `device` with the plain-torch reference, bit by bit, on a few thousand random elements.
+
+    Every op is checked by itself; then `MaskedAdamW`, which is what is timed, over many tensors and several steps.
 
     Returns:
         Op to what is wrong with it; empty when all is well.
@@ -33,6 +49,16 @@ def failing_ops(device: torch.device) -> dict[str, str]:
                     failing[op] = (
                         f"`{op}` ({backend}) differs from its reference: {problem}, N = {size}, density {density}"
                     )
+    for compact_grads in (False, True):
+        # Where an op is wrong by itself, the optimizer is wrong for that reason.
+        if failing.keys().isdisjoint(("compact", "masked_adamw")):
+            problem = _optimizer_problem(device, compact_grads)
+            if problem:
+                backend = subnet_kernels.choose("masked_adamw", device).backend
+                failing["masked_adamw"] = (
+                    f"`masked_adamw` ({backend}) differs from its reference: {problem}, "
+                    f"MaskedAdamW(compact_grads={compact_grads})"
+                )
     return failing
 
 
@@ -49,6 +75,60 @@ def _problem(
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _optimizer_problem(device: torch.device, compact_grads: bool) -> str:
+    try:
+        for name, ours, expected in _optimizer(device, compact_grads):
+            if not _same(ours, expected):
+                return name
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _optimizer(device: torch.device, compact_grads: bool) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what `MaskedAdamW` and the reference on copies of its own give after every step, tensor by tensor."""
+    generator = torch.Generator().manual_seed(0)
+    start = {
+        name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, (shape, _) in _TENSORS.items()
+    }
+    mask = SubnetMask.from_dense(
+        {name: torch.rand(shape, generator=generator) < density for name, (shape, density) in _TENSORS.items()}
+    )
+    parameters = {name: torch.nn.Parameter(weight.to(device, copy=True)) for name, weight in start.items()}
+    optimizer = MaskedAdamW(
+        parameters.items(), mask, lr=LEARNING_RATE, max_grad_norm=None, compact_grads=compact_grads, check_base=False
+    )
+    twins = {name: _twin(start[name], tensor.bits) for name, tensor in mask.tensors.items() if tensor.count}
+    for step in range(1, _NUM_STEPS + 1):
+        for name, twin in twins.items():
+            grad = torch.randn(start[name].shape, generator=generator).bfloat16()
+            parameters[name].grad = grad.to(device, copy=True)
+            twin.grad, twin.step, twin.is_rounded = grad.view(-1), step, step > 1
+            if compact_grads:
+                twin.grad = torch.empty(twin.mask.count)
+                reference.compact(grad.view(-1), twin.mask, twin.grad, accumulate=False, scale=1.0)
+        optimizer.step()
+        reference.masked_adamw(list(twins.values()), grad_scale=None)
+        for name, twin in twins.items():
+            state = optimizer.state[parameters[name]]
+            where = f"of `{name}` after step {step}"
+            yield f"the weights {where}", parameters[name].detach().view(-1), twin.param
+            for key in ("exp_avg", "exp_avg_sq", "master"):
+                yield f"`{key}` {where}", state[key], getattr(twin, key)
+    yield "the untrained weights", parameters["untrained"].detach(), start["untrained"]
+
+
+def _twin(start: torch.Tensor, bits: torch.Tensor) -> AdamWUpdate:
+    """Return the reference's description of one tensor, with weights and state of its own; the gradient is to come."""
+    mask = BitMask.from_bits(bits, start.numel(), "cpu")
+    param = start.flatten().clone()
+    return AdamWUpdate(
+        param, mask, torch.empty(0), torch.zeros(mask.count), torch.zeros(mask.count),
+        reference.gather(param, mask, dtype=torch.float32),
+        lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, step=0,
+    )  # fmt: skip
 
 
 def _adamw(generator: torch.Generator, mask: BitMask, on_host: BitMask) -> Iterator[tuple[str, Any, Any]]:

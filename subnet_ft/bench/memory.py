@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from subnet_ft.bench.owners import Owners, persistent_tensors
 from subnet_ft.bench.tracker import StorageTracker
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW, memory_ledger
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
 
 DENSITY = 0.2
 NUM_PAIRS = 8
-_STEPS = 3  # state is made in the first, so later ones show what every step needs
+_STEPS = 3
 
 
 def measure_memory(base: Path, *, density: float = DENSITY, master: str = "fp32") -> dict[str, Any]:
     """Train `base` for three DPO steps with TRL on a random mask and return a row of the bench.
 
-    Dense gradients are what the trainer and autograd allocate in the shape of a trainable tensor, in whatever dtype,
-    between the start of a step and its end; activations and logits are not counted, nor is the reference model.
+    Temporaries are what the trainer, autograd and our optimizer allocate with as many elements as a trainable matrix,
+    in whatever shape and dtype, what our code allocates from the size of the smallest matrix on, and large chunks of
+    the output embedding; see `Owners`. Activations and logits are not counted, nor is the reference model, nor numpy's
+    arrays.
 
     Args:
         base: Folder of a causal language model.
@@ -33,8 +36,9 @@ def measure_memory(base: Path, *, density: float = DENSITY, master: str = "fp32"
         master: As in `MaskedAdamW`.
 
     Returns:
-        A row with `bytes_per_parameter` (persistent), `peak_bytes_per_parameter`, `memory` (persistent bytes by
-        component) and `temporaries` (bytes by owner, each owner's largest).
+        A row with `bytes_per_parameter` (persistent), `peak_bytes_per_parameter` (over all steps),
+        `first_step_peak_bytes_per_parameter` (of the step that makes the state, as if all state stood from its start),
+        `memory` (persistent bytes by component) and `temporaries` (bytes by owner, each owner's largest).
     """
     from subnet_ft.checkpoints.models import load_model
 
@@ -42,8 +46,12 @@ def measure_memory(base: Path, *, density: float = DENSITY, master: str = "fp32"
     mask = _random_mask(model, density)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(model, tokenizer, Path(folder))
-        tracker = StorageTracker(_owner_of(model))
+        owners = Owners(model)
+        tracker = StorageTracker(owners)
         optimizer = _train(trainer, mask, master, tracker)
+    owners.check_tokens()
+    first, later = tracker.peaks(without=persistent_tensors(optimizer))
+    highest = max(first, later, key=lambda peak: peak.total)
     memory = memory_ledger(model, optimizer)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     persistent = sum(memory.values())
@@ -53,10 +61,14 @@ def measure_memory(base: Path, *, density: float = DENSITY, master: str = "fp32"
         "density": density,
         "median_ms": None,
         "bytes_per_parameter": persistent / num_parameters,
-        "peak_bytes_per_parameter": (persistent + tracker.peak) / num_parameters,
+        "peak_bytes_per_parameter": (persistent + highest.total) / num_parameters,
+        "first_step_peak_bytes_per_parameter": (persistent + first.total) / num_parameters,
         "memory": memory,
-        "temporaries": dict(sorted(tracker.highest.items())),
-        "temporaries_at_peak": dict(sorted(tracker.at_peak.items())),
+        "temporaries": {
+            owner: max(peak.highest.get(owner, 0) for peak in (first, later))
+            for owner in sorted({*first.highest, *later.highest})
+        },
+        "temporaries_at_peak": dict(sorted(highest.parts.items())),
     }
 
 
@@ -67,15 +79,17 @@ def _train(trainer: Any, mask: SubnetMask, master: str, tracker: StorageTracker)
 
     entered = contextlib.ExitStack()
 
-    class TrackLaterSteps(TrainerCallback):
+    class TrackSteps(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 1:
+            if state.global_step == 0:
                 entered.enter_context(tracker)
+            elif state.global_step == 1:
+                tracker.mark()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             entered.close()
 
-    trainer.add_callback(TrackLaterSteps())
+    trainer.add_callback(TrackSteps())
     restrict(trainer, mask, master=master)
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -112,22 +126,3 @@ def _random_mask(model: PreTrainedModel, density: float) -> SubnetMask:
     return SubnetMask.from_dense(
         {name: torch.rand(p.shape, generator=generator) < density for name, p in model.named_parameters()}
     )
-
-
-def _owner_of(model: PreTrainedModel) -> Any:
-    """Return a function that names the owner of a storage that has the shape of a trainable matrix."""
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, torch.nn.Embedding)
-    shapes = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
-    shapes |= {shape[::-1] for shape in shapes}
-    largest = {tuple(embedding.weight.shape), tuple(embedding.weight.shape)[::-1]}
-
-    def owner_of(op: str, tensor: torch.Tensor) -> str | None:
-        shape = tuple(tensor.shape)
-        if shape not in shapes or not tensor.is_floating_point():
-            return None
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        what = "tied output embedding" if shape in largest else "one matrix at a time"
-        return f"{what}, {dtype}, {op.removeprefix('aten.').partition('.')[0]}"
-
-    return owner_of

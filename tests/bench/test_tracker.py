@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from subnet_ft.bench.tracker import StorageTracker
+from subnet_ft.bench.tracker import Peak, StorageTracker
 
 SIZE = 1000
 
@@ -27,15 +27,16 @@ def test_tracker_counts_a_storage_once_and_until_it_is_freed() -> None:
         assert tracker.live["zeros"] == 4 * SIZE  # the view keeps it
         del view
         assert sum(tracker.live.values()) == 0
-    assert tracker.peak == 8 * SIZE
-    assert tracker.at_peak == {"zeros": 4 * SIZE, "add": 4 * SIZE}
+    (peak,) = tracker.peaks()
+    assert peak.total == 8 * SIZE
+    assert peak.parts == peak.highest == {"zeros": 4 * SIZE, "add": 4 * SIZE}
 
 
 def test_tracker_counts_only_what_has_an_owner() -> None:
     tracker = StorageTracker(by_op)
     with tracker:
         kept = torch.zeros(SIZE - 1)
-    assert (tracker.peak, tracker.highest) == (0, {})
+    assert tracker.peaks() == [Peak()]
     assert kept.numel() == SIZE - 1
 
 
@@ -54,4 +55,30 @@ def test_tracker_sees_what_backward_allocates() -> None:
         assert sum(tracker.live.values()) == 0
     assert freed
     assert freed[0] >= 4 * SIZE
-    assert tracker.peak >= 4 * SIZE
+    assert tracker.peaks()[0].total >= 4 * SIZE
+
+
+def test_tracker_counts_a_storage_that_only_a_view_gives_away() -> None:
+    tracker = StorageTracker(by_op)
+    before = torch.zeros(2 * SIZE)
+    with tracker:
+        wide = torch.zeros(2 * SIZE)
+        assert tracker.live == {}
+        narrow = wide[:SIZE]
+        older = before[:SIZE]  # of a storage that was there before
+    assert tracker.live == {"slice": 8 * SIZE}
+    assert narrow.numel() == older.numel()
+
+
+def test_peaks_are_those_of_a_section_without_what_persists() -> None:
+    tracker = StorageTracker(by_op)
+    with tracker:
+        persistent = torch.zeros(SIZE)
+        kept = torch.ones(SIZE, dtype=torch.int64)
+        tracker.mark()
+        torch.full((SIZE,), 1.0)
+    assert [peak.total for peak in tracker.peaks()] == [12 * SIZE, 16 * SIZE]
+    first, second = tracker.peaks(without=[persistent.view(10, 100)])
+    assert first == Peak(8 * SIZE, {"ones": 8 * SIZE}, {"ones": 8 * SIZE})
+    assert second.parts == {"ones": 8 * SIZE, "full": 4 * SIZE}
+    assert kept.numel() == SIZE
