@@ -14,7 +14,8 @@ from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 1.0)
-LEARNING_RATE = 1e-5
+LEARNING_RATE = 1e-6
+"""What RL uses, and the default of `MaskedAdamW`. It decides how many weights change in a step, and so are written."""
 _OPTIONS: dict[str, Any] = {"lr": LEARNING_RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 FUSED = "torch AdamW fused, bf16 state"
