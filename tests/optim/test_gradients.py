@@ -38,8 +38,10 @@ def dense_gradient(model: torch.nn.Module, mask: SubnetMask) -> torch.Tensor:
     return torch.cat([grad[chosen].float() for chosen, grad in pairs if grad is not None])
 
 
-def test_compaction_keeps_the_gradient_on_the_mask_and_frees_the_dense_one() -> None:
-    model, twin = tiny_model("llama"), tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])  # mixtral's experts are stacked: three dimensions
+def test_compaction_keeps_the_gradient_on_the_mask_and_frees_the_dense_one(family: str) -> None:
+    model, twin = tiny_model(family), tiny_model(family)
+    assert any(parameter.dim() == 3 for parameter in model.parameters()) == (family == "mixtral")
     mask = random_mask(model, 0.3)
     optimizer = MaskedAdamW(model.named_parameters(), mask, max_grad_norm=None)
     loss_of(model, tokens(4)).backward()
