@@ -233,3 +233,13 @@ def test_norm_of_squares_does_not_wait_for_the_device() -> None:
     assert (norm.device.type, norm.dtype, norm.shape) == ("meta", torch.float32, ())
     assert float(norm_of_squares([torch.tensor(9e36), torch.tensor(16e36)])) == pytest.approx(5e18, rel=1e-6)
     assert float(norm_of_squares([])) == 0.0
+
+
+@pytest.mark.parametrize("compact_grads", [True, False])
+def test_a_gradient_that_is_not_contiguous_counts_like_any_other(compact_grads: bool) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(6))
+    mask = SubnetMask.from_dense({"w": torch.tensor([True, False] * 3)})
+    optimizer = MaskedSGD([("w", parameter)], mask, lr=1.0, max_grad_norm=None, compact_grads=compact_grads)
+    parameter.grad = torch.arange(12.0)[::2]
+    optimizer.step()
+    assert parameter.tolist() == [0.0, 0.0, -4.0, 0.0, -8.0, 0.0]

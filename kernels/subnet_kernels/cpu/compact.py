@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from subnet_kernels.cpu.blocks import block_size, find, read_dense
-from subnet_kernels.cpu.jit import compiled
+from subnet_kernels.cpu.jit import compiled, compiled_sum
 from subnet_kernels.cpu.moves import ROOM
 from subnet_kernels.cpu.table import KINDS
 from subnet_kernels.cpu.threads import run, split
@@ -25,7 +25,8 @@ def compact(dense: torch.Tensor, mask: BitMask, out: torch.Tensor, *, accumulate
     )  # fmt: skip
     tasks = []
     for start, stop in split(mask.num_tiles, 1 if mask.num_elements < _SMALL else None):
-        slot = int(mask.bases[start // SEGMENT_TILES]) + int(mask.offsets[start]) if mask.num_tiles else 0
+        # Most tensors are one task, and reading a number from a tensor takes longer than a small one's whole update.
+        slot = int(mask.bases[start // SEGMENT_TILES]) + int(mask.offsets[start]) if start else 0
         tasks.append((*arguments, start * TILE_SIZE, min(stop * TILE_SIZE, mask.num_elements), slot))
     return torch.tensor(sum(run(_compact, tasks)), dtype=torch.float64)
 
@@ -59,12 +60,14 @@ def _add(block: Any, out: Any, accumulate: bool, scale: Any, n: int) -> float:
     else:
         for i in range(n):
             out[i] = block[i] * scale
-    # Eight sums side by side: one alone would wait for every addition, and may not be reordered.
-    sums = np.zeros(8, dtype=np.float64)
-    whole = n // 8 * 8
-    for i in range(0, whole, 8):
-        for lane in range(8):
-            sums[lane] += np.float64(out[i + lane]) * np.float64(out[i + lane])
-    for i in range(whole, n):
-        sums[0] += np.float64(out[i]) * np.float64(out[i])
-    return float(sums.sum())
+    return float(sum_of_squares(out, n))
+
+
+@compiled_sum
+def sum_of_squares(values: Any, n: int) -> float:
+    """Return the sum of squares of (n,) float32, in float64."""
+    total = 0.0
+    for i in range(n):
+        value = np.float64(values[i])
+        total += value * value
+    return total
