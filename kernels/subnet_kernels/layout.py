@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,8 @@ SEGMENT_TILES = 1 << 20
 """Tiles per segment: an offset inside a segment of 2**30 weights fits 32 bits, whatever the size of the tensor."""
 
 _TILE_BYTES = TILE_SIZE // 8
-_POPCOUNT = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
+POPCOUNT = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
+"""Set bits of every byte."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,17 +103,10 @@ def _counts_per_tile(bits: np.ndarray) -> np.ndarray:
     counts: np.ndarray = np.empty(starts.size, dtype=np.int64)
     rows = 1 << 13  # tiles at a time, so that the counts of bytes stay small
     for first in range(0, starts.size, rows):
-        part = _POPCOUNT[bits[first * _TILE_BYTES : (first + rows) * _TILE_BYTES]]
+        part = POPCOUNT[bits[first * _TILE_BYTES : (first + rows) * _TILE_BYTES]]
         counts[first : first + rows] = np.add.reduceat(part, np.arange(0, part.size, _TILE_BYTES), dtype=np.int64)
     return counts
 
 
 def _padded(bits: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(bits, (0, -bits.numel() % _TILE_BYTES))
-
-
-def check_on_device(mask: BitMask, tensors: Sequence[torch.Tensor | None]) -> None:
-    """Raise ValueError unless every tensor given lies on the device of `mask`."""
-    for tensor in tensors:
-        if tensor is not None and tensor.device != mask.device:
-            raise ValueError(f"the mask lies on {mask.device}, a tensor of the same op on {tensor.device}")

@@ -43,7 +43,7 @@ def failing_ops(device: torch.device) -> dict[str, str]:
             for density in _DENSITIES:
                 if op in failing:
                     continue
-                problem = _problem(check, size, density, device)
+                problem = _problem(_op(check, size, density, device))
                 if problem:
                     backend = subnet_kernels.choose(op, device).backend
                     failing[op] = (
@@ -52,7 +52,7 @@ def failing_ops(device: torch.device) -> dict[str, str]:
     for compact_grads in (False, True):
         # Where an op is wrong by itself, the optimizer is wrong for that reason.
         if failing.keys().isdisjoint(("compact", "masked_adamw")):
-            problem = _optimizer_problem(device, compact_grads)
+            problem = _problem(_optimizer(device, compact_grads))
             if problem:
                 backend = subnet_kernels.choose("masked_adamw", device).backend
                 failing["masked_adamw"] = (
@@ -62,29 +62,24 @@ def failing_ops(device: torch.device) -> dict[str, str]:
     return failing
 
 
-def _problem(
+def _problem(comparisons: Iterator[tuple[str, Any, Any]]) -> str:
+    """Return what differs first, or the error that came instead; empty when all is the same."""
+    try:
+        for name, ours, expected in comparisons:
+            if not _same(ours, expected):
+                return name
+    except Exception as error:  # whatever a kernel raises, no speed is shown for it, and this is why
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _op(
     check: Callable[..., Iterator[tuple[str, Any, Any]]], size: int, density: float, device: torch.device
-) -> str:
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what one op and its reference give on random elements."""
     generator = torch.Generator().manual_seed(size)
     bits = subnet_kernels.pack_bits(torch.rand(size, generator=generator) < density)
-    masks = [BitMask.from_bits(bits, size, where) for where in (device, "cpu")]
-    try:
-        for name, ours, expected in check(generator, *masks):
-            if not _same(ours, expected):
-                return name
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _optimizer_problem(device: torch.device, compact_grads: bool) -> str:
-    try:
-        for name, ours, expected in _optimizer(device, compact_grads):
-            if not _same(ours, expected):
-                return name
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+    yield from check(generator, *(BitMask.from_bits(bits, size, where) for where in (device, "cpu")))
 
 
 def _optimizer(device: torch.device, compact_grads: bool) -> Iterator[tuple[str, Any, Any]]:

@@ -81,6 +81,7 @@ class FusedBase(MaskedBase):
         }
 
     def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
+        streams = {id(parameter): number for number, parameter in enumerate(self._names)}
         batches: dict[torch.device, list[Any]] = {}
         counts: list[torch.Tensor] = []
         for group in self.param_groups:
@@ -89,7 +90,7 @@ class FusedBase(MaskedBase):
                 grad = grads.get(parameter)
                 if grad is not None:
                     values = self.state[parameter]
-                    update = self._one(parameter, group, values, grad)
+                    update = self._one(parameter, group, values, grad, streams[id(parameter)])
                     counts.append(values["step"])
                     batches.setdefault(grad.device, []).append(update)
         # Plans of a device that the model has left would keep its memory.
@@ -100,7 +101,12 @@ class FusedBase(MaskedBase):
             torch._foreach_add_(counts, 1.0)  # last, so that a refused step does not count
 
     def _one(
-        self, parameter: torch.nn.Parameter, group: Mapping[str, Any], values: dict[str, Any], grad: torch.Tensor
+        self,
+        parameter: torch.nn.Parameter,
+        group: Mapping[str, Any],
+        values: dict[str, Any],
+        grad: torch.Tensor,
+        stream: int,
     ) -> Any:
         """Return the kernel's description of one tensor's update; nothing of it is kept after the step."""
         weight = parameter.detach().view(-1)
@@ -109,7 +115,6 @@ class FusedBase(MaskedBase):
         step = int(values["step"]) + 1
         key = None
         if self.master == "stochastic" and weight.dtype == torch.bfloat16:
-            stream = list(self._names.values()).index(self._names[parameter])
             key = subnet_kernels.rounding_key(group["rounding_seed"], stream, step)
         shared = {
             "param": weight,

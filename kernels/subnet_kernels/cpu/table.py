@@ -15,7 +15,6 @@ from subnet_kernels.updates import AdamWUpdate, SGDUpdate
 # Columns of a row.
 PARAM, BITS, GRAD, FIRST_STATE, SECOND_STATE, MASTER, NUM_ELEMENTS, COUNT = range(8)
 PARAM_KIND, GRAD_KIND, MASTER_KIND, IS_ROUNDED, ROUNDING_KEY = range(8, 13)
-NUM_COLUMNS = 13
 
 # Columns of a chunk: a run of whole tiles of one tensor, and the compact slot at which it starts.
 ROW, FIRST, LAST, SLOT = range(4)

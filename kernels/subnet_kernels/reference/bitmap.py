@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from subnet_kernels.layout import BitMask
+from subnet_kernels.layout import POPCOUNT, BitMask
 
 _SHIFTS = torch.arange(8, dtype=torch.uint8)
-_POPCOUNT = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 
 
 def pack_bits(dense: torch.Tensor) -> torch.Tensor:
@@ -27,7 +26,7 @@ def unpack_bits(bits: torch.Tensor, num_elements: int) -> torch.Tensor:
 
 def count_bits(bits: torch.Tensor) -> int:
     """Count the set bits of (B,) uint8."""
-    return int(_POPCOUNT[bits.cpu().numpy()].sum(dtype=np.int64))
+    return int(POPCOUNT[bits.cpu().numpy()].sum(dtype=np.int64))
 
 
 def indices(mask: BitMask) -> torch.Tensor:
