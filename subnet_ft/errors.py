@@ -10,6 +10,8 @@
     ├── OptimizerError              (ValueError)    an optimizer that cannot train a subnetwork
     ├── OptimizerStateError         (ValueError)    a saved optimizer state that does not fit
     ├── GradientError               (RuntimeError)  gradients that a masked optimizer cannot take
+    │   └── NonFiniteGradientError                  a gradient with NaN or infinite values on the mask
+    ├── FrozenWeightError           (RuntimeError)  a weight outside the mask that changed
     ├── TrainerError                (ValueError)    a trainer that a masked optimizer cannot serve
     ├── TaskError                   (ValueError)    data or rewards that cannot be used
     ├── StageError                  (RuntimeError)  a run folder that cannot be continued
@@ -72,6 +74,14 @@ class OptimizerStateError(SubnetError, ValueError):
 
 class GradientError(SubnetError, RuntimeError):
     """A gradient, or the way it arrives, is one that a masked optimizer cannot take."""
+
+
+class NonFiniteGradientError(GradientError):
+    """A gradient has NaN or infinite values on the mask; no weight was changed."""
+
+
+class FrozenWeightError(SubnetError, RuntimeError):
+    """A weight outside the mask changed, whoever wrote it."""
 
 
 class TrainerError(SubnetError, ValueError):

@@ -85,7 +85,7 @@ def persistent_tensors(optimizer: MaskedBase) -> Iterator[torch.Tensor]:
             yield from (value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor))
             mask = optimizer.bit_mask(parameter)
             yield from (mask.bits, mask.offsets, mask.bases)
-    yield from optimizer._gradients._buffers.values()
+    yield from optimizer.gradient_buffers()
 
 
 def _is_ours() -> bool:

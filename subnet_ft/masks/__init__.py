@@ -6,7 +6,7 @@ from subnet_ft.masks.extraction import extract
 from subnet_ft.masks.file import check_writable
 from subnet_ft.masks.mask import SubnetMask, TensorMask
 from subnet_ft.masks.names import by_canonical_name, canonical_name
-from subnet_ft.masks.provenance import COMPARE_DTYPES, ModelRecord, Provenance
+from subnet_ft.masks.provenance import COMPARE_DTYPES, ModelRecord, Provenance, format_fingerprint
 
 __all__ = [
     "COMPARE_DTYPES",
@@ -22,5 +22,6 @@ __all__ = [
     "density_by_kind",
     "density_by_layer",
     "extract",
+    "format_fingerprint",
     "layer_and_kind",
 ]

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 
-import subnet_kernels
-from subnet_ft.errors import OptimizerError
+from subnet_ft.errors import GradientError, OptimizerError
 from subnet_ft.masks import SubnetMask, by_canonical_name
 from subnet_ft.optim import state
-from subnet_ft.optim.gradients import CompactGradients, flat_grad, norm_of_squares, refuse_many_processes
-from subnet_ft.optim.parameters import NamedParameters, check_parameters, named_groups, trainable_groups
+from subnet_ft.optim.clipping import Clipping
+from subnet_ft.optim.dense_gradients import DenseGradients
+from subnet_ft.optim.frozen import FrozenWeights
+from subnet_ft.optim.gradients import CompactGradients
+from subnet_ft.optim.ledger import cache_nbytes
+from subnet_ft.optim.masters import Roundings
+from subnet_ft.optim.parameters import NamedParameters, ParameterGroups, check_parameters, named_groups
+from subnet_ft.optim.remap import check_successor
 from subnet_kernels import BitMask
 
 
@@ -21,7 +26,8 @@ class MaskedBase(torch.optim.Optimizer):
     """An optimizer that trains the weights of a mask; a weight outside it keeps its bits, whatever happens.
 
     The mask alone says what is trained, so building the optimizer sets `requires_grad` of every tensor: False without a
-    trainable weight, and autograd never computes its gradient; True with one, whoever froze it before.
+    trainable weight, and autograd never computes its gradient; True with one, whoever froze it before. Where the norm
+    of the whole gradient is wanted, tensors without a trainable weight keep theirs.
 
     With compact gradients, a dense gradient lives only until autograd has accumulated it: its part on the mask is added
     to a float32 buffer, and `.grad` is `None` again. `step` consumes the buffers and `zero_grad` clears them. A tensor
@@ -36,36 +42,35 @@ class MaskedBase(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         max_grad_norm: float | None,
+        clip_norm: str,
+        measure_full_norm: bool,
+        nonfinite: str,
         compact_grads: bool,
         check_base: bool,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"`max_grad_norm` must be > 0, or None for no clipping, got {max_grad_norm}")
+        self._clipping = Clipping(
+            max_grad_norm=max_grad_norm, clip_norm=clip_norm, measure_full=measure_full_norm, nonfinite=nonfinite
+        )
         groups = named_groups(named_parameters, type(self).__name__)
         parameters = by_canonical_name(pair for group in groups for pair in group["params"])
         check_parameters(parameters, mask, check_base=check_base)
-        if compact_grads:
-            refuse_many_processes()
         self.mask = mask
-        self.max_grad_norm = max_grad_norm
         self.compact_grads = compact_grads
-        self._clip_coefficient: torch.Tensor | None = None
         self._names: dict[torch.nn.Parameter, str] = {parameter: name for name, parameter in parameters.items()}
         self._bit_masks: dict[str, BitMask] = {}
-        self._written: dict[int, tuple[int, ...]] = {}
+        self._roundings = Roundings()
         self._cache: dict[torch.device, dict[Any, Any]] = {}
-        super().__init__(trainable_groups(groups, mask), defaults)
-        for group in self.param_groups:
-            group["mask_fingerprint"] = mask.fingerprint
+        self._frozen = FrozenWeights(parameters, self._trained_mask)
+        self._groups = ParameterGroups(groups)
+        super().__init__(self._groups.trained(mask), defaults)
         self._prepare()
         # Nothing of the model was changed so far: what is refused leaves it as it was.
-        self._gradients = CompactGradients(parameters, self.bit_mask)
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(mask.tensors[name].count > 0)
-            if not parameter.requires_grad:
-                parameter.grad = None
+        self._gradients: CompactGradients | DenseGradients
         if compact_grads:
-            self._gradients.hook(self._trained())
+            self._gradients = CompactGradients(parameters, self._trained_mask, measure_full=self._clipping.measure_full)
+        else:
+            self._gradients = DenseGradients(parameters, self._trained_mask)
+        self._bind()
         self._is_built = True
 
     @abstractmethod
@@ -86,6 +91,16 @@ class MaskedBase(torch.optim.Optimizer):
             OptimizerStateError: An entry is missing, unknown, or of another dtype or shape.
         """
 
+    @abstractmethod
+    def _remapped_entries(
+        self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
+    ) -> dict[str, Any]:
+        """Return a parameter's state under another mask of it.
+
+        Raises:
+            OptimizerError: An entry cannot be taken over.
+        """
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the subnetwork once from the gradients that arrived since the last step.
@@ -97,16 +112,21 @@ class MaskedBase(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._clip_coefficient is None and self.max_grad_norm is not None:
-            self.clip_grad_norm_(self.max_grad_norm)
+        if self._frozen.taken is None:
+            self._frozen.take()
+        clipping = self._clipping
+        if clipping.coefficient is None and clipping.max_grad_norm is not None:
+            self.clip_grad_norm_(clipping.max_grad_norm)
         grads = self._grads()
-        self._update(grads, self._clip_coefficient)
+        if not clipping.lets_pass(self._gradients, self._names):
+            self._forget_gradients()
+            return loss
+        self._update(grads, clipping.coefficient)
         # The kernels write behind autograd's back; this is what makes a backward through old weights an error.
         torch.autograd.graph.increment_version(grads)
         for parameter in grads:
-            self._mark_rounded(parameter)
-        self._gradients.clear()
-        self._clip_coefficient = None
+            self._roundings.mark(parameter, self.state[parameter].get("master"))
+        self._forget_gradients()
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -133,27 +153,35 @@ class MaskedBase(torch.optim.Optimizer):
                 `None` is not skipped.
         """
         super().zero_grad(set_to_none)
-        self._gradients.clear()
-        self._clip_coefficient = None
+        self._forget_gradients()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What every step clips to by itself; `None` does not clip."""
+        return self._clipping.max_grad_norm
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """How many steps were left out since the optimizer was built, because a gradient was not finite."""
+        return self._clipping.num_skipped_steps
 
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
-        """Return the 2-norm () float32 of the accumulated gradient on the mask, before any clipping, on its device."""
-        if self.compact_grads:
-            self._gradients.collect()
-            return self._gradients.norm()
-        return norm_of_squares(self._squares(parameter) for parameter in self._trained() if parameter.grad is not None)
+        """Return the 2-norm () float32 of the accumulated gradient that clipping goes by, before any, on its device."""
+        return self.grad_norms()[self._clipping.clip_norm]
+
+    @torch.no_grad()
+    def grad_norms(self) -> dict[str, torch.Tensor]:
+        """Return the 2-norms () float32 of the accumulated gradient: `masked`, and `full` where that is measured."""
+        return self._clipping.norms(self._gradients)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Make the next `step` scale the gradient so that its norm on the mask is at most `max_norm`.
+        """Make the next `step` scale the gradient so that its norm (see `clip_norm`) is at most `max_norm`.
 
         The gradients themselves stay as they are. A step that is left out must end with the optimizer's `zero_grad()`:
-        `model.zero_grad()` does not take the scale back. As with `torch.nn.utils.clip_grad_norm_`, a norm that is not
-        finite is no error here: the next `step` writes NaN wherever the scaled gradient is NaN, so check the returned
-        norm to leave that step out.
-
-        Of several calls before one step, the strictest counts.
+        `model.zero_grad()` does not take the scale back. What the step does with a norm that is not finite is said by
+        `nonfinite`. Of several calls before one step, the strictest counts.
 
         Returns:
             () float32, the norm before clipping.
@@ -161,33 +189,84 @@ class MaskedBase(torch.optim.Optimizer):
         Raises:
             ValueError: `max_norm` is negative or NaN.
         """
-        if not max_norm >= 0:
-            raise ValueError(f"`max_norm` must be >= 0, got {max_norm}")
-        norm = self.grad_norm()
-        # The small constant is that of torch.nn.utils.clip_grad_norm_.
-        coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        earlier = self._clip_coefficient
-        self._clip_coefficient = coefficient if earlier is None else torch.minimum(earlier, coefficient)
-        return norm
+        return self._clipping.clip(self._gradients, max_norm)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state keyed by parameter name: tensors, numbers and strings only."""
-        names = [self._names[parameter] for parameter in self._trained()]
-        return state.keyed_by_name(super().state_dict(), names)
+    def audit(self) -> None:
+        """Compare the weights outside the mask, bit by bit, with what they were at the first step or the first audit.
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state bit by bit; nothing is cast to the parameters' dtype.
+        One pass over the weights of the model; fingerprints stand for them.
 
         Raises:
-            OptimizerStateError: The state belongs to another mask, another kind of master or other parameters.
+            FrozenWeightError: One changed; the message names the tensor.
+        """
+        self._frozen.check()
+
+    @torch.no_grad()
+    def set_mask(self, mask: SubnetMask) -> None:
+        """Train the weights of another mask from the next step on; call it between two steps.
+
+        State is kept where both masks agree and dropped elsewhere: a weight that leaves the mask stops at once, one
+        that enters it starts from its value with moments of zero and the step count of its tensor. The weights outside
+        the old mask are audited first, those outside the new one from then on.
+
+        Raises:
+            MaskMismatchError: Names, shapes or dtypes are not those of the mask, or it was made for another base.
+            GradientError: Gradients wait for their step, or several processes could not reduce those of a tensor that
+                was frozen so far.
+            OptimizerError: A wrapped optimizer keeps state that cannot be taken over.
+            FrozenWeightError: A weight outside the old mask changed.
+        """
+        parameters = {name: parameter for parameter, name in self._names.items()}
+        check_parameters(parameters, mask, check_base=False)
+        check_successor(self.mask, mask, parameters, compact_grads=self.compact_grads)
+        if self.compact_grads and self._gradients.squares():
+            raise GradientError(
+                f"{len(self._gradients.squares())} tensors hold a gradient that waits for its step under the old mask. "
+                "Change the mask after `step()` or `zero_grad()`."
+            )
+        self._frozen.check()
+        old = {p: self.bit_mask(p) for p in self._trained() if self.state.get(p)}
+        new = {p: self._index(mask, p) for p in old if mask.tensors[self._names[p]].count}
+        remapped = {p: self._remapped_entries(p, self.state[p], old[p], new[p]) for p in new}
+        # From here on nothing can be refused.
+        self.mask = mask
+        self._bit_masks.clear()
+        for group, trained in zip(self.param_groups, self._groups.trained(mask), strict=True):
+            group["params"] = [parameter for _, parameter in trained["params"]]
+            group["param_names"] = [name for name, _ in trained["params"]]
+        self._adopt(remapped)
+        self._bind()
+        self._frozen.take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state keyed by parameter name: tensors, numbers and strings only.
+
+        The first group carries the fingerprints of the weights outside the mask, as they were at the first step, so
+        that the state is never loaded beside another base.
+        """
+        names = [self._names[parameter] for parameter in self._trained()]
+        saved = state.keyed_by_name(super().state_dict(), names)
+        if self._frozen.taken is not None:
+            saved["param_groups"][0][state.FROZEN] = dict(self._frozen.taken)
+        return saved
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state bit by bit; nothing is cast to the parameters' dtype. Load the weights of the model first.
+
+        Raises:
+            OptimizerStateError: The state belongs to another mask, another base, another kind of master or other
+                parameters.
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, dict(state_dict)) or state_dict
         loaded = state.checked_state(self.param_groups, self._names, state_dict, self._checked_entries)
+        frozen = state_dict["param_groups"][0].get(state.FROZEN)
+        if frozen is not None:
+            state.check_frozen(frozen, self._frozen.now())
+        self._frozen.taken = None if frozen is None else dict(frozen)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
+            group.update({key: value for key, value in saved.items() if key not in ("params", state.FROZEN)})
         self._adopt(loaded)
-        self._written.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -200,9 +279,12 @@ class MaskedBase(torch.optim.Optimizer):
         """Return a parameter's mask on its device, brought there once."""
         name = self._names[parameter]
         if name not in self._bit_masks or self._bit_masks[name].device != parameter.device:
-            tensor = self.mask.tensors[name]
-            self._bit_masks[name] = BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device)
+            self._bit_masks[name] = self._index(self.mask, parameter)
         return self._bit_masks[name]
+
+    def gradient_buffers(self) -> list[torch.Tensor]:
+        """Return the compact gradients (K,) float32 that it keeps allocated; none without compaction."""
+        return self._gradients.buffers()
 
     def memory(self) -> dict[str, int]:
         """Return bytes that live from one step to the next: `gradients` (compact), `moments`, `masters` and `mask`."""
@@ -213,13 +295,14 @@ class MaskedBase(torch.optim.Optimizer):
             "gradients": self._gradients.nbytes,
             "moments": sum(value.nbytes for key, value in kept if key not in ("step", "master")),
             "masters": sum(value.nbytes for key, value in kept if key == "master"),
-            "mask": sum(mask.nbytes for mask in self._bit_masks.values()) + _nbytes(self._cache),
+            "mask": sum(mask.nbytes for mask in self._bit_masks.values()) + cache_nbytes(self._cache),
         }
 
     def _adopt(self, loaded: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
         """Make loaded entries the state; the options of the groups are loaded already."""
         self.state.clear()
         self._cache.clear()
+        self._roundings.clear()
         for parameter, entries in loaded.items():
             self.state[parameter] = entries
 
@@ -236,40 +319,30 @@ class MaskedBase(torch.optim.Optimizer):
                     "built on, so its name and mask are unknown. Build the optimizer after whatever replaces "
                     "parameters."
                 )
-        if not self.compact_grads:
-            return {p: flat_grad(p, self._names[p]) for p in trained if p.grad is not None}
         self._gradients.collect()
         found = ((parameter, self._gradients.get(parameter)) for parameter in trained)
         return {parameter: grad for parameter, grad in found if grad is not None}
 
-    def _squares(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Return the sum of squares () of a dense gradient on the mask."""
-        mask = self.bit_mask(parameter)
-        grad = flat_grad(parameter, self._names[parameter])
-        scratch = torch.empty(mask.count, dtype=torch.float32, device=grad.device)
-        return subnet_kernels.compact(grad, mask, scratch, accumulate=False)
+    def _forget_gradients(self) -> None:
+        self._gradients.clear()
+        self._clipping.coefficient = None
 
-    def _is_rounded(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether nobody wrote to a parameter or its masters since these were rounded into it."""
-        return self._written.get(id(parameter)) == self._versions(parameter)
+    def _bind(self) -> None:
+        """Make the mask the one that groups, parameters and gradients go by."""
+        for group in self.param_groups:
+            group["mask_fingerprint"] = self.mask.fingerprint
+        for parameter, name in self._names.items():
+            if self.mask.tensors[name].count:
+                parameter.requires_grad_(True)
+            elif not self._clipping.measure_full:
+                parameter.requires_grad_(False)
+            if not parameter.requires_grad:
+                parameter.grad = None
+        self._gradients.forget_masks()
 
-    def _mark_rounded(self, parameter: torch.nn.Parameter) -> None:
-        self._written[id(parameter)] = self._versions(parameter)
+    def _trained_mask(self, parameter: torch.nn.Parameter) -> BitMask | None:
+        return self.bit_mask(parameter) if self.mask.tensors[self._names[parameter]].count else None
 
-    def _versions(self, parameter: torch.nn.Parameter) -> tuple[int, ...]:
-        """Return numbers that change when torch writes to a parameter or its masters, or gives it another storage."""
-        master = self.state[parameter].get("master")
-        written = (parameter._version, parameter.data_ptr())
-        return written if master is None else (*written, master._version, master.data_ptr())
-
-
-def _nbytes(cache: Mapping[Any, Any]) -> int:
-    """Count the bytes of the tensors and arrays anywhere in a cache; the masks it names are counted elsewhere."""
-    total = 0
-    for value in cache.values():
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(item, dict):
-                total += _nbytes(item)
-            elif not isinstance(item, BitMask):
-                total += getattr(item, "nbytes", 0)
-    return total
+    def _index(self, mask: SubnetMask, parameter: torch.nn.Parameter) -> BitMask:
+        tensor = mask.tensors[self._names[parameter]]
+        return BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device)

@@ -13,7 +13,9 @@ from subnet_ft.masks import SubnetMask
 from subnet_ft.optim.base import MaskedBase
 from subnet_ft.optim.masters import check_master, master_dtype, new_masters
 from subnet_ft.optim.parameters import NamedParameters
+from subnet_ft.optim.remap import remap
 from subnet_ft.optim.state import check_keys, checked_tensor
+from subnet_kernels import BitMask
 
 
 class FusedBase(MaskedBase):
@@ -25,11 +27,9 @@ class FusedBase(MaskedBase):
         mask: SubnetMask,
         defaults: dict[str, Any],
         *,
-        max_grad_norm: float | None,
         master: str,
         seed: int,
-        compact_grads: bool,
-        check_base: bool,
+        **options: Any,
     ) -> None:
         check_master(master)
         self.master = master
@@ -37,9 +37,7 @@ class FusedBase(MaskedBase):
             named_parameters,
             mask,
             {**defaults, "master": master, "rounding_seed": seed},
-            max_grad_norm=max_grad_norm,
-            compact_grads=compact_grads,
-            check_base=check_base,
+            **options,
         )
 
     @abstractmethod
@@ -78,6 +76,18 @@ class FusedBase(MaskedBase):
             if key == "step"
             else checked_tensor(name, key, values[key], dtype, (self.mask.tensors[name].count,), parameter.device)
             for key, dtype in dtypes.items()
+        }
+
+    def _remapped_entries(
+        self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
+    ) -> dict[str, Any]:
+        weight = parameter.detach().view(-1)
+        fresh = {key: torch.zeros(new.count, dtype=torch.float32, device=weight.device) for key in entries}
+        masters = new_masters(weight, new, self.master)
+        if masters is not None:
+            fresh["master"] = masters
+        return {
+            key: value if key == "step" else remap(value, old, new, into=fresh[key]) for key, value in entries.items()
         }
 
     def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
@@ -123,7 +133,7 @@ class FusedBase(MaskedBase):
             "master": values.get("master"),
             "lr": float(group["lr"]),
             "weight_decay": group["weight_decay"],
-            "is_rounded": self._is_rounded(parameter),
+            "is_rounded": self._roundings.has(parameter, values.get("master")),
             "rounding_key": key,
         }
         return self._describe(group, values, step, shared)
@@ -138,4 +148,4 @@ class FusedBase(MaskedBase):
         masters = new_masters(weight, mask, self.master)
         if masters is not None:
             values["master"] = masters
-        self._mark_rounded(parameter)  # the masters are the weights
+        self._roundings.mark(parameter, masters)  # the masters are the weights

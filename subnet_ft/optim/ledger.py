@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from subnet_kernels import BitMask
 
 if TYPE_CHECKING:
     from subnet_ft.optim.base import MaskedBase
@@ -26,3 +29,15 @@ def memory_ledger(model: torch.nn.Module, optimizer: MaskedBase) -> dict[str, in
     if not optimizer.compact_grads:
         ledger["gradients"] += sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return ledger
+
+
+def cache_nbytes(cache: Mapping[Any, Any]) -> int:
+    """Count the bytes of the tensors and arrays anywhere in a cache; the masks it names are counted elsewhere."""
+    total = 0
+    for value in cache.values():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, dict):
+                total += cache_nbytes(item)
+            elif not isinstance(item, BitMask):
+                total += getattr(item, "nbytes", 0)
+    return total

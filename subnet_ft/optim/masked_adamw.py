@@ -39,6 +39,12 @@ class MaskedAdamW(FusedBase):
         max_grad_norm: Every step clips the gradient on the mask to this norm; `None` does not clip. A trainer that
             clips by itself sees no `.grad` and cannot know the masked norm: `restrict` hooks it, and a loop of your own
             calls `clip_grad_norm_`.
+        clip_norm: `masked`: the norm that clipping goes by is that of the gradient on the mask. `full`: that of the
+            whole gradient, as a full run clips; tensors in which nothing is trained then keep their `requires_grad`,
+            and with compact gradients each tensor may get one gradient per step (one micro-batch, one process).
+        measure_full_norm: Let `grad_norms()` return both norms, under the conditions of `full`.
+        nonfinite: What a step does with a gradient that is NaN or infinite on the mask (or in the norm that clipping
+            goes by): `raise` an error, `skip` the step whole with a warning, or `ignore` it.
         master: `fp32`, `remainder` or `stochastic`; see `subnet_ft.optim.masters.MASTERS`.
         seed: Of the random bits of `stochastic`; the same on every replica.
         compact_grads: Compact every gradient as soon as autograd has accumulated it, and free the dense one: gradients
@@ -65,6 +71,9 @@ class MaskedAdamW(FusedBase):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None,
+        clip_norm: str = "masked",
+        measure_full_norm: bool = False,
+        nonfinite: str = "raise",
         master: str = "fp32",
         seed: int = 0,
         compact_grads: bool = True,
@@ -75,6 +84,9 @@ class MaskedAdamW(FusedBase):
             mask,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
             max_grad_norm=max_grad_norm,
+            clip_norm=clip_norm,
+            measure_full_norm=measure_full_norm,
+            nonfinite=nonfinite,
             master=master,
             seed=seed,
             compact_grads=compact_grads,

@@ -13,10 +13,15 @@ from subnet_ft.masks import SubnetMask
 from subnet_ft.optim.base import MaskedBase
 from subnet_ft.optim.elementwise import check_elementwise, check_keywords
 from subnet_ft.optim.parameters import NamedParameters
+from subnet_ft.optim.remap import remap
 from subnet_ft.optim.state import check_keys, checked_tensor
+from subnet_kernels import BitMask
 
 # What a param group holds besides the wrapped optimizer's options.
 _NOT_OPTIONS = frozenset({"params", "param_names", "mask_fingerprint", "optimizer_class", "compact_entries"})
+
+# State of torch's optimizers that is zero for a weight that took no step yet.
+_STARTS_AT_ZERO = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"})
 
 
 class MaskedOptimizer(MaskedBase):
@@ -39,8 +44,8 @@ class MaskedOptimizer(MaskedBase):
         named_parameters: Pairs of name and parameter, or dicts with those pairs under `params` and options of their
             own. All parameters of the model.
         mask: Which weights to train.
-        max_grad_norm, compact_grads, check_base: As in `MaskedAdamW`. Without compact gradients every step makes
-            compact copies, 4 bytes per trainable weight, and frees them again.
+        max_grad_norm, clip_norm, measure_full_norm, nonfinite, compact_grads, check_base: As in `MaskedAdamW`. Without
+            compact gradients every step makes compact copies, 4 bytes per trainable weight, and frees them again.
         kwargs: Options of `optimizer_cls`, such as `lr` or `fused`.
 
     Raises:
@@ -60,6 +65,9 @@ class MaskedOptimizer(MaskedBase):
         mask: SubnetMask,
         *,
         max_grad_norm: float | None,
+        clip_norm: str = "masked",
+        measure_full_norm: bool = False,
+        nonfinite: str = "raise",
         compact_grads: bool = True,
         check_base: bool = True,
         **kwargs: Any,
@@ -71,7 +79,15 @@ class MaskedOptimizer(MaskedBase):
         self.optimizer_cls = optimizer_cls
         self._kwargs = kwargs
         super().__init__(
-            named_parameters, mask, {}, max_grad_norm=max_grad_norm, compact_grads=compact_grads, check_base=check_base
+            named_parameters,
+            mask,
+            {},
+            max_grad_norm=max_grad_norm,
+            clip_norm=clip_norm,
+            measure_full_norm=measure_full_norm,
+            nonfinite=nonfinite,
+            compact_grads=compact_grads,
+            check_base=check_base,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,12 +164,10 @@ class MaskedOptimizer(MaskedBase):
 
     def _wrapped(self, parameters: Container[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Build a wrapped optimizer of the masters of some parameters, with the options of their groups now."""
-        chosen = [[p for p in group["params"] if p in parameters] for group in self.param_groups]
         return self.optimizer_cls(
             [
-                {**_options(group), "params": [self._masters[parameter] for parameter in params]}
-                for group, params in zip(self.param_groups, chosen, strict=True)
-                if params
+                {**_options(group), "params": [self._masters[p] for p in group["params"] if p in parameters]}
+                for group in self.param_groups
             ],
             **self._kwargs,
         )
@@ -236,6 +250,28 @@ class MaskedOptimizer(MaskedBase):
             else:
                 entries[key] = value
         return entries
+
+    def _remapped_entries(
+        self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
+    ) -> dict[str, Any]:
+        weight = parameter.detach().view(-1)
+        gathered = subnet_kernels.gather(weight, new)
+        master = gathered if gathered.dtype == torch.float32 else gathered.to(torch.float32)
+        has_new_weights = bool((new.bits & ~old.bits).any())
+        remapped: dict[str, Any] = {"master": remap(entries["master"], old, new, into=master)}
+        for key, value in entries.items():
+            if key == "master" or not isinstance(value, torch.Tensor) or not value.dim():
+                remapped.setdefault(key, value)
+                continue
+            is_compact = value.shape == (old.count,) and value.is_floating_point()
+            if not is_compact or (has_new_weights and key not in _STARTS_AT_ZERO):
+                why = "which has no value for the weights that enter the mask" if is_compact else "which is not compact"
+                raise OptimizerError(
+                    f"`{self.optimizer_cls.__name__}` keeps `{key}` of `{self._names[parameter]}`, {why}, so its mask "
+                    "cannot change in the middle of training. Use MaskedAdamW, or build a new optimizer."
+                )
+            remapped[key] = remap(value, old, new, into=value.new_zeros(new.count))
+        return remapped
 
     def _adopt(self, loaded: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
         # What was there before leaves no trace, and its memory is free before new masters take theirs.

@@ -28,7 +28,8 @@ class MaskedSGD(FusedBase):
         momentum: Decay rate of the momentum buffer, in [0, 1); 0 keeps none.
         weight_decay: L2 rate, >= 0, added to the gradient as in `torch.optim.SGD`, on the mask only.
         nesterov: Nesterov's momentum; needs `momentum`.
-        max_grad_norm, master, seed, compact_grads, check_base: As in `MaskedAdamW`.
+        max_grad_norm, clip_norm, measure_full_norm, nonfinite, master, seed, compact_grads, check_base: As in
+            `MaskedAdamW`.
 
     Raises:
         MaskMismatchError: Names, shapes, dtypes or weights are not those of the mask.
@@ -48,6 +49,9 @@ class MaskedSGD(FusedBase):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         max_grad_norm: float | None,
+        clip_norm: str = "masked",
+        measure_full_norm: bool = False,
+        nonfinite: str = "raise",
         master: str = "fp32",
         seed: int = 0,
         compact_grads: bool = True,
@@ -58,6 +62,9 @@ class MaskedSGD(FusedBase):
             mask,
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov},
             max_grad_norm=max_grad_norm,
+            clip_norm=clip_norm,
+            measure_full_norm=measure_full_norm,
+            nonfinite=nonfinite,
             master=master,
             seed=seed,
             compact_grads=compact_grads,

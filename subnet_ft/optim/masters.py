@@ -34,3 +34,28 @@ def new_masters(weight: torch.Tensor, mask: BitMask, master: str) -> torch.Tenso
     if dtype == torch.int16:
         return torch.zeros(mask.count, dtype=torch.int16, device=weight.device)
     return None if dtype is None else subnet_kernels.gather(weight, mask)
+
+
+class Roundings:
+    """Which weights nobody wrote to since their masters were rounded into them, as far as torch can tell."""
+
+    def __init__(self) -> None:
+        self._written: dict[int, tuple[int, ...]] = {}
+
+    def mark(self, parameter: torch.nn.Parameter, master: torch.Tensor | None) -> None:
+        """Remember that a parameter (N,) now is the rounding of its masters (K,)."""
+        self._written[id(parameter)] = _versions(parameter, master)
+
+    def has(self, parameter: torch.nn.Parameter, master: torch.Tensor | None) -> bool:
+        """Whether a parameter still is the rounding of its masters."""
+        return self._written.get(id(parameter)) == _versions(parameter, master)
+
+    def clear(self) -> None:
+        """Forget everything, because masters were replaced."""
+        self._written.clear()
+
+
+def _versions(parameter: torch.nn.Parameter, master: torch.Tensor | None) -> tuple[int, ...]:
+    """Return numbers that change when torch writes to a parameter or its masters, or gives it another storage."""
+    written = (parameter._version, parameter.data_ptr())
+    return written if master is None else (*written, master._version, master.data_ptr())

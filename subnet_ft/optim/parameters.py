@@ -39,16 +39,25 @@ def named_groups(named_parameters: NamedParameters | Iterable[dict[str, Any]], o
     return named
 
 
-def trainable_groups(groups: Iterable[dict[str, Any]], mask: SubnetMask) -> list[dict[str, Any]]:
-    """Keep the parameters in which the mask trains something, under canonical names, and the groups that have some."""
-    kept = [
-        {
-            **group,
-            "params": [(n, p) for n, p in by_canonical_name(group["params"]).items() if mask.tensors[n].count],
-        }
-        for group in groups
-    ]
-    return [group for group in kept if group["params"]]
+class ParameterGroups:
+    """All parameters of a model in their groups, also those that no mask trains so far.
+
+    Args:
+        groups: What `named_groups` returned.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        self._groups = [{**group, "params": list(by_canonical_name(group["params"]).items())} for group in groups]
+
+    def trained(self, mask: SubnetMask) -> list[dict[str, Any]]:
+        """Return the groups with the parameters in which the mask trains something, under canonical names.
+
+        A group may be empty: its options belong to parameters that another mask may train.
+        """
+        return [
+            {**group, "params": [pair for pair in group["params"] if mask.tensors[pair[0]].count]}
+            for group in self._groups
+        ]
 
 
 def check_parameters(parameters: Mapping[str, torch.nn.Parameter], mask: SubnetMask, *, check_base: bool) -> None:

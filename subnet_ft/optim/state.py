@@ -13,6 +13,9 @@ import torch
 
 from subnet_ft.errors import OptimizerStateError
 
+FROZEN = "frozen_fingerprints"
+"""Key in the first saved param group: name to fingerprint of the weights outside the mask."""
+
 
 def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Replace the numbers that `torch.optim.Optimizer.state_dict` gives to parameters by their names.
@@ -67,6 +70,21 @@ def checked_state(
         parameter, saved = places[name]
         loaded[parameter] = check_entries(parameter, values, saved)
     return loaded
+
+
+def check_frozen(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Compare fingerprints of the weights outside the mask.
+
+    Raises:
+        OptimizerStateError: They differ: the state belongs to another base.
+    """
+    other = [name for name in now if saved.get(name) != now[name]]
+    if other:
+        raise OptimizerStateError(
+            f"The saved state belongs to another base: outside the mask, `{other[0]}` had fingerprint "
+            f"{saved.get(other[0])} and has {now[other[0]]} in this model ({len(other)} tensors differ). Load the "
+            "weights that the state was saved with first, then the state."
+        )
 
 
 def check_keys(name: str, values: Collection[str], *, required: Collection[str], allowed: Collection[str]) -> None:

@@ -14,7 +14,7 @@ from subnet_ft.checkpoints.tiny import tiny_model
 from subnet_ft.errors import GradientError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW, MaskedSGD
-from subnet_ft.optim.gradients import norm_of_squares
+from subnet_ft.optim.clipping import norm_of_squares
 
 
 def tokens(count: int) -> torch.Tensor:

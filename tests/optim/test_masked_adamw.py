@@ -213,7 +213,7 @@ def test_masked_adamw_forgets_the_clip_coefficient_of_a_step_that_was_left_out()
 def test_masked_adamw_does_not_keep_a_norm_that_is_not_finite() -> None:
     model = small_model(torch.float32)
     mask = SubnetMask.full({name: tuple(p.shape) for name, p in model.named_parameters()})
-    optimizer = MaskedAdamW(model.named_parameters(), mask, max_grad_norm=None)
+    optimizer = MaskedAdamW(model.named_parameters(), mask, max_grad_norm=None, nonfinite="ignore")
     set_gradients(model, 0)
     next(model.parameters()).grad[0, 0] = float("nan")
     assert optimizer.clip_grad_norm_(1.0).isnan()

@@ -176,7 +176,7 @@ def test_a_refused_step_counts_for_nothing() -> None:
     with pytest.raises(ValueError, match=r"`momentum` 0\.0 with a buffer"):
         optimizer.step()
     assert {float(values["step"]) for values in optimizer.state.values()} == {1.0}
-    assert float(optimizer._clip_coefficient) == pytest.approx(0.5 / norm, rel=1e-4)
+    assert float(optimizer._clipping.coefficient) == pytest.approx(0.5 / norm, rel=1e-4)
     optimizer.param_groups[0]["momentum"] = 0.9
     optimizer.step()
     assert {float(values["step"]) for values in optimizer.state.values()} == {2.0}
@@ -187,7 +187,7 @@ def test_the_strictest_of_several_clips_counts() -> None:
     set_gradients(model, 0)
     norm = float(optimizer.clip_grad_norm_(1.0))
     optimizer.clip_grad_norm_(100.0)
-    assert float(optimizer._clip_coefficient) == pytest.approx(1.0 / norm, rel=1e-4)
+    assert float(optimizer._clipping.coefficient) == pytest.approx(1.0 / norm, rel=1e-4)
     with pytest.raises(ValueError, match="`max_norm` must be >= 0, got -1"):
         optimizer.clip_grad_norm_(-1.0)
 

@@ -1,0 +1,120 @@
+"""What happens to a gradient that is too large, or not finite, before a step takes it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import torch
+
+from subnet_ft.errors import NonFiniteGradientError
+
+logger = logging.getLogger(__name__)
+
+CLIP_NORMS = ("masked", "full")
+"""`masked`: the norm of the gradient on the mask. `full`: of the whole gradient, as if everything were trained."""
+
+NONFINITE = ("raise", "skip", "ignore")
+"""`raise`: NonFiniteGradientError, and no weight changed. `skip`: the step is left out whole, and a warning says so.
+`ignore`: nobody looks; NaN reaches the weights as in `torch.optim`, and the host never waits for the norm."""
+
+# Elements at a time: torch's norm of bfloat16 in float32 makes a float32 copy on a CPU.
+_CHUNK = 1 << 20
+
+
+class Gradients(Protocol):
+    """What is measured here: compact or dense gradients."""
+
+    def squares(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Return the sum of squares () on the mask of every gradient that arrived."""
+
+    def full_squares(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Return the sum of squares () of every whole gradient that arrived."""
+
+
+class Clipping:
+    """The norms of an accumulated gradient, and the scale that the next step takes it with.
+
+    Args:
+        max_grad_norm: What every step clips to by itself; `None` does not clip.
+        clip_norm: One of `CLIP_NORMS`.
+        measure_full: Also measure the norm of the whole gradient, which clipping by it does anyway.
+        nonfinite: One of `NONFINITE`.
+
+    Raises:
+        ValueError: An option is out of range or unknown.
+    """
+
+    def __init__(self, *, max_grad_norm: float | None, clip_norm: str, measure_full: bool, nonfinite: str) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"`max_grad_norm` must be > 0, or None for no clipping, got {max_grad_norm}")
+        if clip_norm not in CLIP_NORMS:
+            raise ValueError(f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {clip_norm!r}")
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        self.max_grad_norm = max_grad_norm
+        self.clip_norm = clip_norm
+        self.measure_full = measure_full or clip_norm == "full"
+        self.nonfinite = nonfinite
+        self.coefficient: torch.Tensor | None = None
+        """() float32 that the next step multiplies the gradient with, if it clips."""
+        self.num_skipped_steps = 0
+
+    def norms(self, gradients: Gradients) -> dict[str, torch.Tensor]:
+        """Return the 2-norms () float32: `masked`, and `full` where that is measured."""
+        norms = {"masked": norm_of_squares(gradients.squares().values())}
+        if self.measure_full:
+            norms["full"] = norm_of_squares(gradients.full_squares().values())
+        return norms
+
+    def clip(self, gradients: Gradients, max_norm: float) -> torch.Tensor:
+        """Set the coefficient so that the norm is at most `max_norm`; the strictest of several calls counts.
+
+        Returns:
+            () float32, the norm before clipping.
+        """
+        if not max_norm >= 0:
+            raise ValueError(f"`max_norm` must be >= 0, got {max_norm}")
+        norm = self.norms(gradients)[self.clip_norm]
+        # The small constant is that of torch.nn.utils.clip_grad_norm_.
+        coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        self.coefficient = coefficient if self.coefficient is None else torch.minimum(self.coefficient, coefficient)
+        return norm
+
+    def lets_pass(self, gradients: Gradients, names: Mapping[torch.nn.Parameter, str]) -> bool:
+        """Say whether a step may take the gradients; False is counted and reported.
+
+        Raises:
+            NonFiniteGradientError: They are not finite, and `nonfinite` is `raise`.
+        """
+        if self.nonfinite == "ignore" or bool(torch.isfinite(self.norms(gradients)[self.clip_norm])):
+            return True
+        found = [names[p] for p, square in gradients.squares().items() if not torch.isfinite(square)]
+        where = "outside the mask"
+        if found:
+            where = f"in `{found[0]}`" + (f" and {len(found) - 1} other tensors" if len(found) > 1 else "")
+        if self.nonfinite == "raise":
+            raise NonFiniteGradientError(
+                f"The gradient has NaN or infinite values {where}; no weight was changed. Look at the loss of this "
+                "batch, or pass `nonfinite='skip'` to leave such steps out."
+            )
+        self.num_skipped_steps += 1
+        logger.warning(
+            "step left out, %d so far: the gradient has NaN or infinite values %s", self.num_skipped_steps, where
+        )
+        return False
+
+
+def sum_of_squares(grad: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares () float32 of a flat gradient (N,) of any dtype, without a float32 copy of it."""
+    parts = [torch.linalg.vector_norm(part, dtype=torch.float32).square() for part in torch.split(grad, _CHUNK)]
+    return torch.stack(parts).sum()
+
+
+def norm_of_squares(squares: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the square root () float32 of the sum of () tensors, without waiting for their device."""
+    found = list(squares)
+    if not found:
+        return torch.tensor(0.0)
+    return torch.stack([square.to(found[0].device) for square in found]).sum().sqrt().to(torch.float32)

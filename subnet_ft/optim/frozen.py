@@ -1,0 +1,65 @@
+"""The weights that must not change: their fingerprints, and who changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+import subnet_kernels
+from subnet_ft.errors import FrozenWeightError
+from subnet_ft.masks import format_fingerprint
+from subnet_kernels import BitMask
+
+
+class FrozenWeights:
+    """Fingerprints of the part of every tensor that lies outside a mask, as it was when they were taken.
+
+    One pass over the weights takes them or compares them; 16 bytes per tensor are kept. A tensor in which everything is
+    trainable has nothing to keep.
+
+    Args:
+        parameters: Name to parameter, also those in which nothing is trained.
+        trained: Returns a parameter's mask on its device, `None` where nothing is trained.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], trained: Callable[[torch.nn.Parameter], BitMask | None]
+    ) -> None:
+        self._parameters = parameters
+        self._trained = trained
+        self.taken: dict[str, str] | None = None
+        """Name to fingerprint (32 hexadecimal digits), or `None` as long as none were taken."""
+
+    def take(self) -> None:
+        """Remember the weights outside the mask as they are now."""
+        self.taken = self.now()
+
+    def now(self) -> dict[str, str]:
+        """Return the fingerprints of the weights outside the mask as they are now."""
+        found: dict[str, str] = {}
+        for name, parameter in self._parameters.items():
+            mask = self._trained(parameter)
+            if mask is None or not mask.is_full:
+                found[name] = format_fingerprint(subnet_kernels.fingerprint(parameter.detach(), outside=mask))
+        return found
+
+    def check(self) -> None:
+        """Compare the weights with what was taken; take them first if nothing was.
+
+        Raises:
+            FrozenWeightError: A weight outside the mask changed.
+        """
+        if self.taken is None:
+            self.take()
+            return
+        now = self.now()
+        changed = [name for name, fingerprint in self.taken.items() if now[name] != fingerprint]
+        if changed:
+            others = f" and {len(changed) - 1} other tensors" if len(changed) > 1 else ""
+            raise FrozenWeightError(
+                f"Weights outside the mask changed in `{changed[0]}`{others} (fingerprint {self.taken[changed[0]]} at "
+                f"the start, {now[changed[0]]} now). The masked optimizer writes only the mask, so other code wrote "
+                "them: a callback, a second optimizer, a weight tied by hand, or `load_state_dict` of another "
+                "checkpoint. Nothing trained since the last audit that passed can be called a subnetwork run."
+            )
