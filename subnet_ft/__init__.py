@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "MaskSchedule": "subnet_ft.training",
     "SubnetMask": "subnet_ft.masks",
+    "SubnetTrainerMixin": "subnet_ft.training",
     "extract": "subnet_ft.masks",
     "MaskedAdamW": "subnet_ft.optim",
     "MaskedOptimizer": "subnet_ft.optim",
@@ -19,12 +21,22 @@ _EXPORTS = {
     "restrict": "subnet_ft.training",
 }
 
-__all__ = ["MaskedAdamW", "MaskedOptimizer", "MaskedSGD", "SubnetMask", "__version__", "extract", "restrict"]
+__all__ = [
+    "MaskSchedule",
+    "MaskedAdamW",
+    "MaskedOptimizer",
+    "MaskedSGD",
+    "SubnetMask",
+    "SubnetTrainerMixin",
+    "__version__",
+    "extract",
+    "restrict",
+]
 
 if TYPE_CHECKING:
     from subnet_ft.masks import SubnetMask, extract
     from subnet_ft.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
-    from subnet_ft.training import restrict
+    from subnet_ft.training import MaskSchedule, SubnetTrainerMixin, restrict
 
 
 def __getattr__(name: str) -> Any:

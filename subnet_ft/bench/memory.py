@@ -92,7 +92,7 @@ def _train(trainer: Any, mask: SubnetMask, master: str, tracker: StorageTracker)
     trainer.add_callback(TrackSteps())
     restrict(trainer, mask, master=master)
     trainer.train()
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = trainer.masked_optimizer
     assert isinstance(optimizer, MaskedAdamW)
     return optimizer
 

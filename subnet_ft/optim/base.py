@@ -115,8 +115,7 @@ class MaskedBase(torch.optim.Optimizer):
         if self._frozen.taken is None:
             self._frozen.take()
         clipping = self._clipping
-        if clipping.coefficient is None and clipping.max_grad_norm is not None:
-            self.clip_grad_norm_(clipping.max_grad_norm)
+        clipping.clip_by_itself(self._gradients)
         grads = self._grads()
         if not clipping.lets_pass(self._gradients, self._names):
             self._forget_gradients()
@@ -132,10 +131,7 @@ class MaskedBase(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a group while the optimizer is built; afterwards the mask is bound, and a group is refused."""
         if getattr(self, "_is_built", False):
-            raise OptimizerError(
-                f"{type(self).__name__} is bound to its mask and takes no further parameters. Build a new one on all "
-                "of them."
-            )
+            raise OptimizerError(f"{type(self).__name__} takes no further parameters. Build a new one on all of them.")
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,11 +150,6 @@ class MaskedBase(torch.optim.Optimizer):
         """
         super().zero_grad(set_to_none)
         self._forget_gradients()
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """What every step clips to by itself; `None` does not clip."""
-        return self._clipping.max_grad_norm
 
     @property
     def num_skipped_steps(self) -> int:
@@ -190,6 +181,15 @@ class MaskedBase(torch.optim.Optimizer):
             ValueError: `max_norm` is negative or NaN.
         """
         return self._clipping.clip(self._gradients, max_norm)
+
+    def has_gradients(self) -> bool:
+        """Whether any trained tensor got a gradient since the last step."""
+        return bool(self._grads())
+
+    @property
+    def frozen_fingerprints(self) -> dict[str, str] | None:
+        """Name to fingerprint of the weights outside the mask at the first step or audit; `None` before."""
+        return None if self._frozen.taken is None else dict(self._frozen.taken)
 
     def audit(self) -> None:
         """Compare the weights outside the mask, bit by bit, with what they were at the first step or the first audit.
@@ -288,9 +288,8 @@ class MaskedBase(torch.optim.Optimizer):
 
     def memory(self) -> dict[str, int]:
         """Return bytes that live from one step to the next: `gradients` (compact), `moments`, `masters` and `mask`."""
-        kept = [
-            item for entries in self.state.values() for item in entries.items() if isinstance(item[1], torch.Tensor)
-        ]
+        entries = [item for values in self.state.values() for item in values.items()]
+        kept = [item for item in entries if isinstance(item[1], torch.Tensor)]
         return {
             "gradients": self._gradients.nbytes,
             "moments": sum(value.nbytes for key, value in kept if key not in ("step", "master")),
@@ -315,9 +314,8 @@ class MaskedBase(torch.optim.Optimizer):
         for parameter in trained:
             if parameter not in self._names:
                 raise OptimizerError(
-                    f"A parameter of shape {tuple(parameter.shape)} took the place of one that this optimizer was "
-                    "built on, so its name and mask are unknown. Build the optimizer after whatever replaces "
-                    "parameters."
+                    f"A parameter of shape {tuple(parameter.shape)} took the place of one that has a name and a mask. "
+                    "Build the optimizer after whatever replaces parameters."
                 )
         self._gradients.collect()
         found = ((parameter, self._gradients.get(parameter)) for parameter in trained)

@@ -82,6 +82,11 @@ class Clipping:
         self.coefficient = coefficient if self.coefficient is None else torch.minimum(self.coefficient, coefficient)
         return norm
 
+    def clip_by_itself(self, gradients: Gradients) -> None:
+        """Clip to `max_grad_norm`, unless it is `None` or somebody clipped before this step."""
+        if self.coefficient is None and self.max_grad_norm is not None:
+            self.clip(gradients, self.max_grad_norm)
+
     def lets_pass(self, gradients: Gradients, names: Mapping[torch.nn.Parameter, str]) -> bool:
         """Say whether a step may take the gradients; False is counted and reported.
 

@@ -8,8 +8,20 @@ import torch
 
 import subnet_kernels
 from subnet_ft.errors import FrozenWeightError
-from subnet_ft.masks import format_fingerprint
+from subnet_ft.masks import SubnetMask, by_canonical_name, format_fingerprint
 from subnet_kernels import BitMask
+
+
+def frozen_fingerprints(model: torch.nn.Module, mask: SubnetMask) -> dict[str, str]:
+    """Return name to fingerprint (32 hexadecimal digits) of the weights of a model outside a mask."""
+    parameters = by_canonical_name(model.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
+
+    def trained(parameter: torch.nn.Parameter) -> BitMask | None:
+        tensor = mask.tensors[names[parameter]]
+        return BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device) if tensor.count else None
+
+    return FrozenWeights(parameters, trained).now()
 
 
 class FrozenWeights:

@@ -54,10 +54,12 @@ class ParameterGroups:
 
         A group may be empty: its options belong to parameters that another mask may train.
         """
-        return [
+        groups = [
             {**group, "params": [pair for pair in group["params"] if mask.tensors[pair[0]].count]}
             for group in self._groups
         ]
+        # torch takes names from the parameters, and all groups must have them.
+        return [group if group["params"] else {**group, "param_names": []} for group in groups]
 
 
 def check_parameters(parameters: Mapping[str, torch.nn.Parameter], mask: SubnetMask, *, check_base: bool) -> None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from subnet_ft.errors import CheckpointError
+from subnet_ft.training.saving import MANIFEST, remove
+
 logger = logging.getLogger(__name__)
 
-# The trainer writes its own state last, so a checkpoint that has it whole was written whole.
 _STATE = "trainer_state.json"
-_NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 class NoSaveAtTheEnd(TrainerCallback):
-    """Keeps the trainer from saving after its last step: resuming from there would take one step too many."""
+    """Keeps the trainer from saving after its last step, where the whole model is saved anyway."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -33,51 +33,70 @@ class NoSaveAtTheEnd(TrainerCallback):
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """Return the newest trainer checkpoint in `folder` that is whole; broken ones are removed.
+    """Return the newest checkpoint in a run's folder that is whole; those that are not are named in the log."""
+    numbered = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
+    for _, path in sorted(((int(step), path) for step, path in numbered if step.isdigit()), reverse=True):
+        problem = _problem(path)
+        if problem is None:
+            return path
+        logger.warning("not resuming from `%s`: %s", path, problem)
+    return None
 
-    A broken one was being written or removed when the run was killed. Resuming from it would silently start the
-    optimizer or the random state anew.
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says about itself.
+
+    Raises:
+        CheckpointError: It is not whole, or a restricted trainer did not write it.
     """
-    complete: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.rpartition("-")[2]
-        if step.isdigit() and _is_complete(path):
-            complete.append((int(step), path))
-        else:
-            logger.warning("removing `%s`, which was not written whole", path)
-            shutil.rmtree(path)
-    return max(complete)[1] if complete else None
+    problem = _problem(checkpoint)
+    if problem is not None:
+        other = newest_complete(checkpoint.parent)
+        instead = f"`{other}` is whole." if other is not None else "No checkpoint beside it is whole: start again."
+        raise CheckpointError(f"Cannot resume from `{checkpoint}`: {problem}. {instead}")
+    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
+    return manifest
 
 
-def replay_epochs(trainer: Any, checkpoint: Path) -> None:
-    """Make a resumed trainer draw its prompts in the order in which the interrupted run would have.
+def trained_epochs(checkpoint: Path) -> int:
+    """Return how many epochs a checkpoint has finished."""
+    return int(json.loads((checkpoint / _STATE).read_text())["epoch"])
 
-    TRL's sampler of prompts has a generator of its own that moves on once per epoch, and a new process starts it anew;
-    so the orders of the finished epochs are drawn again and thrown away. Other samplers are left as they are.
+
+def replayed(sampler: Any, epochs: int) -> Any:
+    """Bring a sampler of prompts to where the interrupted run had it.
+
+    TRL's has a generator of its own that moves on once per epoch, and a new process starts it anew; so the orders of
+    the finished epochs are drawn again and thrown away. Other samplers are left as they are.
     """
-    finished = int(json.loads((checkpoint / _STATE).read_text())["epoch"])
-    original = trainer._get_train_sampler
-
-    def replayed(*args: Any, **kwargs: Any) -> Any:
-        sampler = original(*args, **kwargs)
-        if type(sampler).__name__ == "RepeatSampler" and sampler.shuffle:
-            for _ in range(finished):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
-        return sampler
-
-    trainer._get_train_sampler = replayed
+    if type(sampler).__name__ == "RepeatSampler" and sampler.shuffle:
+        for _ in range(epochs):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+    return sampler
 
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove the trainer checkpoints of a finished run; the logs of `report_to` stay."""
     for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
+        remove(path)
 
 
-def _is_complete(path: Path) -> bool:
+def _problem(path: Path) -> str | None:
+    """Say why a checkpoint cannot be resumed from, or `None` where it is whole."""
     try:
-        json.loads((path / _STATE).read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    has_weights = (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file()
-    return has_weights and all((path / name).is_file() for name in _NEEDED)
+        manifest = json.loads((path / MANIFEST).read_text())
+        sizes = {name: int(size) for name, size in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"it has no `{MANIFEST}`, so it was not written by a restricted trainer, or not to its end"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its `{MANIFEST}` cannot be read ({error})"
+    for name, size in sizes.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found is None:
+            return f"`{name}` is missing"
+        if found != size:
+            return f"`{name}` has {found} bytes, expected {size}"
+    needed = {"optimizer.pt", "scheduler.pt", _STATE}
+    missing = sorted(needed - sizes.keys())
+    return f"it was saved without `{missing[0]}` (`save_only_model`)" if missing else None

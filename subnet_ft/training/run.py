@@ -13,7 +13,7 @@ from subnet_ft.checkpoints.listing import listing
 from subnet_ft.checkpoints.models import load_model, save_model, undo_upcasts
 from subnet_ft.errors import CheckpointError
 from subnet_ft.masks import SubnetMask
-from subnet_ft.optim import MaskedAdamW, memory_ledger
+from subnet_ft.optim import memory_ledger
 from subnet_ft.training.algorithms import ALGORITHMS, run_config
 from subnet_ft.training.peak_memory import PeakMemory
 from subnet_ft.training.restrict import restrict
@@ -84,7 +84,7 @@ def train(
         CheckpointError: Weights of the base have another dtype than the recipe's once they are loaded.
     """
     from subnet_ft.training.progress import show_progress
-    from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete, replay_epochs
+    from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete
 
     spec = recipe.model
     model, tokenizer = load_model(base, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
@@ -99,14 +99,10 @@ def train(
     last = newest_complete(folder / TRAINER)
     if last is not None:
         logger.info("resuming from %s", last)
-        replay_epochs(trainer, last)
     with PeakMemory() as peak:
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - start
-    # accelerate wraps the optimizer; the masked one is inside.
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    assert isinstance(optimizer, MaskedAdamW)
     save_model(model, tokenizer, folder)
     log_history = list(trainer.state.log_history)
     (folder / LOG).write_text(json.dumps(log_history, indent=1) + "\n")
@@ -114,7 +110,7 @@ def train(
         log_history=log_history,
         seconds=seconds,
         resumed_from=None if last is None else last.name,
-        memory={**memory_ledger(model, optimizer), **_reference_memory(trainer), **peak.measured},
+        memory={**memory_ledger(model, trainer.masked_optimizer), **_reference_memory(trainer), **peak.measured},
         num_steps=trainer.state.global_step,
     )
 

@@ -1,0 +1,56 @@
+"""An audit that can be left on: weights outside the mask are compared bit by bit while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from subnet_ft.optim import MaskedBase
+from subnet_ft.training.unwrap import unwrapped
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenWeightAudit(TrainerCallback):
+    """Compares the weights outside the mask with those at the start, every `steps` steps and at the end.
+
+    A weight that changed stops the run with the name of its tensor. An audit is one pass over the weights of the model;
+    what they cost so far is in `num_audits` and `seconds`.
+
+    Args:
+        steps: Steps from one audit to the next, >= 1.
+    """
+
+    def __init__(self, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"`steps` must be >= 1, got {steps}")
+        self.steps = steps
+        self.num_audits = 0
+        self.seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the fingerprints that every later audit compares with; a resumed run has those of its start."""
+        self._audit(unwrapped(kwargs["optimizer"]))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Audit every `steps` steps, before anything of that step is saved."""
+        if state.global_step % self.steps == 0:
+            self._audit(unwrapped(kwargs["optimizer"]))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Audit what training leaves, and say what the audits cost."""
+        self._audit(unwrapped(kwargs["optimizer"]))
+        logger.info("%d audits of the weights outside the mask passed in %.2f s", self.num_audits, self.seconds)
+
+    def _audit(self, optimizer: MaskedBase) -> None:
+        start = time.perf_counter()
+        optimizer.audit()
+        self.seconds += time.perf_counter() - start
+        self.num_audits += 1

@@ -1,0 +1,185 @@
+"""`CheckpointMixin`: checkpoints that are whole or not there, and resuming to the bits of an uninterrupted run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from subnet_ft.errors import CheckpointError, OptimizerStateError, TrainerError
+from subnet_ft.masks import SubnetMask
+from subnet_ft.optim import MaskedBase
+from subnet_ft.optim.frozen import frozen_fingerprints
+from subnet_ft.training.mask_schedule import MaskSchedule
+from subnet_ft.training.options import Stateful, SubnetOptions
+from subnet_ft.training.resume import newest_complete, read_manifest, replayed, trained_epochs
+from subnet_ft.training.rollouts import load_extras, load_rollouts, save_extras, save_rollouts
+from subnet_ft.training.saving import clear_staging, publish, rotate, staging_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Trainer
+    from transformers.trainer_utils import TrainOutput
+
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class CheckpointMixin(_Base):
+    """The half of `SubnetTrainerMixin` that saves and resumes."""
+
+    subnet_mask: SubnetMask
+    """The mask that training starts with."""
+
+    subnet_options: SubnetOptions
+    """What the trainer was restricted with."""
+
+    _own_model: Any
+    _masked: MaskedBase | None
+    _staging: Path | None = None
+    _finished_epochs = 0
+
+    @property
+    def masked_optimizer(self) -> MaskedBase:
+        """The masked optimizer; it exists from the start of training on.
+
+        Raises:
+            TrainerError: Training has not started.
+        """
+        if self._masked is None:
+            raise TrainerError("The masked optimizer is built when `train()` starts.")
+        return self._masked
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as the trainer does; resume only from a checkpoint that is whole and belongs to mask and base.
+
+        Args:
+            resume_from_checkpoint: A checkpoint, or True for the newest one in `output_dir` that is whole.
+            args, kwargs: Passed on.
+
+        Raises:
+            CheckpointError: The checkpoint is not whole, or there is none.
+            OptimizerStateError: It belongs to another mask or another base; the model was not touched.
+        """
+        self._finished_epochs = 0
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        checkpoint = self._checkpoint(resume_from_checkpoint)
+        manifest = read_manifest(checkpoint)
+        self._check_origin(checkpoint, manifest)
+        if 0 < self.args.max_steps <= manifest["global_step"]:
+            return self._finished(checkpoint)
+        self._finished_epochs = trained_epochs(checkpoint)
+        return super().train(str(checkpoint), *args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return replayed(super()._get_train_sampler(*args, **kwargs), self._finished_epochs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # pushed once it is in its place
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Let the trainer write its checkpoint aside, add what it does not know, and move the whole into place."""
+        run_folder = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear_staging(run_folder)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging_folder(run_folder)
+        written = self._staging / name
+        try:
+            super()._save_checkpoint(model, trial)
+            save_rollouts(self, written)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            save_extras(self._extras(), written)
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(run_folder / name)
+                self.state.save_to_json(str(written / "trainer_state.json"))
+            publish(written, run_folder / name, self._facts())
+            rotate(run_folder, limit=self.args.save_total_limit, best=self.state.best_model_checkpoint)
+            clear_staging(run_folder)
+            if self.args.push_to_hub:
+                super()._push_from_checkpoint(str(run_folder / name))
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            mask = self._mask_at(self.state.global_step)
+            if mask.fingerprint != self.masked_optimizer.mask.fingerprint:
+                self.masked_optimizer.set_mask(mask)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_rollouts(self, Path(checkpoint))
+            load_extras(self._extras(), Path(checkpoint))
+
+    def _checkpoint(self, asked: str | bool) -> Path:
+        if not isinstance(asked, bool):
+            return Path(asked)
+        run_folder = Path(super()._get_output_dir(None))
+        found = newest_complete(run_folder)
+        if found is None:
+            raise CheckpointError(
+                f"`{run_folder}` holds no checkpoint that is whole, so there is nothing to resume from. Call `train()` "
+                "to start from the beginning."
+            )
+        return found
+
+    def _check_origin(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another mask or base before anything of it is loaded."""
+        mask = self._mask_at(manifest["global_step"])
+        if manifest["mask_fingerprint"] != mask.fingerprint:
+            raise OptimizerStateError(
+                f"`{checkpoint}` was trained under mask {manifest['mask_fingerprint'][:16]}, this trainer has "
+                f"{mask.fingerprint[:16]} at step {manifest['global_step']}. Resume with the mask that the run was "
+                "started with."
+            )
+        # Under another mask than the first, weights were trained that are frozen now.
+        if manifest["frozen_fingerprints"] is None or mask is not self.subnet_mask:
+            return
+        now = frozen_fingerprints(self._own_model, mask)
+        other = [name for name, found in now.items() if manifest["frozen_fingerprints"].get(name) != found]
+        if other:
+            raise OptimizerStateError(
+                f"`{checkpoint}` was trained from another base: outside the mask, `{other[0]}` has fingerprint "
+                f"{now[other[0]]} in this model and {manifest['frozen_fingerprints'].get(other[0])} there "
+                f"({len(other)} tensors differ). Resume with the base that the run was started from."
+            )
+
+    def _finished(self, checkpoint: Path) -> TrainOutput:
+        """Load a run that has taken all its steps; the trainer would take one more."""
+        from transformers import TrainerState
+        from transformers.trainer_utils import TrainOutput
+
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "global_step": self.state.global_step,
+            "mask_fingerprint": self.masked_optimizer.mask.fingerprint,
+            "frozen_fingerprints": self.masked_optimizer.frozen_fingerprints,
+        }
+
+    def _mask_at(self, step: int) -> SubnetMask:
+        due = [mask for schedule in self._callbacks(MaskSchedule) if (mask := schedule.mask_at(step)) is not None]
+        return due[-1] if due else self.subnet_mask
+
+    def _extras(self) -> dict[str, Stateful]:
+        extras = dict(self.subnet_options.extras)
+        reference = getattr(self, "ref_model", None)
+        if reference is not None and getattr(self.args, "sync_ref_model", False):
+            extras["ref_model"] = self.accelerator.unwrap_model(reference)  # it moves along with the policy
+        return extras
+
+    def _callbacks(self, kind: type) -> list[Any]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]

@@ -1,0 +1,110 @@
+"""`SubnetTrainerMixin`: what a trainer does differently when it trains a subnetwork."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from subnet_ft.errors import TrainerError
+from subnet_ft.masks import SubnetMask
+from subnet_ft.training.audit import FrozenWeightAudit
+from subnet_ft.training.checkpoint_mixin import CheckpointMixin
+from subnet_ft.training.masked_optimizer import build_optimizer
+from subnet_ft.training.options import SubnetOptions, check_options, check_trainer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SubnetTrainerMixin(CheckpointMixin):
+    """Put it before a trainer class, and that trainer trains only the weights of a mask.
+
+    The trainer's own arguments set the hyper-parameters. Clipping goes by the masked gradient, `grad_norm` in the logs
+    is the norm used, checkpoints are whole or not there, and a resumed run ends with the bits of one that was never
+    interrupted. `restrict` does the same to a trainer that exists.
+
+    Args:
+        args, kwargs: What the trainer class takes.
+        subnet_mask: Which weights to train.
+        subnet_options: Keywords of `restrict`.
+
+    Raises:
+        MaskMismatchError: The mask belongs to another model, or to another base.
+        TrainerError: The trainer is set up in a way that a masked optimizer cannot serve.
+
+    Example:
+        `class SubnetDPOTrainer(SubnetTrainerMixin, DPOTrainer): ...`, then
+        `SubnetDPOTrainer(model, args=args, train_dataset=pairs, subnet_mask=mask).train()`
+    """
+
+    def __init__(
+        self, *args: Any, subnet_mask: SubnetMask, subnet_options: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        options = SubnetOptions(**(subnet_options or {}))
+        check_trainer(self)
+        check_options(self, options)
+        own_model: Any = self.model
+        subnet_mask.check(own_model)
+        self._begin_subnet(subnet_mask, options)
+
+    def _begin_subnet(self, mask: SubnetMask, options: SubnetOptions) -> None:
+        """Remember what was checked; nothing of the model changes before training starts."""
+        self.subnet_mask = mask
+        self.subnet_options = options
+        self._own_model = self.model
+        self._masked = None
+        if options.audit_steps is not None:
+            self.add_callback(FrozenWeightAudit(options.audit_steps))
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the masked optimizer, unless this trainer has trained before."""
+        if self.model is not self._own_model:
+            raise TrainerError(
+                "The trainer got another model after `restrict`, which would stay untrained. Give the trainer its "
+                "model first, and call `restrict` last."
+            )
+        if self._masked is not None:
+            # A run that was broken off leaves the gradients of its last micro-batches; the trainer drops only `.grad`.
+            self._masked.zero_grad()
+        if self.optimizer is None:
+            # Built when training starts, because other tools replace parameter objects before that. A resumed run
+            # already holds trained weights then, so the base was checked before.
+            if self._masked is not None:
+                self._masked.release()  # the trainer dropped it, as a retry with smaller batches does
+            target: Any = self._own_model if model is None else model
+            self._masked = build_optimizer(self, target, self.subnet_mask, self.subnet_options)
+            self.optimizer = self._masked
+        # A second `train()` finds the optimizer of the first in the wrapper that accelerate put around it.
+        elif self._masked is None or getattr(self.optimizer, "optimizer", self.optimizer) is not self._masked:
+            raise TrainerError(
+                f"The trainer got an optimizer, {type(self.optimizer).__name__}, after `restrict`, which builds its "
+                "own. Do not set `trainer.optimizer`."
+            )
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the trainer does, with both norms if asked for, steps left out, and what the audits cost."""
+        if "grad_norm" in logs and self.subnet_options.log_norms:
+            logs = {**logs, **{f"grad_norm_{kind}": float(norm) for kind, norm in self._norms.items()}}
+        if self._masked is not None and self._masked.num_skipped_steps:
+            logs = {**logs, "skipped_steps": self._masked.num_skipped_steps}
+        if "train_runtime" in logs:
+            for audit in self._callbacks(FrozenWeightAudit):
+                logs = {**logs, "audits": audit.num_audits, "audit_seconds": round(audit.seconds, 3)}
+        super().log(logs, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        return self.masked_optimizer.clip_grad_norm_(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        optimizer = self.masked_optimizer
+        if not optimizer.has_gradients():
+            raise TrainerError(
+                "No gradient reached any tensor of the mask in this step, so nothing would be trained. Under "
+                "re-entrant activation checkpointing the embeddings must train, or call "
+                "`model.enable_input_require_grads()`; otherwise look at how the loss is computed."
+            )
+        if self.subnet_options.log_norms:
+            self._norms = optimizer.grad_norms()
+        return optimizer.grad_norm() if grad_norm is None else grad_norm

@@ -1,0 +1,131 @@
+"""What `restrict` and `SubnetTrainerMixin` can be asked for, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from subnet_ft.errors import OptimizerError, TrainerError
+from subnet_ft.optim.clipping import CLIP_NORMS, NONFINITE
+from subnet_ft.optim.elementwise import check_elementwise
+from subnet_ft.optim.masters import check_master
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class Stateful(Protocol):
+    """What can be part of a checkpoint: a model, an optimizer, or any object with these two methods."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: tensors, numbers, strings and containers of them."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take the state back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubnetOptions:
+    """How a trainer trains its subnetwork; the keywords of `restrict`."""
+
+    master: str = "fp32"
+    """How fp32 master weights are kept: `fp32`, `remainder` or `stochastic` (see `MaskedAdamW`)."""
+
+    compact_grads: bool | None = None
+    """Compact every gradient as soon as autograd has it. `None`: yes in one process, no under DDP."""
+
+    clip_norm: str = "masked"
+    """What `max_grad_norm` clips on: the norm of the `masked` gradient, or of the `full` one, as a full run does."""
+
+    log_norms: bool = False
+    """Log `grad_norm_masked` and `grad_norm_full` beside `grad_norm`, which is the one that clipping goes by."""
+
+    nonfinite: str = "raise"
+    """What a step does with a NaN or infinite gradient: `raise`, `skip` or `ignore`."""
+
+    audit_steps: int | None = None
+    """Compare the weights outside the mask bit by bit every so many steps, and at the end; `None`: never."""
+
+    extras: Mapping[str, Stateful] = field(default_factory=dict)
+    """What else is trained beside the model, by name: saved with every checkpoint, and loaded again."""
+
+
+def check_options(trainer: Trainer, options: SubnetOptions) -> None:
+    """Refuse options that are out of range, or that the trainer's arguments cannot go with.
+
+    Raises:
+        ValueError: An option is out of range.
+        TrainerError: It does not go with the trainer's arguments.
+    """
+    check_master(options.master)
+    if options.clip_norm not in CLIP_NORMS:
+        raise ValueError(f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {options.clip_norm!r}")
+    if options.nonfinite not in NONFINITE:
+        raise ValueError(f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {options.nonfinite!r}")
+    if options.audit_steps is not None and options.audit_steps < 1:
+        raise ValueError(f"`audit_steps` must be >= 1, or None for no audits, got {options.audit_steps}")
+    args = trainer.args
+    wants_full = options.clip_norm == "full" or options.log_norms
+    if wants_full and compacts(trainer, options) and args.gradient_accumulation_steps > 1:
+        asked = "`clip_norm='full'`" if options.clip_norm == "full" else "`log_norms=True`"
+        raise TrainerError(
+            f"{asked} needs the dense gradient of the whole step, and with compact gradients only that of one "
+            f"micro-batch ever stands whole; `gradient_accumulation_steps` is {args.gradient_accumulation_steps}. Pass "
+            "`compact_grads=False`, or take one micro-batch per step."
+        )
+
+
+def compacts(trainer: Trainer, options: SubnetOptions) -> bool:
+    """Say whether gradients are compacted as soon as autograd has them."""
+    return trainer.args.world_size == 1 if options.compact_grads is None else options.compact_grads
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse a trainer that a masked optimizer cannot serve.
+
+    Raises:
+        TrainerError: The message says what and why.
+    """
+    args = trainer.args
+    if trainer.model_init is not None:
+        raise TrainerError(
+            "The trainer builds a new model with `model_init` when training starts, and a mask belongs to one model. "
+            "Pass `model` instead."
+        )
+    if trainer.optimizer is not None:
+        raise TrainerError(
+            f"The trainer already has an optimizer, {type(trainer.optimizer).__name__}. Call `restrict` before "
+            "`train()`, and do not pass `optimizers` to the trainer."
+        )
+    if args.fp16:
+        raise TrainerError(
+            "`fp16=True` scales gradients behind the optimizer's back. Load the model in bfloat16 instead."
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise TrainerError(
+            "This release restricts trainers on one process or under DDP; DeepSpeed flattens parameters, and sharded "
+            "parameters need sharded masks."
+        )
+    wanted = str(getattr(args.optim, "value", args.optim))
+    optimizer_cls, keywords = wanted_optimizer(trainer)
+    reason = "it is built from the whole model" if {"params", "model", "optimizer_dict"} & keywords.keys() else None
+    if not isinstance(optimizer_cls, type):
+        reason = "it is made by a factory"
+    if reason is not None:
+        raise TrainerError(
+            f"The trainer asks for the optimizer `{wanted}`, which cannot run on the weights of a mask: {reason}. "
+            "Choose an element-wise one, such as `adamw_torch`."
+        )
+    try:
+        check_elementwise(optimizer_cls)
+    except OptimizerError as error:
+        raise TrainerError(f"The trainer asks for the optimizer `{wanted}`. {error}") from error
+
+
+def wanted_optimizer(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
+    """Return the class and the options of the optimizer that the trainer would build."""
+    given = trainer.optimizer_cls_and_kwargs
+    model: Any = trainer.model
+    optimizer_cls, keywords = given or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    return optimizer_cls, dict(keywords)

@@ -1,0 +1,86 @@
+"""The part of a trainer's state that transformers does not save: completions in use, and what is trained beside.
+
+Trainers that sample (GRPO, RLOO, Distillation) use a batch of completions over several steps. A resumed run must go on
+with the same completions: others, from weights that have moved on, are another run.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subnet_ft.errors import TrainerError
+from subnet_ft.training.options import Stateful
+
+logger = logging.getLogger(__name__)
+
+_EXTRAS = "subnet_extras.pt"
+
+
+def save_rollouts(trainer: Any, folder: Path) -> None:
+    """Save the completions that a trainer has in use, and where in them it stands; each process its own."""
+    if not hasattr(trainer, "_buffered_inputs"):
+        return
+    inputs = trainer._buffered_inputs
+    strange = _strange(inputs)
+    if strange is not None:
+        logger.warning(
+            "the completions in use hold a %s and cannot be saved; a run resumed in the middle of them samples anew",
+            strange,
+        )
+        inputs = None
+    torch.save({"step": int(trainer._step), "inputs": inputs}, folder / _rollouts_name(trainer))
+
+
+def load_rollouts(trainer: Any, folder: Path) -> None:
+    """Take the completions in use back."""
+    if not hasattr(trainer, "_buffered_inputs"):
+        return
+    path = folder / _rollouts_name(trainer)
+    if not path.is_file():
+        raise TrainerError(
+            f"`{folder}` has no `{path.name}`, the completions that were in use. Resume with as many processes as the "
+            "run was started with."
+        )
+    device = trainer.args.device
+    saved = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+    trainer._step, trainer._buffered_inputs = saved["step"], saved["inputs"]
+
+
+def save_extras(extras: dict[str, Stateful], folder: Path) -> None:
+    """Save what is trained beside the model, by name."""
+    if extras:
+        torch.save({name: part.state_dict() for name, part in extras.items()}, folder / _EXTRAS)
+
+
+def load_extras(extras: dict[str, Stateful], folder: Path) -> None:
+    """Load what is trained beside the model.
+
+    Raises:
+        TrainerError: The checkpoint holds other parts.
+    """
+    path = folder / _EXTRAS
+    saved = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+    if saved.keys() != extras.keys():
+        raise TrainerError(
+            f"`{folder}` holds {sorted(saved) or 'nothing'} beside the model, this trainer "
+            f"{sorted(extras) or 'nothing'}. Pass the same `extras` as when the run was started."
+        )
+    for name, part in extras.items():
+        part.load_state_dict(saved[name])
+
+
+def _rollouts_name(trainer: Any) -> str:
+    return f"subnet_rollouts_{trainer.args.process_index}.pt"
+
+
+def _strange(value: object) -> str | None:
+    """Return the type of the first part that `torch.load(weights_only=True)` would refuse, if any."""
+    if isinstance(value, dict):
+        return next((found for item in value.values() if (found := _strange(item))), None)
+    if isinstance(value, (list, tuple)):
+        return next((found for item in value if (found := _strange(item))), None)
+    return None if value is None or isinstance(value, (torch.Tensor, bool, int, float, str)) else type(value).__name__

@@ -1,0 +1,78 @@
+"""Trainer checkpoints that are whole or not there: written aside, listed, and moved into place in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STAGING = ".unfinished"
+"""Folder beside the checkpoints where one is written; what a killed run leaves there is never loaded."""
+
+MANIFEST = "subnet_ft.json"
+"""File of a checkpoint that is written last: its other files with their sizes, and what it belongs to."""
+
+
+def staging_folder(run_folder: Path) -> Path:
+    """Return the folder in which the checkpoints of a run are written before they are whole."""
+    return run_folder / STAGING
+
+
+def clear_staging(run_folder: Path) -> None:
+    """Remove what a killed run left unfinished."""
+    shutil.rmtree(staging_folder(run_folder), ignore_errors=True)
+
+
+def publish(written: Path, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """Move a checkpoint into place, so that at no moment a part of it can be taken for the whole.
+
+    Args:
+        written: Its folder in the staging folder, complete but for the manifest.
+        checkpoint: Where it goes; an older checkpoint there is replaced.
+        facts: What the manifest says besides the list of files.
+    """
+    files = {
+        str(path.relative_to(written)): path.stat().st_size for path in sorted(written.rglob("*")) if path.is_file()
+    }
+    manifest = written / MANIFEST
+    manifest.write_text(json.dumps({"format": 1, **facts, "files": files}, indent=1) + "\n")
+    # Names must not reach the disk before the bytes behind them.
+    for path in [*written.rglob("*"), written]:
+        _sync(path)
+    if checkpoint.exists():
+        remove(checkpoint)
+    os.replace(written, checkpoint)
+    _sync(checkpoint.parent)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint in one step, so that no half of it is ever found."""
+    discarded = staging_folder(checkpoint.parent) / f"discarded-{checkpoint.name}"
+    shutil.rmtree(discarded, ignore_errors=True)
+    discarded.parent.mkdir(exist_ok=True)
+    os.replace(checkpoint, discarded)
+    shutil.rmtree(discarded)
+
+
+def rotate(run_folder: Path, *, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `save_total_limit`; the newest and the best one stay."""
+    from transformers.trainer_utils import sort_checkpoints
+
+    if limit is None or limit <= 0:
+        return
+    checkpoints = [Path(path) for path in sort_checkpoints(str(run_folder), use_mtime=True)]
+    kept = {*checkpoints[-1:], *([Path(best)] if best is not None else [])}
+    surplus = len(checkpoints) - max(limit, len(kept))
+    for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
+        remove(checkpoint)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
