@@ -11,13 +11,19 @@ import torch
 from subnet_ft.errors import GradientError, OptimizerError
 from subnet_ft.masks import SubnetMask, by_canonical_name
 from subnet_ft.optim import state
+from subnet_ft.optim.binding import Binding
 from subnet_ft.optim.clipping import Clipping
 from subnet_ft.optim.dense_gradients import DenseGradients
 from subnet_ft.optim.frozen import FrozenWeights
 from subnet_ft.optim.gradients import CompactGradients
 from subnet_ft.optim.ledger import cache_nbytes
 from subnet_ft.optim.masters import Roundings
-from subnet_ft.optim.parameters import NamedParameters, ParameterGroups, check_parameters, named_groups
+from subnet_ft.optim.parameters import (
+    NamedParameters,
+    ParameterGroups,
+    check_parameters,
+    named_groups,
+)
 from subnet_ft.optim.remap import check_successor
 from subnet_kernels import BitMask
 
@@ -49,32 +55,41 @@ class MaskedBase(torch.optim.Optimizer):
         check_base: bool,
     ) -> None:
         self._clipping = Clipping(
-            max_grad_norm=max_grad_norm, clip_norm=clip_norm, measure_full=measure_full_norm, nonfinite=nonfinite
+            max_grad_norm=max_grad_norm,
+            clip_norm=clip_norm,
+            measure_full=measure_full_norm,
+            nonfinite=nonfinite,
         )
         groups = named_groups(named_parameters, type(self).__name__)
-        parameters = by_canonical_name(pair for group in groups for pair in group["params"])
+        parameters = by_canonical_name(
+            pair for group in groups for pair in group["params"]
+        )
         check_parameters(parameters, mask, check_base=check_base)
-        self.mask = mask
         self.compact_grads = compact_grads
-        self._names: dict[torch.nn.Parameter, str] = {parameter: name for name, parameter in parameters.items()}
-        self._bit_masks: dict[str, BitMask] = {}
+        self._binding = Binding(parameters, mask)
+        self._names = self._binding.names
         self._roundings = Roundings()
         self._cache: dict[torch.device, dict[Any, Any]] = {}
-        self._frozen = FrozenWeights(parameters, self._trained_mask)
+        self._frozen = FrozenWeights(parameters, self._binding.trained)
         self._groups = ParameterGroups(groups)
         super().__init__(self._groups.trained(mask), defaults)
         self._prepare()
         # Nothing of the model was changed so far: what is refused leaves it as it was.
-        self._gradients: CompactGradients | DenseGradients
-        if compact_grads:
-            self._gradients = CompactGradients(parameters, self._trained_mask, measure_full=self._clipping.measure_full)
-        else:
-            self._gradients = DenseGradients(parameters, self._trained_mask)
+        trained, full = self._binding.trained, self._clipping.measure_full
+        self._gradients: CompactGradients | DenseGradients = (
+            CompactGradients(parameters, trained, measure_full=full)
+            if compact_grads
+            else DenseGradients(parameters, trained)
+        )
         self._bind()
         self._is_built = True
 
     @abstractmethod
-    def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
+    def _update(
+        self,
+        grads: Mapping[torch.nn.Parameter, torch.Tensor],
+        scale: torch.Tensor | None,
+    ) -> None:
         """Update every parameter that has a gradient, compact (K,) or dense (N,), times the () `scale`."""
 
     @abstractmethod
@@ -83,7 +98,10 @@ class MaskedBase(torch.optim.Optimizer):
 
     @abstractmethod
     def _checked_entries(
-        self, parameter: torch.nn.Parameter, values: Mapping[str, Any], saved_group: Mapping[str, Any]
+        self,
+        parameter: torch.nn.Parameter,
+        values: Mapping[str, Any],
+        saved_group: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return copies of a parameter's saved entries where this optimizer wants them.
 
@@ -93,7 +111,11 @@ class MaskedBase(torch.optim.Optimizer):
 
     @abstractmethod
     def _remapped_entries(
-        self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
+        self,
+        parameter: torch.nn.Parameter,
+        entries: Mapping[str, Any],
+        old: BitMask,
+        new: BitMask,
     ) -> dict[str, Any]:
         """Return a parameter's state under another mask of it.
 
@@ -131,7 +153,9 @@ class MaskedBase(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a group while the optimizer is built; afterwards the mask is bound, and a group is refused."""
         if getattr(self, "_is_built", False):
-            raise OptimizerError(f"{type(self).__name__} takes no further parameters. Build a new one on all of them.")
+            raise OptimizerError(
+                f"{type(self).__name__} takes no further parameters. Build a new one on all of them."
+            )
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,6 +174,21 @@ class MaskedBase(torch.optim.Optimizer):
         """
         super().zero_grad(set_to_none)
         self._forget_gradients()
+
+    @property
+    def mask(self) -> SubnetMask:
+        """Which weights are trained."""
+        return self._binding.mask
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch's GradScaler asks before its step; it has unscaled `.grad` only, which compaction empties."""
+        if self.compact_grads:
+            raise GradientError(
+                "A GradScaler unscales `.grad`, and compact gradients were taken from there before. Train in bfloat16, "
+                "or build the optimizer with `compact_grads=False`."
+            )
+        return False
 
     @property
     def num_skipped_steps(self) -> int:
@@ -221,17 +260,23 @@ class MaskedBase(torch.optim.Optimizer):
         check_successor(self.mask, mask, parameters, compact_grads=self.compact_grads)
         if self.compact_grads and self._gradients.squares():
             raise GradientError(
-                f"{len(self._gradients.squares())} tensors hold a gradient that waits for its step under the old mask. "
-                "Change the mask after `step()` or `zero_grad()`."
+                "Gradients wait for their step under the old mask. Change it after `step()`."
             )
         self._frozen.check()
         old = {p: self.bit_mask(p) for p in self._trained() if self.state.get(p)}
-        new = {p: self._index(mask, p) for p in old if mask.tensors[self._names[p]].count}
-        remapped = {p: self._remapped_entries(p, self.state[p], old[p], new[p]) for p in new}
+        new = {
+            p: self._binding.under(mask, p)
+            for p in old
+            if mask.tensors[self._names[p]].count
+        }
+        remapped = {
+            p: self._remapped_entries(p, self.state[p], old[p], new[p]) for p in new
+        }
         # From here on nothing can be refused.
-        self.mask = mask
-        self._bit_masks.clear()
-        for group, trained in zip(self.param_groups, self._groups.trained(mask), strict=True):
+        self._binding.mask = mask
+        for group, trained in zip(
+            self.param_groups, self._groups.trained(mask), strict=True
+        ):
             group["params"] = [parameter for _, parameter in trained["params"]]
             group["param_names"] = [name for name, _ in trained["params"]]
         self._adopt(remapped)
@@ -259,13 +304,23 @@ class MaskedBase(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, dict(state_dict)) or state_dict
-        loaded = state.checked_state(self.param_groups, self._names, state_dict, self._checked_entries)
+        loaded = state.checked_state(
+            self.param_groups, self._names, state_dict, self._checked_entries
+        )
         frozen = state_dict["param_groups"][0].get(state.FROZEN)
         if frozen is not None:
             state.check_frozen(frozen, self._frozen.now())
         self._frozen.taken = None if frozen is None else dict(frozen)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key not in ("params", state.FROZEN)})
+        for group, saved in zip(
+            self.param_groups, state_dict["param_groups"], strict=True
+        ):
+            group.update(
+                {
+                    key: value
+                    for key, value in saved.items()
+                    if key not in ("params", state.FROZEN)
+                }
+            )
         self._adopt(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -277,10 +332,7 @@ class MaskedBase(torch.optim.Optimizer):
 
     def bit_mask(self, parameter: torch.nn.Parameter) -> BitMask:
         """Return a parameter's mask on its device, brought there once."""
-        name = self._names[parameter]
-        if name not in self._bit_masks or self._bit_masks[name].device != parameter.device:
-            self._bit_masks[name] = self._index(self.mask, parameter)
-        return self._bit_masks[name]
+        return self._binding.bit_mask(parameter)
 
     def gradient_buffers(self) -> list[torch.Tensor]:
         """Return the compact gradients (K,) float32 that it keeps allocated; none without compaction."""
@@ -292,9 +344,11 @@ class MaskedBase(torch.optim.Optimizer):
         kept = [item for item in entries if isinstance(item[1], torch.Tensor)]
         return {
             "gradients": self._gradients.nbytes,
-            "moments": sum(value.nbytes for key, value in kept if key not in ("step", "master")),
+            "moments": sum(
+                value.nbytes for key, value in kept if key not in ("step", "master")
+            ),
             "masters": sum(value.nbytes for key, value in kept if key == "master"),
-            "mask": sum(mask.nbytes for mask in self._bit_masks.values()) + cache_nbytes(self._cache),
+            "mask": self._binding.nbytes + cache_nbytes(self._cache),
         }
 
     def _adopt(self, loaded: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
@@ -306,7 +360,9 @@ class MaskedBase(torch.optim.Optimizer):
             self.state[parameter] = entries
 
     def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+        return [
+            parameter for group in self.param_groups for parameter in group["params"]
+        ]
 
     def _grads(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Return the gradient of every parameter that got one: compact (K,), or dense (N,) without compaction."""
@@ -323,24 +379,17 @@ class MaskedBase(torch.optim.Optimizer):
 
     def _forget_gradients(self) -> None:
         self._gradients.clear()
-        self._clipping.coefficient = None
+        self._clipping.forget()
 
     def _bind(self) -> None:
         """Make the mask the one that groups, parameters and gradients go by."""
         for group in self.param_groups:
             group["mask_fingerprint"] = self.mask.fingerprint
-        for parameter, name in self._names.items():
-            if self.mask.tensors[name].count:
+        for parameter in self._names:
+            if self._binding.is_trained(parameter):
                 parameter.requires_grad_(True)
             elif not self._clipping.measure_full:
                 parameter.requires_grad_(False)
             if not parameter.requires_grad:
                 parameter.grad = None
         self._gradients.forget_masks()
-
-    def _trained_mask(self, parameter: torch.nn.Parameter) -> BitMask | None:
-        return self.bit_mask(parameter) if self.mask.tensors[self._names[parameter]].count else None
-
-    def _index(self, mask: SubnetMask, parameter: torch.nn.Parameter) -> BitMask:
-        tensor = mask.tensors[self._names[parameter]]
-        return BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device)

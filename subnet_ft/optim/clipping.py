@@ -46,19 +46,33 @@ class Clipping:
         ValueError: An option is out of range or unknown.
     """
 
-    def __init__(self, *, max_grad_norm: float | None, clip_norm: str, measure_full: bool, nonfinite: str) -> None:
+    def __init__(
+        self,
+        *,
+        max_grad_norm: float | None,
+        clip_norm: str,
+        measure_full: bool,
+        nonfinite: str,
+    ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"`max_grad_norm` must be > 0, or None for no clipping, got {max_grad_norm}")
+            raise ValueError(
+                f"`max_grad_norm` must be > 0, or None for no clipping, got {max_grad_norm}"
+            )
         if clip_norm not in CLIP_NORMS:
-            raise ValueError(f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {clip_norm!r}")
+            raise ValueError(
+                f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {clip_norm!r}"
+            )
         if nonfinite not in NONFINITE:
-            raise ValueError(f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+            raise ValueError(
+                f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {nonfinite!r}"
+            )
         self.max_grad_norm = max_grad_norm
         self.clip_norm = clip_norm
         self.measure_full = measure_full or clip_norm == "full"
         self.nonfinite = nonfinite
         self.coefficient: torch.Tensor | None = None
         """() float32 that the next step multiplies the gradient with, if it clips."""
+        self._clipped_norm: torch.Tensor | None = None
         self.num_skipped_steps = 0
 
     def norms(self, gradients: Gradients) -> dict[str, torch.Tensor]:
@@ -76,10 +90,14 @@ class Clipping:
         """
         if not max_norm >= 0:
             raise ValueError(f"`max_norm` must be >= 0, got {max_norm}")
-        norm = self.norms(gradients)[self.clip_norm]
+        norm = self._clipped_norm = self.norms(gradients)[self.clip_norm]
         # The small constant is that of torch.nn.utils.clip_grad_norm_.
         coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        self.coefficient = coefficient if self.coefficient is None else torch.minimum(self.coefficient, coefficient)
+        self.coefficient = (
+            coefficient
+            if self.coefficient is None
+            else torch.minimum(self.coefficient, coefficient)
+        )
         return norm
 
     def clip_by_itself(self, gradients: Gradients) -> None:
@@ -87,18 +105,38 @@ class Clipping:
         if self.coefficient is None and self.max_grad_norm is not None:
             self.clip(gradients, self.max_grad_norm)
 
-    def lets_pass(self, gradients: Gradients, names: Mapping[torch.nn.Parameter, str]) -> bool:
+    def forget(self) -> None:
+        """Forget what was decided about gradients that are gone."""
+        self.coefficient = self._clipped_norm = None
+
+    def lets_pass(
+        self, gradients: Gradients, names: Mapping[torch.nn.Parameter, str]
+    ) -> bool:
         """Say whether a step may take the gradients; False is counted and reported.
 
         Raises:
             NonFiniteGradientError: They are not finite, and `nonfinite` is `raise`.
         """
-        if self.nonfinite == "ignore" or bool(torch.isfinite(self.norms(gradients)[self.clip_norm])):
+        if self.nonfinite == "ignore":
             return True
-        found = [names[p] for p, square in gradients.squares().items() if not torch.isfinite(square)]
+        # What was clipped was measured then; dense gradients are not read twice.
+        norm = (
+            self.norms(gradients)[self.clip_norm]
+            if self._clipped_norm is None
+            else self._clipped_norm
+        )
+        if bool(torch.isfinite(norm)):
+            return True
+        found = [
+            names[p]
+            for p, square in gradients.squares().items()
+            if not torch.isfinite(square)
+        ]
         where = "outside the mask"
         if found:
-            where = f"in `{found[0]}`" + (f" and {len(found) - 1} other tensors" if len(found) > 1 else "")
+            where = f"in `{found[0]}`" + (
+                f" and {len(found) - 1} other tensors" if len(found) > 1 else ""
+            )
         if self.nonfinite == "raise":
             raise NonFiniteGradientError(
                 f"The gradient has NaN or infinite values {where}; no weight was changed. Look at the loss of this "
@@ -106,14 +144,19 @@ class Clipping:
             )
         self.num_skipped_steps += 1
         logger.warning(
-            "step left out, %d so far: the gradient has NaN or infinite values %s", self.num_skipped_steps, where
+            "step left out, %d so far: the gradient has NaN or infinite values %s",
+            self.num_skipped_steps,
+            where,
         )
         return False
 
 
 def sum_of_squares(grad: torch.Tensor) -> torch.Tensor:
     """Return the sum of squares () float32 of a flat gradient (N,) of any dtype, without a float32 copy of it."""
-    parts = [torch.linalg.vector_norm(part, dtype=torch.float32).square() for part in torch.split(grad, _CHUNK)]
+    parts = [
+        torch.linalg.vector_norm(part, dtype=torch.float32).square()
+        for part in torch.split(grad, _CHUNK)
+    ]
     return torch.stack(parts).sum()
 
 
@@ -122,4 +165,9 @@ def norm_of_squares(squares: Iterable[torch.Tensor]) -> torch.Tensor:
     found = list(squares)
     if not found:
         return torch.tensor(0.0)
-    return torch.stack([square.to(found[0].device) for square in found]).sum().sqrt().to(torch.float32)
+    return (
+        torch.stack([square.to(found[0].device) for square in found])
+        .sum()
+        .sqrt()
+        .to(torch.float32)
+    )

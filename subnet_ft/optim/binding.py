@@ -1,0 +1,66 @@
+"""What ties the parameters of a model to a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from subnet_ft.masks import SubnetMask
+from subnet_kernels import BitMask
+
+
+class Binding:
+    """The mask of every parameter, brought to its device once.
+
+    Args:
+        parameters: Name to parameter, also those in which nothing is trained.
+        mask: Which weights are trained now.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], mask: SubnetMask
+    ) -> None:
+        self.names: dict[torch.nn.Parameter, str] = {
+            parameter: name for name, parameter in parameters.items()
+        }
+        self._mask = mask
+        self._bit_masks: dict[str, BitMask] = {}
+
+    @property
+    def mask(self) -> SubnetMask:
+        """Which weights are trained now."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: SubnetMask) -> None:
+        self._mask = mask
+        self._bit_masks.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the masks on their devices."""
+        return sum(mask.nbytes for mask in self._bit_masks.values())
+
+    def bit_mask(self, parameter: torch.nn.Parameter) -> BitMask:
+        """Return the mask of a parameter in which something is trained, on its device."""
+        name = self.names[parameter]
+        if (
+            name not in self._bit_masks
+            or self._bit_masks[name].device != parameter.device
+        ):
+            self._bit_masks[name] = self.under(self._mask, parameter)
+        return self._bit_masks[name]
+
+    def trained(self, parameter: torch.nn.Parameter) -> BitMask | None:
+        """Return the mask of a parameter on its device, `None` where nothing is trained."""
+        return self.bit_mask(parameter) if self.is_trained(parameter) else None
+
+    def is_trained(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether anything of a parameter is trained."""
+        return self._mask.tensors[self.names[parameter]].count > 0
+
+    def under(self, mask: SubnetMask, parameter: torch.nn.Parameter) -> BitMask:
+        """Return what another mask says of a parameter, on its device."""
+        tensor = mask.tensors[self.names[parameter]]
+        return BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device)
