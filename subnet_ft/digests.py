@@ -17,14 +17,8 @@ _NOT_THE_MODEL = ("stage.json", "started.json", "log.json")
 def checkpoint_sha256(folder: Path) -> str:
     """Return the SHA-256 of a checkpoint's weights, config, tokenizer and templates, by name and content."""
     index = folder / "model.safetensors.index.json"
-    names = (
-        set(json.loads(index.read_text())["weight_map"].values())
-        if index.is_file()
-        else {"model.safetensors"}
-    )
-    names |= {
-        path.name for pattern in _SIDE_FILES for path in folder.glob(pattern)
-    } - set(_NOT_THE_MODEL)
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    names |= {path.name for pattern in _SIDE_FILES for path in folder.glob(pattern)} - set(_NOT_THE_MODEL)
     digest = hashlib.sha256()
     for name in sorted(name for name in names if (folder / name).is_file()):
         digest.update(f"{name}\0".encode())

@@ -40,17 +40,8 @@ class RecipeError(SubnetError, ValueError):
     def __init__(self, where: str, problems: Sequence[str]) -> None:
         self.where = where
         self.problems = list(problems)
-        count = f"{len(self.problems)} problem" + (
-            "s" if len(self.problems) != 1 else ""
-        )
-        super().__init__(
-            "\n".join(
-                [
-                    f"Recipe `{where}` has {count}:",
-                    *(f"  {line}" for line in self.problems),
-                ]
-            )
-        )
+        count = f"{len(self.problems)} problem" + ("s" if len(self.problems) != 1 else "")
+        super().__init__("\n".join([f"Recipe `{where}` has {count}:", *(f"  {line}" for line in self.problems)]))
 
 
 class CheckpointError(SubnetError, ValueError):

@@ -41,9 +41,7 @@ class RunInputs:
     @cached_property
     def base(self) -> Checkpoint:
         """The base checkpoint."""
-        return open_checkpoint(
-            self.recipe.model.name, revision=self.recipe.model.revision
-        )
+        return open_checkpoint(self.recipe.model.name, revision=self.recipe.model.revision)
 
     @cached_property
     def base_sha256(self) -> str:
@@ -61,9 +59,7 @@ class RunInputs:
         if self.data.task is None:
             assert self.data.preferences is not None
             return json_sha256(self.data.preferences)
-        return json_sha256(
-            [example.prompt, example.answer] for example in self.data.task.train
-        )
+        return json_sha256([example.prompt, example.answer] for example in self.data.task.train)
 
     @property
     def samples(self) -> bool:
@@ -101,11 +97,7 @@ class RunInputs:
             "data": self.data_sha256,
             "rewards": rewards_sha256(recipe.task.rewards) if self.samples else {},
             "algorithm": recipe.algorithm,
-            "training": {
-                key: value
-                for key, value in recipe.training.items()
-                if key not in _NOT_COMPUTED
-            },
+            "training": {key: value for key, value in recipe.training.items() if key not in _NOT_COMPUTED},
             "optimizer": asdict(recipe.subnet.optimizer),
             "seed": recipe.seed,
             "mask": None if mask is None else mask.fingerprint,
@@ -119,9 +111,7 @@ class RunInputs:
             "model": checkpoint,
             "load": self.of_loading(),
             "task": asdict(spec.task or self.recipe.task),
-            "prompts": json_sha256(
-                [example.prompt, example.answer] for example in task.evaluation
-            ),
+            "prompts": json_sha256([example.prompt, example.answer] for example in task.evaluation),
             "max_new_tokens": spec.max_new_tokens,
             "batch_size": spec.batch_size,
         }

@@ -41,9 +41,7 @@ RECIPE_FILE = "recipe.resolved.yaml"
 
 def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe with its `training` section checked against the config of its algorithm."""
-    return load_recipe(
-        path, overrides, algorithms=config_fields(), check_config=config_problems
-    )
+    return load_recipe(path, overrides, algorithms=config_fields(), check_config=config_problems)
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,7 @@ class Pipeline:
         progress: Show progress bars on stderr.
     """
 
-    def __init__(
-        self, recipe: Recipe, *, overwrite: bool = False, progress: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, *, overwrite: bool = False, progress: bool = False) -> None:
         self.recipe = recipe
         self.inputs = RunInputs(recipe)
         self.folder = Path(recipe.output)
@@ -81,10 +77,7 @@ class Pipeline:
         full = self.full_run()
         mask = self.mask(full)
         subnet = self.masked_run("subnet", mask)
-        controls = {
-            f"control-{kind}": self.control_run(kind, mask)
-            for kind in self.recipe.controls
-        }
+        controls = {f"control-{kind}": self.control_run(kind, mask) for kind in self.recipe.controls}
         return self.report(full, subnet, controls)
 
     def train(self) -> TrainedStage:
@@ -100,9 +93,7 @@ class Pipeline:
                 f"`method: subnet` extracts its mask from the full run, and `{self.folder / 'full'}` holds no finished "
                 "one of this recipe. Train with `method=full` first, or set `subnet.source.kind` to `file`."
             )
-        return self.masked_run(
-            "subnet", self.mask(self._checked("full", None, results))
-        )
+        return self.masked_run("subnet", self.mask(self._checked("full", None, results)))
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,11 +105,7 @@ class Pipeline:
         if self.inputs.data.task is None:
             assert self.inputs.data.preferences is not None
             return self.inputs.data.preferences
-        return (
-            prompt_dataset(self.inputs.data.task)
-            if self.inputs.samples
-            else self._sampled_pairs()
-        )
+        return prompt_dataset(self.inputs.data.task) if self.inputs.samples else self._sampled_pairs()
 
     def full_run(self) -> TrainedStage:
         """Train every weight."""
@@ -154,26 +141,15 @@ class Pipeline:
 
         path = self.folder / MASK_FILE
         logger.info("mask: comparing the full run with its base")
-        inputs = {
-            "base": self.inputs.base_sha256,
-            "full": full.results["sha256"],
-            "source": asdict(source),
-        }
+        inputs = {"base": self.inputs.base_sha256, "full": full.results["sha256"], "source": asdict(source)}
         # The mask of a subnetwork run that is there belongs to it and is not replaced without being asked.
         used = (self.folder / "subnet").is_dir()
         results = run_stage(
-            self.folder / "mask",
-            inputs,
-            work,
-            overwrite=self.overwrite,
-            cheap=not used,
-            products=[path],
+            self.folder / "mask", inputs, work, overwrite=self.overwrite, cheap=not used, products=[path]
         )
         mask = SubnetMask.load(path)
         if mask.fingerprint != results["fingerprint"]:
-            raise StageError(
-                f"`{path}` is not the mask that this run extracted. Remove it to extract it again."
-            )
+            raise StageError(f"`{path}` is not the mask that this run extracted. Remove it to extract it again.")
         return mask
 
     def control_run(self, kind: str, mask: SubnetMask) -> TrainedStage:
@@ -184,9 +160,7 @@ class Pipeline:
         control.save(self.folder / f"control-{kind}.subnet.safetensors")
         return stage
 
-    def answers(
-        self, name: str, folder: Path, sha256: str
-    ) -> list[dict[str, Any]] | None:
+    def answers(self, name: str, folder: Path, sha256: str) -> list[dict[str, Any]] | None:
         """Answer the held-out prompts with the model in `folder`; `None` when evaluation is off."""
         task = self.inputs.data.evaluation
         if task is None:
@@ -195,43 +169,20 @@ class Pipeline:
         def work(stage: Path) -> dict[str, Any]:
             records = answer_prompts(folder, self.recipe, task, progress=self.progress)
             write_json(stage / "records.json", records)
-            return {
-                "accuracy": sum(record["correct"] for record in records) / len(records)
-            }
+            return {"accuracy": sum(record["correct"] for record in records) / len(records)}
 
-        logger.info(
-            "evaluate %s: greedy answers to %d held-out prompts",
-            name,
-            len(task.evaluation),
-        )
+        logger.info("evaluate %s: greedy answers to %d held-out prompts", name, len(task.evaluation))
         stage = self.folder / "evaluation" / name
         path = stage / "records.json"
-        run_stage(
-            stage,
-            self.inputs.of_answers(sha256),
-            work,
-            overwrite=self.overwrite,
-            cheap=True,
-            products=[path],
-        )
+        run_stage(stage, self.inputs.of_answers(sha256), work, overwrite=self.overwrite, cheap=True, products=[path])
         records: list[dict[str, Any]] = json.loads(path.read_text())
         return records
 
-    def report(
-        self,
-        full: TrainedStage,
-        subnet: TrainedStage,
-        controls: dict[str, TrainedStage],
-    ) -> Report:
+    def report(self, full: TrainedStage, subnet: TrainedStage, controls: dict[str, TrainedStage]) -> Report:
         """Evaluate every model, compare their weights, and write the report's three files."""
-        base_records = self.answers(
-            "base", self.inputs.base.folder, self.inputs.base_sha256
-        )
+        base_records = self.answers("base", self.inputs.base.folder, self.inputs.base_sha256)
         trained = {"full": full, "subnet": subnet, **controls}
-        records = {
-            name: self.answers(name, run.folder, run.results["sha256"])
-            for name, run in trained.items()
-        }
+        records = {name: self.answers(name, run.folder, run.results["sha256"]) for name, run in trained.items()}
         logger.info("verify: comparing weights")
         weights = compare_weights(
             self.inputs.base,
@@ -250,23 +201,16 @@ class Pipeline:
                 name,
                 records=records[name],
                 log_history=json.loads((run.folder / LOG).read_text()),
-                seconds={
-                    "train": run.results["train_seconds"],
-                    **self._evaluation_seconds(name),
-                },
+                seconds={"train": run.results["train_seconds"], **self._evaluation_seconds(name)},
                 memory=run.results["memory"],
                 weights=weights.get(name),
             )
 
         from_full = self.recipe.subnet.source.kind == "extract"
-        mask_stage = (
-            read_json(self.folder / "mask" / "stage.json") if from_full else None
-        )
+        mask_stage = read_json(self.folder / "mask" / "stage.json") if from_full else None
         report = build_report(
             version=subnet_ft.__version__,
-            base=RunEvidence(
-                "base", records=base_records, seconds=self._evaluation_seconds("base")
-            ),
+            base=RunEvidence("base", records=base_records, seconds=self._evaluation_seconds("base")),
             full=evidence("full"),
             subnet=evidence("subnet"),
             controls=[evidence(name) for name in controls],
@@ -313,16 +257,10 @@ class Pipeline:
                 "environment": environment(),
             }
 
-        what = (
-            "every weight"
-            if mask is None
-            else f"{mask.num_trainable:,} of {mask.num_parameters:,} weights"
-        )
+        what = "every weight" if mask is None else f"{mask.num_trainable:,} of {mask.num_parameters:,} weights"
         logger.info("%s: %s on %s", name, self.recipe.algorithm, what)
         inputs = self._training_inputs(mask)
-        results = run_stage(
-            folder, inputs, work, overwrite=self.overwrite, products=[folder / LOG]
-        )
+        results = run_stage(folder, inputs, work, overwrite=self.overwrite, products=[folder / LOG])
         stage = self._checked(name, mask, results)
         if not self.recipe.keep_checkpoints:
             # Only now: while `stage.json` was not there, the run might have had to resume.
@@ -331,9 +269,7 @@ class Pipeline:
             self._describe(stage)
         return stage
 
-    def _checked(
-        self, name: str, mask: SubnetMask | None, results: dict[str, Any]
-    ) -> TrainedStage:
+    def _checked(self, name: str, mask: SubnetMask | None, results: dict[str, Any]) -> TrainedStage:
         """Return a finished stage after its checkpoint was compared with what the stage saved."""
         folder = self.folder / name
         if checkpoint_sha256(folder) != results["sha256"]:
@@ -343,11 +279,7 @@ class Pipeline:
         return TrainedStage(folder, mask, results)
 
     def _training_inputs(self, mask: SubnetMask | None) -> dict[str, Any]:
-        sampled = (
-            {}
-            if self.recipe.task.pairs is None
-            else {"pairs": json_sha256(self.dataset)}
-        )
+        sampled = {} if self.recipe.task.pairs is None else {"pairs": json_sha256(self.dataset)}
         return {**self.inputs.of_training(mask), **sampled}
 
     def _describe(self, stage: TrainedStage) -> None:
@@ -358,39 +290,21 @@ class Pipeline:
     def _sampled_pairs(self) -> Dataset:
         from datasets import Dataset
 
-        task, pairs, model = (
-            self.inputs.data.task,
-            self.recipe.task.pairs,
-            self.recipe.model,
-        )
+        task, pairs, model = self.inputs.data.task, self.recipe.task.pairs, self.recipe.model
         assert task is not None
         assert pairs is not None
 
         def work(folder: Path) -> dict[str, Any]:
             loaded = load_model(
-                self.inputs.base.folder,
-                dtype=model.dtype,
-                attn_implementation=model.attn_implementation,
+                self.inputs.base.folder, dtype=model.dtype, attn_implementation=model.attn_implementation
             )
-            sampled = sample_pairs(
-                *loaded, task, pairs, seed=self.recipe.seed, progress=self.progress
-            )
+            sampled = sample_pairs(*loaded, task, pairs, seed=self.recipe.seed, progress=self.progress)
             write_json(folder / "pairs.json", sampled.to_list())
             return {"num_pairs": len(sampled)}
 
-        logger.info(
-            "pairs: %d samples of each of %d prompts from the base model",
-            pairs.num_samples,
-            pairs.num_prompts,
-        )
+        logger.info("pairs: %d samples of each of %d prompts from the base model", pairs.num_samples, pairs.num_prompts)
         path = self.folder / "pairs" / "pairs.json"
-        run_stage(
-            path.parent,
-            self.inputs.of_pairs(),
-            work,
-            overwrite=self.overwrite,
-            products=[path],
-        )
+        run_stage(path.parent, self.inputs.of_pairs(), work, overwrite=self.overwrite, products=[path])
         return Dataset.from_list(json.loads(path.read_text()))
 
     def _evaluation_seconds(self, name: str) -> dict[str, float]:

@@ -61,11 +61,7 @@ def run_stage(
             )
         _remove(folder)
         found = None
-    if (
-        found is not None
-        and "results" in found
-        and all(path.exists() for path in products)
-    ):
+    if found is not None and "results" in found and all(path.exists() for path in products):
         logger.info("%s: done before", folder.name)
         results: dict[str, Any] = found["results"]
         return results
@@ -74,9 +70,7 @@ def run_stage(
     start = time.perf_counter()
     results = work(folder)
     results = {**results, "seconds": time.perf_counter() - start}
-    write_json(
-        folder / FINISHED, {"inputs": inputs, "results": results, "finished": _now()}
-    )
+    write_json(folder / FINISHED, {"inputs": inputs, "results": results, "finished": _now()})
     (folder / STARTED).unlink()
     return results
 
@@ -85,9 +79,7 @@ def finished_results(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | N
     """Return the results of a stage that was finished with the same inputs, else `None`."""
     found = read_json(folder / FINISHED)
     same = found is not None and found.get("inputs") == json.loads(json.dumps(inputs))
-    results: dict[str, Any] | None = (
-        found["results"] if found is not None and same else None
-    )
+    results: dict[str, Any] | None = found["results"] if found is not None and same else None
     return results
 
 
@@ -105,9 +97,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise StageError(
-            f"Another process works in `{folder}`. Wait for it, or choose another `output`."
-        ) from error
+        raise StageError(f"Another process works in `{folder}`. Wait for it, or choose another `output`.") from error
     try:
         yield
     finally:
@@ -121,9 +111,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         value: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise StageError(
-            f"`{path}` is not JSON ({error}). Remove its folder to make the stage again."
-        ) from error
+        raise StageError(f"`{path}` is not JSON ({error}). Remove its folder to make the stage again.") from error
     return value
 
 
@@ -140,9 +128,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _holds_something(folder: Path) -> bool:
     # A file that was being written when a run was killed is hidden, and is no reason to refuse.
-    return folder.is_dir() and any(
-        not path.name.startswith(".") for path in folder.iterdir()
-    )
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def _remove(folder: Path) -> None:
@@ -162,9 +148,7 @@ def _changes(old: Any, new: Any, where: str = "") -> list[str]:
         changes = []
         for key in [*old, *(key for key in new if key not in old)]:
             if old.get(key) != new.get(key):
-                changes += _changes(
-                    old.get(key), new.get(key), f"{where}.{key}" if where else str(key)
-                )
+                changes += _changes(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
         return changes
     return [f"{where}: was {_short(old)}, is {_short(new)}"]
 

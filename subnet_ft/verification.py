@@ -23,14 +23,10 @@ def compare_dtype(base: Checkpoint, recipe: Recipe) -> str | None:
     return None if stored == {recipe.model.dtype} else recipe.model.dtype
 
 
-def answer_prompts(
-    folder: Path, recipe: Recipe, task: Task, *, progress: bool = False
-) -> list[dict[str, Any]]:
+def answer_prompts(folder: Path, recipe: Recipe, task: Task, *, progress: bool = False) -> list[dict[str, Any]]:
     """Load the model in `folder` and answer the held-out prompts of `task` greedily."""
     spec = recipe.model
-    model, tokenizer = load_model(
-        folder, dtype=spec.dtype, attn_implementation=spec.attn_implementation
-    )
+    model, tokenizer = load_model(folder, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
     return evaluate_model(
         model,
         tokenizer,
@@ -62,10 +58,7 @@ def verify(
         output: Folder for the report's files, if they are wanted.
         progress: Show progress bars on stderr.
     """
-    checkpoints = {
-        name: open_checkpoint(model)
-        for name, model in (("base", base), ("full", full), ("subnet", subnet))
-    }
+    checkpoints = {name: open_checkpoint(model) for name, model in (("base", base), ("full", full), ("subnet", subnet))}
     mask = SubnetMask.load(mask_path, base=checkpoints["base"])
     weights = compare_weights(
         checkpoints["base"],
@@ -78,16 +71,12 @@ def verify(
         task = load_recipe_data(recipe).evaluation
         assert task is not None
         for name, checkpoint in checkpoints.items():
-            records[name] = answer_prompts(
-                checkpoint.folder, recipe, task, progress=progress
-            )
+            records[name] = answer_prompts(checkpoint.folder, recipe, task, progress=progress)
     report = build_report(
         version=subnet_ft.__version__,
         base=RunEvidence("base", records=records.get("base")),
         full=RunEvidence("full", records=records.get("full")),
-        subnet=RunEvidence(
-            "subnet", records=records.get("subnet"), weights=weights["subnet"]
-        ),
+        subnet=RunEvidence("subnet", records=records.get("subnet"), weights=weights["subnet"]),
         mask=mask,
         margin=recipe.evaluation.margin if recipe else 0.02,
         confidence=recipe.evaluation.confidence if recipe else 0.95,
@@ -103,6 +92,4 @@ def verify(
 
 def has_failed(report: Report) -> bool:
     """Tell whether a report fails: the full run was not recovered, or a weight outside a mask changed."""
-    return report.verdict == "not_recovered" or any(
-        entry.off_mask_changed for entry in report.weights.values()
-    )
+    return report.verdict == "not_recovered" or any(entry.off_mask_changed for entry in report.weights.values())

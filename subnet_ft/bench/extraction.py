@@ -38,11 +38,7 @@ _CHILD = "import sys; from subnet_ft.bench.extraction import measure_here; measu
 
 
 def measure_extraction(
-    model: str,
-    *,
-    repeats: int,
-    refused: Mapping[str, str] | None = None,
-    density: float = DENSITY,
+    model: str, *, repeats: int, refused: Mapping[str, str] | None = None, density: float = DENSITY
 ) -> list[dict[str, Any]]:
     """Compare `model` with a copy of itself in which some weights have moved; return the rows of `measure`.
 
@@ -54,9 +50,7 @@ def measure_extraction(
     """
     base = open_checkpoint(model).folder
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(
-            base, perturbed_copy(base, Path(folder) / "tuned", density), repeats
-        )
+        rows = measure(base, perturbed_copy(base, Path(folder) / "tuned", density), repeats)
     reason = (refused or {}).get("compare")
     return rows if reason is None else _without_speed(rows, reason)
 
@@ -76,31 +70,21 @@ def measure(base: Path, tuned: Path, repeats: int) -> list[dict[str, Any]]:
     """
     tiny = open_checkpoint("tiny:llama").folder
     with tempfile.TemporaryDirectory() as folder:
-        warm_up = [
-            str(tiny),
-            str(perturbed_copy(tiny, Path(folder) / "tuned", DENSITY)),
-        ]
-        rows = [
-            _in_a_fresh_process(method, [str(base), str(tuned), *warm_up, str(repeats)])
-            for method in METHODS
-        ]
+        warm_up = [str(tiny), str(perturbed_copy(tiny, Path(folder) / "tuned", DENSITY))]
+        rows = [_in_a_fresh_process(method, [str(base), str(tuned), *warm_up, str(repeats)]) for method in METHODS]
     ours, *others = rows
     for row in others:
         # Both are a count over the same number of weights, so one weight more or less shows.
         if row["density"] != ours["density"]:
             return _without_speed(
-                rows,
-                f"`extract` found a density of {ours['density']!r}, `{row['method']}` one of {row['density']!r}",
+                rows, f"`extract` found a density of {ours['density']!r}, `{row['method']}` one of {row['density']!r}"
             )
     return rows
 
 
 def _without_speed(rows: list[dict[str, Any]], reason: str) -> list[dict[str, Any]]:
     """Take our times, those of the first row, out of the rows."""
-    return [
-        {**rows[0], "median_ms": None, "fastest_ms": None, "refused": reason},
-        *rows[1:],
-    ]
+    return [{**rows[0], "median_ms": None, "fastest_ms": None, "refused": reason}, *rows[1:]]
 
 
 def perturbed_copy(base: Path, folder: Path, density: float) -> Path:
@@ -117,16 +101,12 @@ def perturbed_copy(base: Path, folder: Path, density: float) -> Path:
         tensors = load_file(file)
         for tensor in tensors.values():
             moved = torch.rand(tensor.shape, generator=generator) < density
-            tensor.view(_BITS[tensor.element_size()]).bitwise_xor_(
-                moved.to(_BITS[tensor.element_size()])
-            )
+            tensor.view(_BITS[tensor.element_size()]).bitwise_xor_(moved.to(_BITS[tensor.element_size()]))
         save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
 
-def measure_here(
-    method: str, base: str, tuned: str, tiny_base: str, tiny_tuned: str, repeats: str
-) -> None:
+def measure_here(method: str, base: str, tuned: str, tiny_base: str, tiny_tuned: str, repeats: str) -> None:
     """Measure one method in this process and write its row to standard output; `measure` starts the process."""
     from transformers.utils import logging
 
@@ -145,9 +125,7 @@ def measure_here(
         density = run(base, tuned)
         times.append(1000 * (time.perf_counter() - began))
         if peak is None and before is not None:
-            peak = (
-                _status("VmHWM") - before
-            )  # of the first run: what later ones keep in reserve is not theirs
+            peak = _status("VmHWM") - before  # of the first run: what later ones keep in reserve is not theirs
     row = {
         "op": "extract",
         "method": method,
@@ -162,20 +140,14 @@ def measure_here(
 def _in_a_fresh_process(method: str, arguments: list[str]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, method, *arguments],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "HF_HUB_OFFLINE": "1",
-        },
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CheckpointError(
-            f"`{method}` failed on `{arguments[0]}` and `{arguments[1]}`: {reason}"
-        )
+        raise CheckpointError(f"`{method}` failed on `{arguments[0]}` and `{arguments[1]}`: {reason}")
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
@@ -185,38 +157,24 @@ def _extracted(base: str, tuned: str) -> Callable[[], float]:
     return lambda: mask.density
 
 
-def _subtracted(
-    base: str, tuned: str, *, loaded: Any, widened: bool
-) -> Callable[[], float]:
+def _subtracted(base: str, tuned: str, *, loaded: Any, widened: bool) -> Callable[[], float]:
     from transformers import AutoModelForCausalLM
 
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=loaded)
-        for folder in (base, tuned)
-    )
+    before, after = (AutoModelForCausalLM.from_pretrained(folder, dtype=loaded) for folder in (base, tuned))
     new = dict(after.named_parameters())
     masks = {}
     with torch.no_grad():
         for name, old in before.named_parameters():
             delta = new[name].float() - old.float() if widened else new[name] - old
             masks[name] = delta != 0
-    return lambda: (
-        sum(int(mask.sum()) for mask in masks.values())
-        / sum(mask.numel() for mask in masks.values())
-    )
+    return lambda: sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
 _RUNS: dict[str, Callable[[str, str], Callable[[], float]]] = {
     OURS: _extracted,
-    SUBTRACT_STORED: lambda base, tuned: _subtracted(
-        base, tuned, loaded="auto", widened=False
-    ),
-    SUBTRACT_WIDENED: lambda base, tuned: _subtracted(
-        base, tuned, loaded="auto", widened=True
-    ),
-    LOAD_WIDENED: lambda base, tuned: _subtracted(
-        base, tuned, loaded=torch.float32, widened=False
-    ),
+    SUBTRACT_STORED: lambda base, tuned: _subtracted(base, tuned, loaded="auto", widened=False),
+    SUBTRACT_WIDENED: lambda base, tuned: _subtracted(base, tuned, loaded="auto", widened=True),
+    LOAD_WIDENED: lambda base, tuned: _subtracted(base, tuned, loaded=torch.float32, widened=False),
 }
 
 
@@ -232,8 +190,4 @@ def _start_of_peak() -> int | None:
 def _status(field: str) -> int:
     """Return bytes of this process by the name that Linux gives them."""
     with open("/proc/self/status", encoding="ascii") as status:
-        return next(
-            1024 * int(line.split()[1])
-            for line in status
-            if line.startswith(f"{field}:")
-        )
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(f"{field}:"))

@@ -22,9 +22,7 @@ NUM_PAIRS = 8
 _STEPS = 3
 
 
-def measure_memory(
-    base: Path, *, density: float = DENSITY, master: str = "fp32"
-) -> dict[str, Any]:
+def measure_memory(base: Path, *, density: float = DENSITY, master: str = "fp32") -> dict[str, Any]:
     """Train `base` for three DPO steps with TRL on a random mask and return a row of the bench.
 
     Temporaries are what the trainer, autograd and our optimizer allocate with as many elements as a trainable matrix,
@@ -64,8 +62,7 @@ def measure_memory(
         "median_ms": None,
         "bytes_per_parameter": persistent / num_parameters,
         "peak_bytes_per_parameter": (persistent + highest.total) / num_parameters,
-        "first_step_peak_bytes_per_parameter": (persistent + first.total)
-        / num_parameters,
+        "first_step_peak_bytes_per_parameter": (persistent + first.total) / num_parameters,
         "memory": memory,
         "temporaries": {
             owner: max(peak.highest.get(owner, 0) for peak in (first, later))
@@ -75,9 +72,7 @@ def measure_memory(
     }
 
 
-def _train(
-    trainer: Any, mask: SubnetMask, master: str, tracker: StorageTracker
-) -> MaskedAdamW:
+def _train(trainer: Any, mask: SubnetMask, master: str, tracker: StorageTracker) -> MaskedAdamW:
     from transformers import TrainerCallback
 
     from subnet_ft.training import restrict
@@ -85,17 +80,13 @@ def _train(
     entered = contextlib.ExitStack()
 
     class TrackSteps(TrainerCallback):
-        def on_step_begin(
-            self, args: Any, state: Any, control: Any, **kwargs: Any
-        ) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
                 entered.enter_context(tracker)
             elif state.global_step == 1:
                 tracker.mark()
 
-        def on_train_end(
-            self, args: Any, state: Any, control: Any, **kwargs: Any
-        ) -> None:
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             entered.close()
 
     trainer.add_callback(TrackSteps())
@@ -124,22 +115,14 @@ def _trainer(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Any:
     }  # fmt: skip
     args = run_config(algorithm, training, output_dir=str(folder), seed=0)
     return algorithm.trainer_class(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_dict(pairs),
-        processing_class=tokenizer,
+        model=model, args=args, train_dataset=Dataset.from_dict(pairs), processing_class=tokenizer
     )
 
 
 def _random_mask(model: PreTrainedModel, density: float) -> SubnetMask:
     if density == 1.0:
-        return SubnetMask.full(
-            {name: tuple(p.shape) for name, p in model.named_parameters()}
-        )
+        return SubnetMask.full({name: tuple(p.shape) for name, p in model.named_parameters()})
     generator = torch.Generator().manual_seed(0)
     return SubnetMask.from_dense(
-        {
-            name: torch.rand(p.shape, generator=generator) < density
-            for name, p in model.named_parameters()
-        }
+        {name: torch.rand(p.shape, generator=generator) < density for name, p in model.named_parameters()}
     )

@@ -34,24 +34,17 @@ class Owners:
     def __init__(self, model: PreTrainedModel) -> None:
         embedding = model.get_input_embeddings()
         assert isinstance(embedding, torch.nn.Embedding)
-        matrices = [
-            parameter for parameter in model.parameters() if parameter.dim() > 1
-        ]
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
         self._vocabulary, self._hidden = embedding.weight.shape
         self._widths = {width for matrix in matrices for width in matrix.shape}
         self._sizes = {matrix.numel() for matrix in matrices}
         self._smallest = min(self._sizes)
         self._tokens: set[int] = set()
-        embedding.register_forward_pre_hook(
-            lambda module, args: self._tokens.add(args[0].numel())
-        )
+        embedding.register_forward_pre_hook(lambda module, args: self._tokens.add(args[0].numel()))
 
     def __call__(self, op: str, tensor: torch.Tensor) -> str | None:
         """Return the owner of a storage by an op and a tensor in it, which may be a view."""
-        sizes = {
-            tensor.untyped_storage().nbytes() // tensor.element_size(),
-            tensor.numel(),
-        }
+        sizes = {tensor.untyped_storage().nbytes() // tensor.element_size(), tensor.numel()}
         what = self._what(sizes, tensor)
         if what is None:
             return None
@@ -65,9 +58,7 @@ class Owners:
             ValueError: A batch had so many tokens that an activation has as many elements as a matrix.
         """
         for tokens in self._tokens:
-            mistaken = [
-                width for width in self._widths if tokens * width in self._sizes
-            ]
+            mistaken = [width for width in self._widths if tokens * width in self._sizes]
             if mistaken or tokens > SMALLEST_CHUNK:
                 raise ValueError(
                     f"Activations of {tokens} tokens (widths {mistaken}) cannot be told from matrices by their size; "
@@ -79,14 +70,8 @@ class Owners:
             return OURS
         if sizes & self._sizes:
             largest = self._vocabulary * self._hidden
-            return (
-                "tied output embedding" if largest in sizes else "one matrix at a time"
-            )
-        if (
-            tensor.dim() == 2
-            and tensor.is_floating_point()
-            and self._hidden in tensor.shape
-        ):
+            return "tied output embedding" if largest in sizes else "one matrix at a time"
+        if tensor.dim() == 2 and tensor.is_floating_point() and self._hidden in tensor.shape:
             rows = tensor.numel() // self._hidden
             if SMALLEST_CHUNK < rows <= self._vocabulary:
                 return "trainer's head, chunk of the output embedding"
@@ -97,11 +82,7 @@ def persistent_tensors(optimizer: MaskedBase) -> Iterator[torch.Tensor]:
     """Yield what outlives a step and stands in the ledger: state, compact gradients and masks."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            yield from (
-                value
-                for value in optimizer.state[parameter].values()
-                if isinstance(value, torch.Tensor)
-            )
+            yield from (value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor))
             mask = optimizer.bit_mask(parameter)
             yield from (mask.bits, mask.offsets, mask.bases)
     yield from optimizer.gradient_buffers()

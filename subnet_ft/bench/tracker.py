@@ -36,35 +36,23 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
     def __init__(self, owner_of: Callable[[str, torch.Tensor], str | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._owner_of = owner_of
-        self._serials: dict[
-            int, int
-        ] = {}  # of the storages that count, by their address while they live
+        self._serials: dict[int, int] = {}  # of the storages that count, by their address while they live
         self._without_owner: set[int] = set()
         self._numbers = itertools.count()
         self._sections: list[list[tuple[int, str, int]]] = [[]]
         self.live: dict[str, int] = {}
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the op and look at what it returned."""
         kwargs = kwargs or {}
-        given = {
-            _address(leaf)
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, torch.Tensor)
-        }
+        given = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 address = _address(leaf)
-                if address in self._without_owner or (
-                    address not in given and address not in self._serials
-                ):
+                if address in self._without_owner or (address not in given and address not in self._serials):
                     self._look(str(func), leaf, address)
         return result
 
@@ -90,10 +78,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
                 held[owner] = held.get(owner, 0) + change
                 peak.highest[owner] = max(peak.highest.get(owner, 0), held[owner])
                 if sum(held.values()) > peak.total:
-                    peak.total, peak.parts = (
-                        sum(held.values()),
-                        {name: size for name, size in held.items() if size},
-                    )
+                    peak.total, peak.parts = sum(held.values()), {name: size for name, size in held.items() if size}
             peaks.append(peak)
         return peaks
 

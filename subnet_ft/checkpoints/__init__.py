@@ -14,13 +14,7 @@ if TYPE_CHECKING:
     from subnet_ft.checkpoints.models import undo_upcasts
     from subnet_ft.checkpoints.shards import TensorSpec
 
-__all__ = [
-    "Checkpoint",
-    "TensorSpec",
-    "open_checkpoint",
-    "resolve_checkpoint",
-    "undo_upcasts",
-]
+__all__ = ["Checkpoint", "TensorSpec", "open_checkpoint", "resolve_checkpoint", "undo_upcasts"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,9 +17,7 @@ def cache_folder() -> Path:
     chosen = os.environ.get("SUBNET_FT_CACHE")
     if chosen:
         return Path(chosen).expanduser()
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subnet-ft"
-    )
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subnet-ft"
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
@@ -39,9 +37,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        content = (
-            staging / "content"
-        )  # mkdtemp's own folder is private; this one has ordinary permissions
+        content = staging / "content"  # mkdtemp's own folder is private; this one has ordinary permissions
         content.mkdir()
         build(content)
         try:

@@ -62,9 +62,7 @@ class Checkpoint:
         """
         return next(self.tensors([name]))[1]
 
-    def tensors(
-        self, names: Iterable[str] | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield parameters one after another; what is converted together is read and converted once.
 
         Args:
@@ -75,9 +73,7 @@ class Checkpoint:
         """
         return self._stream(self._known(names))
 
-    def pieces(
-        self, size: int, names: Iterable[str] | None = None
-    ) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+    def pieces(self, size: int, names: Iterable[str] | None = None) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
         """Yield parameters one after another, each as flat pieces in C order; the fastest way to see all weights once.
 
         What is on disk as it is in memory goes through one buffer, so that memory does not grow with a tensor. A piece
@@ -102,34 +98,19 @@ class Checkpoint:
             )
         return wanted
 
-    def _cut_up(
-        self, wanted: list[str], size: int
-    ) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+    def _cut_up(self, wanted: list[str], size: int) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
         import torch
 
-        plain = {
-            name: key
-            for name in wanted
-            if (key := self._plan.stored_as_is(name)) is not None
-        }
+        plain = {name: key for name in wanted if (key := self._plan.stored_as_is(name)) is not None}
         converted = self._stream([name for name in wanted if name not in plain])
         widths = {name: self.specs[name].dtype.itemsize for name in plain}
         buffer = torch.empty(size * max(widths.values(), default=0), dtype=torch.uint8)
         for name in wanted:
             if name in plain:
-                yield (
-                    name,
-                    self._reader.pieces(plain[name], buffer[: size * widths[name]]),
-                )
+                yield name, self._reader.pieces(plain[name], buffer[: size * widths[name]])
             else:
                 flat = next(converted)[1].view(-1)
-                yield (
-                    name,
-                    (
-                        flat[start : start + size]
-                        for start in range(0, flat.numel(), size)
-                    ),
-                )
+                yield name, (flat[start : start + size] for start in range(0, flat.numel(), size))
                 del flat  # or the next group is converted while this one is still held
 
     def _stream(self, wanted: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -138,11 +119,7 @@ class Checkpoint:
         for position, name in enumerate(wanted):
             if name not in waiting:
                 group = self._plan.convert(name, self._reader)
-                waiting |= {
-                    member: value
-                    for member, value in group.items()
-                    if last.get(member, -1) >= position
-                }
+                waiting |= {member: value for member, value in group.items() if last.get(member, -1) >= position}
                 del group
             yield name, waiting[name] if last[name] > position else waiting.pop(name)
 
@@ -178,9 +155,7 @@ def _load_config(folder: Path) -> PretrainedConfig:
         ) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        described = (
-            quantization if isinstance(quantization, dict) else vars(quantization)
-        )
+        described = quantization if isinstance(quantization, dict) else vars(quantization)
         raise CheckpointError(
             f"`{folder}` is quantized ({described.get('quant_method', 'unknown method')}); a subnetwork is a set of "
             "dense weights. Load it with transformers, call `model.dequantize()`, save it with `save_pretrained`, and "
@@ -192,9 +167,7 @@ def _load_config(folder: Path) -> PretrainedConfig:
 def _without_config(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         try:
-            adapter = json.loads(
-                (folder / "adapter_config.json").read_text(encoding="utf-8")
-            )
+            adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             base = adapter.get("base_model_name_or_path")
         except (ValueError, AttributeError):
             base = None
@@ -204,11 +177,7 @@ def _without_config(folder: Path) -> str:
             "the merged folder."
         )
     steps = sorted(
-        (
-            entry
-            for entry in folder.glob("checkpoint-*")
-            if (entry / "config.json").is_file()
-        ),
+        (entry for entry in folder.glob("checkpoint-*") if (entry / "config.json").is_file()),
         key=lambda entry: (len(entry.name), entry.name),
     )
     if steps:

@@ -38,23 +38,9 @@ _INTERNALS: dict[str, tuple[str, ...]] = {
         "base_model_prefix",
         "meta_state_dict",
     ),
-    "core_model_loading:WeightConverter.add_tensor": (
-        "self",
-        "target_key",
-        "source_key",
-        "source_pattern",
-        "future",
-    ),
-    "core_model_loading:WeightConverter.convert": (
-        "self",
-        "layer_name",
-        "model",
-        "config",
-    ),
-    "modeling_utils:PreTrainedModel._adjust_missing_and_unexpected_keys": (
-        "self",
-        "loading_info",
-    ),
+    "core_model_loading:WeightConverter.add_tensor": ("self", "target_key", "source_key", "source_pattern", "future"),
+    "core_model_loading:WeightConverter.convert": ("self", "layer_name", "model", "config"),
+    "modeling_utils:PreTrainedModel._adjust_missing_and_unexpected_keys": ("self", "loading_info"),
 }
 
 
@@ -86,21 +72,14 @@ class ConversionPlan:
     ignored: dict[str, str]
     _model: PreTrainedModel
     _groups: dict[str, Group]  # by parameter
-    _saved: dict[
-        str, str
-    ]  # parameter -> the name, of several tied ones, under which it is on disk
-    _members: dict[
-        str, list[str]
-    ]  # first target of a group -> all parameters of the group
+    _saved: dict[str, str]  # parameter -> the name, of several tied ones, under which it is on disk
+    _members: dict[str, list[str]]  # first target of a group -> all parameters of the group
 
     def convert(self, name: str, reader: ShardReader) -> dict[str, torch.Tensor]:
         """Read and convert the group of the parameter `name`; returns every parameter that comes out of it."""
         group = self._groups[name]
         produced = _convert(group, self._model, reader.read)
-        return {
-            member: produced[self._saved[member]]
-            for member in self._members[group.first]
-        }
+        return {member: produced[self._saved[member]] for member in self._members[group.first]}
 
     def stored_as_is(self, name: str) -> str | None:
         """Return the name on disk of a parameter that is there as it is in memory; `None` for a converted one."""
@@ -108,9 +87,7 @@ class ConversionPlan:
         return group.sources[0][0] if group.converter is None else None
 
 
-def plan_conversion(
-    config: PretrainedConfig, reader: ShardReader, where: object
-) -> ConversionPlan:
+def plan_conversion(config: PretrainedConfig, reader: ShardReader, where: object) -> ConversionPlan:
     """Match the tensors on disk with the parameters of the model that `config` describes; weights stay unread.
 
     Args:
@@ -136,23 +113,14 @@ def plan_conversion(
         else:
             ignored |= {key: "a buffer" for key, _ in group.sources}
 
-    saved = _saved_names(
-        model, found, lambda name: _convert(origin[name], model, reader.read)[name]
-    )
+    saved = _saved_names(model, found, lambda name: _convert(origin[name], model, reader.read)[name])
     for target in found.keys() - set(saved.values()):
         if target in parameters:
-            ignored |= {
-                key: "a copy of the weight it is tied to"
-                for key, _ in origin[target].sources
-            }
+            ignored |= {key: "a copy of the weight it is tied to" for key, _ in origin[target].sources}
         else:
             unmatched |= {key: target for key, _ in origin[target].sources}
     unexpected = _unexpected(model, unmatched.values())
-    ignored |= {
-        key: "not used by this architecture"
-        for key, name in unmatched.items()
-        if name not in unexpected
-    }
+    ignored |= {key: "not used by this architecture" for key, name in unmatched.items() if name not in unexpected}
     _refuse_unfit(
         f"`{where}` ({type(model).__name__})",
         missing=[name for name, source in saved.items() if source is None],
@@ -160,8 +128,7 @@ def plan_conversion(
         resized=[
             f"`{name}`: {found[source].shape} on disk, {tuple(parameters[name].shape)} by the config"
             for name, source in saved.items()
-            if source is not None
-            and found[source].shape != tuple(parameters[name].shape)
+            if source is not None and found[source].shape != tuple(parameters[name].shape)
         ],
     )
     complete = {name: source for name, source in saved.items() if source is not None}
@@ -185,9 +152,7 @@ def check_internals() -> None:
     for where, leading in _INTERNALS.items():
         module, _, path = where.partition(":")
         try:
-            function = attrgetter(path)(
-                importlib.import_module(f"transformers.{module}")
-            )
+            function = attrgetter(path)(importlib.import_module(f"transformers.{module}"))
             parameters = inspect.signature(function).parameters
         except (ImportError, AttributeError):
             problem = "is gone"
@@ -196,8 +161,7 @@ def check_internals() -> None:
             required = [
                 extra.name
                 for extra in rest
-                if extra.default is extra.empty
-                and extra.kind not in (extra.VAR_POSITIONAL, extra.VAR_KEYWORD)
+                if extra.default is extra.empty and extra.kind not in (extra.VAR_POSITIONAL, extra.VAR_KEYWORD)
             ]
             if tuple(parameters)[: len(leading)] == leading and not required:
                 continue
@@ -215,11 +179,7 @@ def _meta_model(config: PretrainedConfig, where: object) -> PreTrainedModel:
     architecture = next(iter(config.architectures or ()), None)
     model_class = getattr(transformers, architecture, None) if architecture else None
     if model_class is None:
-        custom = (
-            " It needs code from its repository, which is never run here."
-            if hasattr(config, "auto_map")
-            else ""
-        )
+        custom = " It needs code from its repository, which is never run here." if hasattr(config, "auto_map") else ""
         raise CheckpointError(
             f"`{where}` is of the architecture {architecture!r} by its config.json, which transformers "
             f"{transformers.__version__} does not have.{custom} Use a model whose `architectures` names a class of "
@@ -230,32 +190,17 @@ def _meta_model(config: PretrainedConfig, where: object) -> PreTrainedModel:
     return model
 
 
-def _group(
-    model: PreTrainedModel, reader: ShardReader, where: object
-) -> tuple[list[Group], dict[str, str]]:
+def _group(model: PreTrainedModel, reader: ShardReader, where: object) -> tuple[list[Group], dict[str, str]]:
     """Collect the tensors on disk by their target; the others are returned with the name they would have in memory."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     in_memory: dict[str, Any] = model.state_dict()
     prefix = model.base_model_prefix
     mapping = get_model_conversion_mapping(model)
-    renamings = [
-        transform for transform in mapping if isinstance(transform, WeightRenaming)
-    ]
-    converters = [
-        transform for transform in mapping if isinstance(transform, WeightConverter)
-    ]
-    by_pattern = {
-        pattern: converter
-        for converter in converters
-        for pattern in converter.source_patterns
-    }
+    renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
     groups: dict[str, Group] = {}
     unmatched: dict[str, str] = {}
@@ -266,9 +211,7 @@ def _group(
         if name not in in_memory:
             unmatched[key] = name
             continue
-        group = groups.setdefault(
-            name, Group(name, by_pattern[pattern] if pattern is not None else None)
-        )
+        group = groups.setdefault(name, Group(name, by_pattern[pattern] if pattern is not None else None))
         if group.sources and (group.converter is None or pattern is None):
             raise CheckpointError(
                 f"`{group.sources[0][0]}` and `{key}` of `{where}` both stand for `{name}`, so which one counts is "
@@ -278,14 +221,10 @@ def _group(
     return list(groups.values()), unmatched
 
 
-def _convert(
-    group: Group, model: PreTrainedModel, read: Callable[[str], torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _convert(group: Group, model: PreTrainedModel, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
     if group.converter is None:
         return {group.first: read(group.sources[0][0])}
-    converter = copy.deepcopy(
-        group.converter
-    )  # it collects tensors, and the plan must not keep them
+    converter = copy.deepcopy(group.converter)  # it collects tensors, and the plan must not keep them
     for key, pattern in group.sources:
         converter.add_tensor(group.first, key, pattern, read(key))
     try:
@@ -296,16 +235,11 @@ def _convert(
             f"transformers cannot make `{group.first}` out of {made_of}: {error}. "
             "The checkpoint may be incomplete or belong to another model; save it again with `save_pretrained`."
         ) from error
-    single = {
-        target: value[0] if isinstance(value, list) else value
-        for target, value in produced.items()
-    }
+    single = {target: value[0] if isinstance(value, list) else value for target, value in produced.items()}
     return {target: value.contiguous() for target, value in single.items()}
 
 
-def _converted_specs(
-    group: Group, model: PreTrainedModel, reader: ShardReader
-) -> dict[str, TensorSpec]:
+def _converted_specs(group: Group, model: PreTrainedModel, reader: ShardReader) -> dict[str, TensorSpec]:
     specs = {key: reader[key].spec(key) for key, _ in group.sources}
     if group.converter is None:
         return {group.first: specs[group.sources[0][0]]}
@@ -314,16 +248,11 @@ def _converted_specs(
         return torch.empty(specs[key].shape, dtype=specs[key].dtype, device="meta")
 
     produced = _convert(group, model, outline)
-    return {
-        target: TensorSpec(tuple(tensor.shape), tensor.dtype)
-        for target, tensor in produced.items()
-    }
+    return {target: TensorSpec(tuple(tensor.shape), tensor.dtype) for target, tensor in produced.items()}
 
 
 def _saved_names(
-    model: PreTrainedModel,
-    found: Mapping[str, object],
-    read: Callable[[str], torch.Tensor],
+    model: PreTrainedModel, found: Mapping[str, object], read: Callable[[str], torch.Tensor]
 ) -> dict[str, str | None]:
     """Map every parameter, tied ones once, to the name under which it is on disk (`None`: under none)."""
     first: dict[int, str] = {}
@@ -337,9 +266,7 @@ def _saved_names(
             if source is None:
                 saved[name] = alias
             elif not torch.equal(read(source), read(alias)):
-                saved[alias] = (
-                    alias  # transformers does not tie two stored weights that differ
-                )
+                saved[alias] = alias  # transformers does not tie two stored weights that differ
     return saved
 
 
@@ -350,9 +277,7 @@ def _unexpected(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     return set(report.unexpected_keys)
 
 
-def _refuse_unfit(
-    what: str, *, missing: list[str], unexpected: list[str], resized: list[str]
-) -> None:
+def _refuse_unfit(what: str, *, missing: list[str], unexpected: list[str], resized: list[str]) -> None:
     problems = [
         f"{len(names)} {text}: {listing(names, limit=_SHOWN)}"
         for names, text in (

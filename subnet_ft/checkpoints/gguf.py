@@ -36,9 +36,7 @@ def locate_gguf(name: str) -> Path:
     if not name.startswith(PACKAGE_PREFIX):
         file = Path(name).expanduser()
         if not file.is_file():
-            raise CheckpointError(
-                f"There is no GGUF file `{file.absolute()}`. Check the path."
-            )
+            raise CheckpointError(f"There is no GGUF file `{file.absolute()}`. Check the path.")
         return file
     module, _, inside = name.removeprefix(PACKAGE_PREFIX).partition("/")
     if not module.isidentifier() or not inside.endswith(".gguf"):
@@ -49,9 +47,7 @@ def locate_gguf(name: str) -> Path:
     if spec is None:
         if module == _DEMO_PACKAGE:
             raise DemoModelMissingError(name)
-        raise CheckpointError(
-            f"`{name}`: the package `{module}` is not installed. Install it with pip."
-        )
+        raise CheckpointError(f"`{name}`: the package `{module}` is not installed. Install it with pip.")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     for folder in folders:
         if (folder / inside).is_file():
@@ -72,9 +68,7 @@ def gguf_checkpoint(name: str) -> Path:
     state = file.stat()
     identity = f"{_CONVERSION}\n{file}\n{state.st_size}\n{state.st_mtime_ns}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return build_once(
-        f"gguf/{file.stem}-{digest}", lambda folder: _dequantize(file, folder)
-    )
+    return build_once(f"gguf/{file.stem}-{digest}", lambda folder: _dequantize(file, folder))
 
 
 def _dequantize(file: Path, folder: Path) -> None:
@@ -88,20 +82,11 @@ def _dequantize(file: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(file.parent), gguf_file=file.name
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, **options
         )
-    except (
-        ValueError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        NotImplementedError,
-        AttributeError,
-    ) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot read the GGUF `{file}`: {error}. Check that the file is "
             "complete and of an architecture transformers supports, or use the model's safetensors checkpoint."

@@ -13,7 +13,5 @@ def listing(names: Sequence[str], *, limit: int = 3) -> str:
     """
     if not names:
         return "none"
-    shown = ", ".join(
-        name if name.startswith("`") else f"`{name}`" for name in names[:limit]
-    )
+    shown = ", ".join(name if name.startswith("`") else f"`{name}`" for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -34,14 +34,10 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     try:
         with _without_bars():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder, **options
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, ImportError, OSError) as error:
-        raise CheckpointError(
-            f"The model in `{folder}` cannot be loaded with {options}: {error}"
-        ) from error
+        raise CheckpointError(f"The model in `{folder}` cannot be loaded with {options}: {error}") from error
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     return model, tokenizer
@@ -62,15 +58,11 @@ def undo_upcasts(model: PreTrainedModel, *, dtype: str) -> None:
 
     for parameter in model.parameters():
         narrow = parameter.data.to(getattr(torch, dtype))
-        if narrow.itemsize < parameter.itemsize and bool(
-            (narrow.to(parameter.dtype) == parameter.data).all()
-        ):
+        if narrow.itemsize < parameter.itemsize and bool((narrow.to(parameter.dtype) == parameter.data).all()):
             parameter.data = narrow
 
 
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save model and tokenizer in `folder`."""
     with _without_bars():
         model.save_pretrained(folder)

@@ -74,9 +74,7 @@ def locate(name: str | Path, *, revision: str | None = None) -> Location:
         _refuse_revision(text, revision)
         return Location(gguf_checkpoint(text), None)
     if folder.is_file():
-        raise CheckpointError(
-            f"`{text}` is a file. Name the checkpoint's folder, `{folder.parent}`."
-        )
+        raise CheckpointError(f"`{text}` is a file. Name the checkpoint's folder, `{folder.parent}`.")
     if isinstance(name, Path) or not _HUB_ID.fullmatch(text):
         raise CheckpointError(
             f"There is no checkpoint `{text}`: no folder `{folder.absolute()}`. Check the path, or name a Hub id "
@@ -90,24 +88,10 @@ def _from_hub(name: str, revision: str | None) -> Location:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=list(_HUB_FILES),
-            ignore_patterns=["*/*"],
-        )
-    except (
-        OSError,
-        HFValidationError,
-    ) as error:  # every error of the Hub's client is an OSError
-        wanted = f"the Hub model `{name}`" + (
-            f" at revision `{revision}`" if revision else ""
-        )
-        offline = (
-            " HF_HUB_OFFLINE is set: only the local Hub cache was searched."
-            if constants.HF_HUB_OFFLINE
-            else ""
-        )
+        found = snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"])
+    except (OSError, HFValidationError) as error:  # every error of the Hub's client is an OSError
+        wanted = f"the Hub model `{name}`" + (f" at revision `{revision}`" if revision else "")
+        offline = " HF_HUB_OFFLINE is set: only the local Hub cache was searched." if constants.HF_HUB_OFFLINE else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"There is no checkpoint `{name}`: looked for the folder `{Path(name).absolute()}` and for {wanted}."
@@ -125,10 +109,7 @@ def _tiny_checkpoint(family: str) -> Path:
     import transformers
 
     # Another initialisation or another saved form is another checkpoint.
-    identity = (
-        f"{torch.__version__}\n{transformers.__version__}\n".encode()
-        + Path(tiny.__file__).read_bytes()
-    )
+    identity = f"{torch.__version__}\n{transformers.__version__}\n".encode() + Path(tiny.__file__).read_bytes()
     digest = hashlib.sha256(identity).hexdigest()[:12]
 
     def build(folder: Path) -> None:
@@ -139,6 +120,4 @@ def _tiny_checkpoint(family: str) -> Path:
 
 def _refuse_revision(name: str, revision: str | None) -> None:
     if revision is not None:
-        raise CheckpointError(
-            f"`{name}` is not a Hub id, so it has no revision `{revision}`. Leave out the revision."
-        )
+        raise CheckpointError(f"`{name}` is not a Hub id, so it has no revision `{revision}`. Leave out the revision.")

@@ -75,9 +75,7 @@ class ShardReader(Mapping[str, StoredTensor]):
                         "one counts is unclear. Remove the stale file or save the model again into an empty folder."
                     )
                 header = handle.get_slice(key)
-                self._stored[key] = StoredTensor(
-                    file, offsets[key], tuple(header.get_shape()), header.get_dtype()
-                )
+                self._stored[key] = StoredTensor(file, offsets[key], tuple(header.get_shape()), header.get_dtype())
         _check_index(folder, self._stored)
 
     def __getitem__(self, key: str) -> StoredTensor:
@@ -99,15 +97,8 @@ class ShardReader(Mapping[str, StoredTensor]):
         before = stored.offset % mmap.ALLOCATIONGRANULARITY
         length = before + count * spec.dtype.itemsize
         with stored.file.open("rb") as file:
-            pages = mmap.mmap(
-                file.fileno(),
-                length,
-                offset=stored.offset - before,
-                access=mmap.ACCESS_COPY,
-            )
-        return torch.frombuffer(
-            pages, dtype=spec.dtype, count=count, offset=before
-        ).view(spec.shape)
+            pages = mmap.mmap(file.fileno(), length, offset=stored.offset - before, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(pages, dtype=spec.dtype, count=count, offset=before).view(spec.shape)
 
     def pieces(self, key: str, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
         """Read one tensor piece by piece through a buffer: for large files far faster than faulting in their pages.
@@ -138,9 +129,7 @@ def _fill(file: io.FileIO, target: memoryview, key: str) -> None:
     while target:
         count = file.readinto(target)  # may be less than was asked for
         if not count:
-            raise CheckpointError(
-                f"`{file.name!s}` ends within `{key}`: it changed while it was read. Try again."
-            )
+            raise CheckpointError(f"`{file.name!s}` ends within `{key}`: it changed while it was read. Try again.")
         target = target[count:]
 
 
@@ -163,11 +152,7 @@ def _offsets(file: Path) -> dict[str, int]:
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
-    return {
-        key: 8 + size + entry["data_offsets"][0]
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
+    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -185,14 +170,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = set(weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"`{index}` is not a valid index of shards ({error!r}). Save the model again."
-        ) from error
+        raise CheckpointError(f"`{index}` is not a valid index of shards ({error!r}). Save the model again.") from error
     for name in sorted(names, key=str):
         if not isinstance(name, str) or not name or Path(name).name != name:
-            raise CheckpointError(
-                f"`{index}` names the shard {name!r}, which is not a file name in that folder."
-            )
+            raise CheckpointError(f"`{index}` names the shard {name!r}, which is not a file name in that folder.")
     return dict(weight_map)
 
 

@@ -63,9 +63,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {
-        token: index for index, token in enumerate([_PAD, _EOS, *_CHARACTERS])
-    }
+    vocabulary = {token: index for index, token in enumerate([_PAD, _EOS, *_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -96,26 +94,17 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
         CheckpointError: `family` is unknown.
     """
     if family not in FAMILIES:
-        raise CheckpointError(
-            f"`tiny:{family}` is not a tiny model. Choose one of {', '.join(sorted(FAMILIES))}."
-        )
+        raise CheckpointError(f"`tiny:{family}` is not a tiny model. Choose one of {', '.join(sorted(FAMILIES))}.")
     from transformers import AutoConfig
 
     fields = {**_COMMON, **FAMILIES[family], **overrides}
     vocabulary_size = 2 + len(_CHARACTERS)
     return AutoConfig.for_model(
-        family,
-        vocab_size=vocabulary_size,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=1,
-        **fields,
+        family, vocab_size=vocabulary_size, pad_token_id=0, eos_token_id=1, bos_token_id=1, **fields
     )
 
 
-def tiny_model(
-    family: str, *, dtype: torch.dtype | None = None, seed: int = 0, **overrides: Any
-) -> PreTrainedModel:
+def tiny_model(family: str, *, dtype: torch.dtype | None = None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Build a random causal language model of `family`; the same seed gives the same weights.
 
     Args:
@@ -135,12 +124,8 @@ def tiny_model(
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
-                    parameter.mul_(
-                        4.0
-                    )  # the default scale of 0.02 leaves two layers with next to no signal
-    converted: PreTrainedModel = model.to(
-        torch.bfloat16 if dtype is None else dtype
-    ).eval()
+                    parameter.mul_(4.0)  # the default scale of 0.02 leaves two layers with next to no signal
+    converted: PreTrainedModel = model.to(torch.bfloat16 if dtype is None else dtype).eval()
     return converted
 
 

@@ -22,12 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # What transformers deprecates inside TRL is nothing that a user of this command can change.
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"(transformers|trl)(\.|$)"
-    )
-    logging.getLogger("subnet_ft").setLevel(
-        logging.WARNING if options.quiet else logging.INFO
-    )
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)(\.|$)")
+    logging.getLogger("subnet_ft").setLevel(logging.WARNING if options.quiet else logging.INFO)
     try:
         with stdout_for_results() as emit:
             code: int = options.command(options, emit)
@@ -36,23 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return WRONG_INPUT
     except OSError as error:
-        named = (
-            f"{error.strerror}: `{error.filename}`"
-            if error.strerror and error.filename
-            else str(error)
-        )
+        named = f"{error.strerror}: `{error.filename}`" if error.strerror and error.filename else str(error)
         sys.stderr.write(f"{named or type(error).__name__}\n")
         return WRONG_INPUT
     except KeyboardInterrupt:
-        goes_on = (
-            " The same command goes on from here."
-            if options.command in (run, train)
-            else ""
-        )
+        goes_on = " The same command goes on from here." if options.command in (run, train) else ""
         sys.stderr.write(f"\nInterrupted.{goes_on}\n")
         return 130
     except Exception:  # a bug, or something that torch, transformers or TRL refuses
-        logger.exception(
-            "Unexpected error. If it is not yours, report it with the output of `subnet-ft env`:"
-        )
+        logger.exception("Unexpected error. If it is not yours, report it with the output of `subnet-ft env`:")
         return UNEXPECTED

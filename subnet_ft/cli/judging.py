@@ -7,13 +7,7 @@ import json
 from pathlib import Path
 
 from subnet_ft import __version__
-from subnet_ft.cli.results import (
-    FINE,
-    VERIFICATION_FAILED,
-    Emit,
-    check_folder,
-    recipe_to_judge,
-)
+from subnet_ft.cli.results import FINE, VERIFICATION_FAILED, Emit, check_folder, recipe_to_judge
 from subnet_ft.errors import RecipeError
 
 
@@ -28,34 +22,15 @@ def evaluate(options: argparse.Namespace, emit: Emit) -> int:
     folder = open_checkpoint(options.model).folder
     task = load_recipe_data(recipe).evaluation
     if task is None:
-        raise RecipeError(
-            str(options.recipe),
-            ["evaluation.enabled: is false, so there are no held-out prompts"],
-        )
+        raise RecipeError(str(options.recipe), ["evaluation.enabled: is false, so there are no held-out prompts"])
     records = answer_prompts(folder, recipe, task, progress=not options.quiet)
     correct, total = sum(record["correct"] for record in records), len(records)
     low, high = wilson_interval(correct, total, recipe.evaluation.confidence)
     if options.json:
-        figures = {
-            "accuracy": correct / total,
-            "num_prompts": total,
-            "ci_low": low,
-            "ci_high": high,
-        }
-        emit(
-            json.dumps(
-                {
-                    "version": __version__,
-                    "model": options.model,
-                    "task": task.name,
-                    **figures,
-                }
-            )
-        )
+        figures = {"accuracy": correct / total, "num_prompts": total, "ci_low": low, "ci_high": high}
+        emit(json.dumps({"version": __version__, "model": options.model, "task": task.name, **figures}))
     else:
-        emit(
-            f"{options.model}: {correct / total:.1%} of {total} prompts ({low:.1%} to {high:.1%})"
-        )
+        emit(f"{options.model}: {correct / total:.1%} of {total} prompts ({low:.1%} to {high:.1%})")
     return FINE
 
 
@@ -75,9 +50,5 @@ def verify_run(options: argparse.Namespace, emit: Emit) -> int:
         output=options.output,
         progress=not options.quiet,
     )
-    emit(
-        json.dumps(summary_for_cli(report))
-        if options.json
-        else "\n".join(lines_for_terminal(report))
-    )
+    emit(json.dumps(summary_for_cli(report)) if options.json else "\n".join(lines_for_terminal(report)))
     return VERIFICATION_FAILED if has_failed(report) else FINE

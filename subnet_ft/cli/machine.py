@@ -25,17 +25,11 @@ def bench(options: argparse.Namespace, emit: Emit) -> int:
     parts = options.only or PARTS
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise SubnetError(
-            f"`{unknown[0]}` is no part of the bench; choose among {', '.join(PARTS)}."
-        )
+        raise SubnetError(f"`{unknown[0]}` is no part of the bench; choose among {', '.join(PARTS)}.")
     if options.repeats < 1 or options.layers < 1:
-        raise SubnetError(
-            f"--repeats and --layers must be at least 1, got {options.repeats} and {options.layers}."
-        )
+        raise SubnetError(f"--repeats and --layers must be at least 1, got {options.repeats} and {options.layers}.")
     choice = {} if options.densities is None else {"densities": options.densities}
-    result = run_bench(
-        parts, num_layers=options.layers, repeats=options.repeats, **choice
-    )
+    result = run_bench(parts, num_layers=options.layers, repeats=options.repeats, **choice)
     if options.json:
         emit(json.dumps({"version": __version__, **result}))
     else:
@@ -64,14 +58,6 @@ def env(options: argparse.Namespace, emit: Emit) -> int:
     if options.json:
         emit(json.dumps({"version": __version__, **found}))
     else:
-        rows = {
-            **{key: value for key, value in found.items() if key != "packages"},
-            **found["packages"],
-        }
-        emit(
-            "\n".join(
-                f"{key:<16} {'not found' if value is None else value}"
-                for key, value in rows.items()
-            )
-        )
+        rows = {**{key: value for key, value in found.items() if key != "packages"}, **found["packages"]}
+        emit("\n".join(f"{key:<16} {'not found' if value is None else value}" for key, value in rows.items()))
     return FINE

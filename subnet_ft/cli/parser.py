@@ -20,10 +20,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse gives up on `key=value` behind an option; they are overrides wherever they stand.
-    if rest and not (
-        hasattr(options, "overrides")
-        and all("=" in word and word[0] != "-" for word in rest)
-    ):
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
@@ -36,101 +33,45 @@ def _parser() -> argparse.ArgumentParser:
         description="Finetune only the subnetwork that reinforcement learning really changes.",
         epilog=_EXIT_CODES,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"subnet-ft {__version__}"
-    )
+    parser.add_argument("--version", action="version", version=f"subnet-ft {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     run_command = _command(
-        commands,
-        run,
-        "run",
-        "full run, mask, subnetwork run, controls, report; finished stages are kept",
+        commands, run, "run", "full run, mask, subnetwork run, controls, report; finished stages are kept"
     )
     _recipe_arguments(run_command)
-    run_command.add_argument(
-        "--json", action="store_true", help="print the verdict as one JSON object"
-    )
+    run_command.add_argument("--json", action="store_true", help="print the verdict as one JSON object")
 
-    train_command = _command(
-        commands, train, "train", "one run: `method=full` or `method=subnet`"
-    )
+    train_command = _command(commands, train, "train", "one run: `method=full` or `method=subnet`")
     _recipe_arguments(train_command)
-    train_command.add_argument(
-        "--json", action="store_true", help="print what was measured as one JSON object"
-    )
+    train_command.add_argument("--json", action="store_true", help="print what was measured as one JSON object")
 
     extract_command = _command(
-        commands,
-        extract_mask,
-        "extract",
-        "write the mask of the weights that differ between two checkpoints",
+        commands, extract_mask, "extract", "write the mask of the weights that differ between two checkpoints"
     )
-    extract_command.add_argument(
-        "base",
-        help="folder, Hub id, .gguf file, package:MODULE/FILE.gguf or tiny:FAMILY",
-    )
+    extract_command.add_argument("base", help="folder, Hub id, .gguf file, package:MODULE/FILE.gguf or tiny:FAMILY")
     extract_command.add_argument("tuned", help="the same, after training")
     extract_command.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        metavar="MASK",
-        help="NAME.subnet.safetensors to write",
+        "-o", "--output", required=True, metavar="MASK", help="NAME.subnet.safetensors to write"
     )
-    extract_command.add_argument(
-        "--criterion", choices=["exact", "absolute", "relative"], default="exact"
-    )
-    extract_command.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.0,
-        help="of the criteria absolute and relative",
-    )
-    extract_command.add_argument(
-        "--dtype", help="compare in this dtype instead of the stored one"
-    )
-    extract_command.add_argument(
-        "--json",
-        action="store_true",
-        help="print the mask's figures as one JSON object",
-    )
+    extract_command.add_argument("--criterion", choices=["exact", "absolute", "relative"], default="exact")
+    extract_command.add_argument("--tolerance", type=float, default=0.0, help="of the criteria absolute and relative")
+    extract_command.add_argument("--dtype", help="compare in this dtype instead of the stored one")
+    extract_command.add_argument("--json", action="store_true", help="print the mask's figures as one JSON object")
 
-    mask = commands.add_parser(
-        "mask", help="look at masks", description="Look at masks."
-    )
-    mask_commands = mask.add_subparsers(
-        title="commands", metavar="COMMAND", required=True
-    )
+    mask = commands.add_parser("mask", help="look at masks", description="Look at masks.")
+    mask_commands = mask.add_subparsers(title="commands", metavar="COMMAND", required=True)
     info_command = _command(mask_commands, mask_info, "info", "what a mask file holds")
     info_command.add_argument("mask", help="a NAME.subnet.safetensors file")
-    info_command.add_argument(
-        "--json", action="store_true", help="print one JSON object"
-    )
+    info_command.add_argument("--json", action="store_true", help="print one JSON object")
 
-    evaluate_command = _command(
-        commands,
-        evaluate,
-        "evaluate",
-        "accuracy of a model on a recipe's held-out prompts",
-    )
+    evaluate_command = _command(commands, evaluate, "evaluate", "accuracy of a model on a recipe's held-out prompts")
     evaluate_command.add_argument("model", help="folder or other name of a model")
-    evaluate_command.add_argument(
-        "recipe", help="recipe file or the name of a shipped recipe"
-    )
-    evaluate_command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe fields to change"
-    )
-    evaluate_command.add_argument(
-        "--json", action="store_true", help="print one JSON object"
-    )
+    evaluate_command.add_argument("recipe", help="recipe file or the name of a shipped recipe")
+    evaluate_command.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to change")
+    evaluate_command.add_argument("--json", action="store_true", help="print one JSON object")
 
-    verify_command = _command(
-        commands,
-        verify_run,
-        "verify",
-        "judge whether a subnetwork run recovered a full run",
-    )
+    verify_command = _command(commands, verify_run, "verify", "judge whether a subnetwork run recovered a full run")
     for name, what in (
         ("base", "base model"),
         ("full", "full run"),
@@ -138,87 +79,41 @@ def _parser() -> argparse.ArgumentParser:
         ("mask", "mask file"),
     ):
         verify_command.add_argument(f"--{name}", required=True, help=what)
+    verify_command.add_argument("--recipe", help="measure accuracy on this recipe's held-out prompts")
     verify_command.add_argument(
-        "--recipe", help="measure accuracy on this recipe's held-out prompts"
+        "-o", "--output", metavar="DIR", help="write report.html, report.md and report.json there"
     )
-    verify_command.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        help="write report.html, report.md and report.json there",
-    )
-    verify_command.add_argument(
-        "--json", action="store_true", help="print one JSON object"
-    )
+    verify_command.add_argument("--json", action="store_true", help="print one JSON object")
 
     bench_command = _command(
-        commands,
-        bench,
-        "bench",
-        "times and bytes of our kernels beside torch's own, in one table",
+        commands, bench, "bench", "times and bytes of our kernels beside torch's own, in one table"
     )
     bench_command.add_argument(
-        "--only",
-        metavar="PART",
-        action="append",
-        help="step, extract or memory; may be repeated",
+        "--only", metavar="PART", action="append", help="step, extract or memory; may be repeated"
     )
+    bench_command.add_argument("--densities", type=densities, help="of the masks of `step`, such as 0.1,0.2")
     bench_command.add_argument(
-        "--densities", type=densities, help="of the masks of `step`, such as 0.1,0.2"
+        "--layers", type=int, default=30, help="decoder layers of SmolLM2-135M; 30 is the whole model"
     )
-    bench_command.add_argument(
-        "--layers",
-        type=int,
-        default=30,
-        help="decoder layers of SmolLM2-135M; 30 is the whole model",
-    )
-    bench_command.add_argument(
-        "--repeats", type=int, default=7, help="timed runs per row"
-    )
-    bench_command.add_argument(
-        "--json", action="store_true", help="print one JSON object"
-    )
+    bench_command.add_argument("--repeats", type=int, default=7, help="timed runs per row")
+    bench_command.add_argument("--json", action="store_true", help="print one JSON object")
 
-    recipes_command = _command(
-        commands, recipes, "recipes", "list the recipes that come with subnet-ft"
-    )
-    recipes_command.add_argument(
-        "--json", action="store_true", help="print one JSON object"
-    )
-    env_command = _command(
-        commands, env, "env", "versions and hardware, for a bug report"
-    )
-    env_command.add_argument(
-        "--json", action="store_true", help="print one JSON object"
-    )
+    recipes_command = _command(commands, recipes, "recipes", "list the recipes that come with subnet-ft")
+    recipes_command.add_argument("--json", action="store_true", help="print one JSON object")
+    env_command = _command(commands, env, "env", "versions and hardware, for a bug report")
+    env_command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-def _command(
-    commands: Any, function: Callable[..., int], name: str, summary: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=summary
-    )
-    parser.add_argument(
-        "-q", "--quiet", action="store_true", help="only warnings and the result"
-    )
+def _command(commands: Any, function: Callable[..., int], name: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("-q", "--quiet", action="store_true", help="only warnings and the result")
     parser.set_defaults(command=function)
     return parser
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="recipe file or the name of a shipped recipe")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe fields to change"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check the recipe and stop before any weight is loaded",
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace stages that were made with other settings",
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to change")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and stop before any weight is loaded")
+    parser.add_argument("--overwrite", action="store_true", help="replace stages that were made with other settings")

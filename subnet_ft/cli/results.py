@@ -42,14 +42,8 @@ def check_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        reason = (
-            "is a file"
-            if existing.is_file()
-            else f"cannot be written to ({error.strerror})"
-        )
-        raise SubnetError(
-            f"`{path}` cannot be an output folder: `{existing}` {reason}. Choose another one."
-        ) from error
+        reason = "is a file" if existing.is_file() else f"cannot be written to ({error.strerror})"
+        raise SubnetError(f"`{path}` cannot be an output folder: `{existing}` {reason}. Choose another one.") from error
 
 
 def recipe_to_judge(path: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -28,15 +28,7 @@ def run(options: argparse.Namespace, emit: Emit) -> int:
     if options.json:
         emit(json.dumps({**summary_for_cli(report), "output": str(pipeline.folder)}))
     else:
-        emit(
-            "\n".join(
-                [
-                    *lines_for_terminal(report),
-                    "",
-                    f"  Report: {pipeline.folder / 'report.html'}",
-                ]
-            )
-        )
+        emit("\n".join([*lines_for_terminal(report), "", f"  Report: {pipeline.folder / 'report.html'}"]))
     return VERIFICATION_FAILED if has_failed(report) else FINE
 
 
@@ -50,12 +42,7 @@ def train(options: argparse.Namespace, emit: Emit) -> int:
     with lock_run(pipeline.folder):
         stage = pipeline.train()
     method = pipeline.recipe.method
-    result = {
-        "version": __version__,
-        "method": method,
-        "folder": str(stage.folder),
-        **stage.results,
-    }
+    result = {"version": __version__, "method": method, "folder": str(stage.folder), **stage.results}
     if options.json:
         emit(json.dumps(result))
     else:
@@ -70,10 +57,7 @@ def _checked_pipeline(options: argparse.Namespace, emit: Emit) -> Pipeline | Non
     """Check recipe, launch and output folder; `None` after a dry run, which ends with the recipe."""
     from subnet_ft.pipeline import Pipeline, load_checked_recipe
     from subnet_ft.recipe import recipe_to_dict
-    from subnet_ft.training.one_process import (
-        refuse_many_devices,
-        refuse_many_processes,
-    )
+    from subnet_ft.training.one_process import refuse_many_devices, refuse_many_processes
 
     refuse_many_processes()
     recipe = load_checked_recipe(options.recipe, options.overrides)
@@ -81,9 +65,7 @@ def _checked_pipeline(options: argparse.Namespace, emit: Emit) -> Pipeline | Non
         if options.json:
             emit(json.dumps({"version": __version__, "recipe": recipe_to_dict(recipe)}))
         else:
-            emit(
-                f"`{options.recipe}` is fine: {recipe.algorithm} on {recipe.model.name}, into {recipe.output}"
-            )
+            emit(f"`{options.recipe}` is fine: {recipe.algorithm} on {recipe.model.name}, into {recipe.output}")
         return None
     refuse_many_devices()
     check_folder(Path(recipe.output))

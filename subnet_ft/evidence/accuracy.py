@@ -39,9 +39,7 @@ def evaluate_model(
         TaskError: The task has no held-out examples.
     """
     if not task.evaluation:
-        raise TaskError(
-            f"The task `{task.name}` has no held-out examples. Set task.num_eval above 0."
-        )
+        raise TaskError(f"The task `{task.name}` has no held-out examples. Set task.num_eval above 0.")
     completions = generate(
         model,
         tokenizer,

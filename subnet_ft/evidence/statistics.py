@@ -56,9 +56,7 @@ def wilson_interval(correct: int, n: int, confidence: float) -> tuple[float, flo
     Source: Wilson 1927; Newcombe 1998 (Statistics in Medicine 17, 857-872), method 3.
     """
     if n < 1 or not 0 <= correct <= n:
-        raise ValueError(
-            f"wilson_interval needs 0 <= correct <= n and n >= 1, got correct={correct}, n={n}."
-        )
+        raise ValueError(f"wilson_interval needs 0 <= correct <= n and n >= 1, got correct={correct}, n={n}.")
     z = two_sided_quantile(confidence)
     share = correct / n
     scale = 1 + z * z / n
@@ -69,9 +67,7 @@ def wilson_interval(correct: int, n: int, confidence: float) -> tuple[float, flo
     return low, high
 
 
-def paired_difference(
-    a: Outcomes, b: Outcomes, *, confidence: float
-) -> PairedDifference:
+def paired_difference(a: Outcomes, b: Outcomes, *, confidence: float) -> PairedDifference:
     """Compare two models on the same prompts: accuracy of `a` minus accuracy of `b`, with Tango's interval.
 
     Args:
@@ -84,27 +80,15 @@ def paired_difference(
     """
     first, second = _outcomes(a, "a"), _outcomes(b, "b")
     if len(first) != len(second):
-        raise ValueError(
-            f"Paired outcomes need equal lengths, got {len(first)} and {len(second)}."
-        )
+        raise ValueError(f"Paired outcomes need equal lengths, got {len(first)} and {len(second)}.")
     only_first = int(np.count_nonzero(first & ~second))
     only_second = int(np.count_nonzero(second & ~first))
     n = len(first)
     low, high = tango_interval(only_first, only_second, n, confidence=confidence)
-    return PairedDifference(
-        (only_first - only_second) / n,
-        low,
-        high,
-        only_first,
-        only_second,
-        n,
-        confidence,
-    )
+    return PairedDifference((only_first - only_second) / n, low, high, only_first, only_second, n, confidence)
 
 
-def tango_interval(
-    b: float, c: float, n: float, *, confidence: float
-) -> tuple[float, float]:
+def tango_interval(b: float, c: float, n: float, *, confidence: float) -> tuple[float, float]:
     """Return the score interval of a paired difference of proportions, (b - c) / n.
 
     The ends are the differences x whose score statistic is +-z,
@@ -130,21 +114,15 @@ def tango_interval(
     Source: Tango 1998 (Statistics in Medicine 17, 891-908), the efficient score and its restricted estimate.
     """
     if not (b >= 0 and c >= 0 and n > 0 and b + c <= n * (1 + 1e-12)):
-        raise ValueError(
-            f"tango_interval needs b, c >= 0 and b + c <= n > 0, got b={b}, c={c}, n={n}."
-        )
+        raise ValueError(f"tango_interval needs b, c >= 0 and b + c <= n > 0, got b={b}, c={c}, n={n}.")
     z = two_sided_quantile(confidence)
     difference = (b - c) / n
 
     def excess(candidate: float) -> float:
         return b - c - n * candidate
 
-    low = _last_true(
-        lambda x: excess(x) > z * _score_deviation(b, c, n, x), -1.0, difference
-    )
-    high = -_last_true(
-        lambda x: -excess(-x) > z * _score_deviation(b, c, n, -x), -1.0, -difference
-    )
+    low = _last_true(lambda x: excess(x) > z * _score_deviation(b, c, n, x), -1.0, difference)
+    high = -_last_true(lambda x: -excess(-x) > z * _score_deviation(b, c, n, -x), -1.0, -difference)
     return low, high
 
 

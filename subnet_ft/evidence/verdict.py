@@ -11,16 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from subnet_ft.evidence.statistics import (
-    Outcomes,
-    PairedDifference,
-    paired_difference,
-    tango_interval,
-)
+from subnet_ft.evidence.statistics import Outcomes, PairedDifference, paired_difference, tango_interval
 
-VerdictName: TypeAlias = Literal[
-    "recovered", "not_recovered", "undecided", "nothing_to_recover", "not_assessed"
-]
+VerdictName: TypeAlias = Literal["recovered", "not_recovered", "undecided", "nothing_to_recover", "not_assessed"]
 Answer: TypeAlias = Literal["yes", "no", "undecided"]
 
 # Beyond this many prompts the answer is "none would decide it": no evaluation set is so large.
@@ -78,9 +71,7 @@ def verdict(
     if base is None or full is None or subnet is None:
         pairs = [("base model", base), ("full run", full), (subject, subnet)]
         missing = [name for name, outcomes in pairs if outcomes is None]
-        return Verdict(
-            "not_assessed", f"No accuracy was measured for the {_join(missing)}."
-        )
+        return Verdict("not_assessed", f"No accuracy was measured for the {_join(missing)}.")
 
     gain = paired_difference(full, base, confidence=confidence)
     if gain.low <= 0:
@@ -95,16 +86,10 @@ def verdict(
     name = _decide(gap.low, gap.high, gain.low, margin)
     if name == "recovered":
         if _equivalent(gap.low, gap.high, margin) and gain.low > margin:
-            return Verdict(
-                name,
-                f"The {subject} is equivalent to the full run within {within}: {numbers}.",
-            )
+            return Verdict(name, f"The {subject} is equivalent to the full run within {within}: {numbers}.")
         return Verdict(name, f"The {subject} is above the full run: {numbers}.")
     if name == "not_recovered":
-        return Verdict(
-            name,
-            f"The {subject} is below the full run by more than {within}: {numbers}.",
-        )
+        return Verdict(name, f"The {subject} is below the full run by more than {within}: {numbers}.")
     needed = prompts_to_decide(gap, gain, margin=margin)
     outlook = (
         "no number of prompts would decide it at this difference"
@@ -112,26 +97,17 @@ def verdict(
         else f"about {needed:,} prompts would decide it if difference and discordance stayed as observed"
     )
     if gain.low <= margin:
-        smaller, lies = (
-            ("smaller", "lies")
-            if gain.difference <= margin
-            else ("shown to be smaller", "may lie")
-        )
+        smaller, lies = ("smaller", "lies") if gain.difference <= margin else ("shown to be smaller", "may lie")
         return Verdict(
             name,
             f"A margin of {within} is not {smaller} than the gain, so the base model itself {lies} within it: "
             f"{_difference_text(gain, 'full run minus base')}, {numbers}; {outlook}. "
             "Choose a smaller margin, evaluate more prompts or train the full run for longer.",
         )
-    return Verdict(
-        name,
-        f"The interval does not settle a margin of {within}: {numbers}; {outlook}.",
-    )
+    return Verdict(name, f"The interval does not settle a margin of {within}: {numbers}; {outlook}.")
 
 
-def above_control(
-    subnet: Outcomes, control: Outcomes, *, margin: float, confidence: float
-) -> Comparison:
+def above_control(subnet: Outcomes, control: Outcomes, *, margin: float, confidence: float) -> Comparison:
     """Say whether the subnetwork is above a control of equal size.
 
     `yes` if the paired interval of subnet - control at `confidence` lies above 0; `no` if it lies below 0 or if the
@@ -148,28 +124,15 @@ def above_control(
     narrow = paired_difference(subnet, control, confidence=two_one_sided(confidence))
     label = "subnetwork minus control"
     if lead.low > 0:
-        little = (
-            ", though by less than the margin"
-            if _equivalent(narrow.low, narrow.high, margin)
-            else ""
-        )
-        return Comparison(
-            "yes",
-            f"The subnetwork is above it{little}: {_difference_text(lead, label)}.",
-        )
+        little = ", though by less than the margin" if _equivalent(narrow.low, narrow.high, margin) else ""
+        return Comparison("yes", f"The subnetwork is above it{little}: {_difference_text(lead, label)}.")
     if lead.high < 0:
-        return Comparison(
-            "no", f"The subnetwork is below it: {_difference_text(lead, label)}."
-        )
+        return Comparison("no", f"The subnetwork is below it: {_difference_text(lead, label)}.")
     if _equivalent(narrow.low, narrow.high, margin):
         return Comparison(
-            "no",
-            f"The two are equivalent within {margin * 100:.1f} points: {_difference_text(narrow, label)}.",
+            "no", f"The two are equivalent within {margin * 100:.1f} points: {_difference_text(narrow, label)}."
         )
-    return Comparison(
-        "undecided",
-        f"Whether the subnetwork is above it is undecided: {_difference_text(lead, label)}.",
-    )
+    return Comparison("undecided", f"Whether the subnetwork is above it is undecided: {_difference_text(lead, label)}.")
 
 
 def two_one_sided(confidence: float) -> float:
@@ -177,9 +140,7 @@ def two_one_sided(confidence: float) -> float:
     return 2 * confidence - 1
 
 
-def prompts_to_decide(
-    gap: PairedDifference, gain: PairedDifference, *, margin: float
-) -> int | None:
+def prompts_to_decide(gap: PairedDifference, gain: PairedDifference, *, margin: float) -> int | None:
     """Return how many prompts would decide a verdict if differences and discordances stayed as observed.
 
     The observed shares are scaled to larger n until the rule of `verdict` settles. The answer is rounded up to two
@@ -194,13 +155,8 @@ def prompts_to_decide(
 
     def interval(difference: PairedDifference, count: int) -> tuple[float, float]:
         scale = count / difference.num_prompts
-        only_first, only_second = (
-            difference.only_first * scale,
-            difference.only_second * scale,
-        )
-        return tango_interval(
-            only_first, only_second, count, confidence=difference.confidence
-        )
+        only_first, only_second = difference.only_first * scale, difference.only_second * scale
+        return tango_interval(only_first, only_second, count, confidence=difference.confidence)
 
     def decides(count: int) -> bool:
         low, high = interval(gap, count)
@@ -233,10 +189,7 @@ def _equivalent(low: float, high: float, margin: float) -> bool:
 
 
 def _difference_text(difference: PairedDifference, label: str) -> str:
-    low, value, high = (
-        f"{x * 100:+.1f}"
-        for x in (difference.low, difference.difference, difference.high)
-    )
+    low, value, high = (f"{x * 100:+.1f}" for x in (difference.low, difference.difference, difference.high))
     interval = f"{difference.confidence * 100:g} % interval {low} to {high}"
     return f"{label} is {value} points ({interval}, n = {difference.num_prompts:,})"
 
@@ -249,6 +202,4 @@ def _check(margin: float, confidence: float) -> None:
 
 
 def _join(words: list[str]) -> str:
-    return (
-        words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and the " + words[-1]
-    )
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and the " + words[-1]

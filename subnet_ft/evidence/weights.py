@@ -74,23 +74,16 @@ class _Closeness:
     in_mask: list[int] = field(default_factory=lambda: [0] * len(TOLERANCES))
     squared_distance: float = 0.0
 
-    def add(
-        self, values: torch.Tensor, full: torch.Tensor, in_mask: torch.Tensor
-    ) -> None:
+    def add(self, values: torch.Tensor, full: torch.Tensor, in_mask: torch.Tensor) -> None:
         """Add one chunk; all arguments are flat and of one length, `in_mask` is bool."""
         differs = bits_view(values) != bits_view(full)
-        count, inside = (
-            values.numel() - int(differs.sum()),
-            int((in_mask & ~differs).sum()),
-        )
+        count, inside = values.numel() - int(differs.sum()), int((in_mask & ~differs).sum())
         # Everything below runs only on weights whose bits differ: a small share of a subnetwork's.
         delta = (values[differs].float() - full[differs].float()).abs()
         delta_in_mask = in_mask[differs]
         self.squared_distance += float(delta.double().square().sum())
         for index, tolerance in enumerate(TOLERANCES):
-            close = (
-                delta <= tolerance if tolerance > 0 else torch.zeros_like(delta_in_mask)
-            )
+            close = delta <= tolerance if tolerance > 0 else torch.zeros_like(delta_in_mask)
             self.overall[index] += count + int(close.sum())
             self.in_mask[index] += inside + int((close & delta_in_mask).sum())
 
@@ -104,29 +97,19 @@ class _Movement:
     in_mask: int = 0
     mask_size: int = 0
 
-    def add(
-        self, name: str, values: torch.Tensor, base: torch.Tensor, mask: torch.Tensor
-    ) -> None:
+    def add(self, name: str, values: torch.Tensor, base: torch.Tensor, mask: torch.Tensor) -> None:
         changed = bits_view(values) != bits_view(base)
         inside = int((changed & mask).sum())
         outside = int(changed.sum()) - inside
         self.in_mask += inside
         self.mask_size += int(mask.sum())
         self.off_mask += outside
-        if (
-            outside
-            and name not in self.offenders
-            and len(self.offenders) < _NAMED_OFFENDERS
-        ):
+        if outside and name not in self.offenders and len(self.offenders) < _NAMED_OFFENDERS:
             self.offenders.append(name)
 
 
 def compare_weights(
-    base: Checkpoint,
-    full: Checkpoint,
-    runs: Mapping[str, RunWeights],
-    *,
-    dtype: str | None = None,
+    base: Checkpoint, full: Checkpoint, runs: Mapping[str, RunWeights], *, dtype: str | None = None
 ) -> dict[str, WeightComparison]:
     """Compare every run with the base model and the full run in one pass over all checkpoints.
 
@@ -145,9 +128,7 @@ def compare_weights(
         ValueError: `dtype` is none of the three.
     """
     if dtype is not None and dtype not in COMPARE_DTYPES:
-        raise ValueError(
-            f"`dtype` must be one of {', '.join(COMPARE_DTYPES)}, got {dtype!r}."
-        )
+        raise ValueError(f"`dtype` must be one of {', '.join(COMPARE_DTYPES)}, got {dtype!r}.")
     for checkpoint in (full, *(run.checkpoint for run in runs.values())):
         _check_specs(base, checkpoint, any_dtype=dtype is not None)
 
@@ -155,10 +136,7 @@ def compare_weights(
         return values if dtype is None else values.to(getattr(torch, dtype))
 
     names = list(base.specs)
-    streams = [
-        checkpoint.tensors(names)
-        for checkpoint in (base, full, *(run.checkpoint for run in runs.values()))
-    ]
+    streams = [checkpoint.tensors(names) for checkpoint in (base, full, *(run.checkpoint for run in runs.values()))]
 
     base_closeness = _Closeness()
     closeness = {name: _Closeness() for name in runs}
@@ -167,15 +145,9 @@ def compare_weights(
 
     for items in zip(*streams, strict=True):
         name = items[0][0]
-        base_values, full_values, *run_values = [
-            tensor.detach().reshape(-1) for _, tensor in items
-        ]
+        base_values, full_values, *run_values = [tensor.detach().reshape(-1) for _, tensor in items]
         shape = tuple(base.specs[name].shape)
-        masks = {
-            run: _dense(entry.mask, name, shape, run)
-            for run, entry in runs.items()
-            if entry.mask is not None
-        }
+        masks = {run: _dense(entry.mask, name, shape, run) for run, entry in runs.items() if entry.mask is not None}
         for start in range(0, base_values.numel(), _CHUNK):
             part = slice(start, start + _CHUNK)
             base_part, full_part = cast(base_values[part]), cast(full_values[part])
@@ -198,16 +170,12 @@ def compare_weights(
         comparisons[run] = WeightComparison(
             off_mask_changed=moved.off_mask if moved else None,
             off_mask_tensors=moved.offenders if moved else [],
-            mask_changed_share=moved.in_mask / moved.mask_size
-            if moved and moved.mask_size
-            else None,
+            mask_changed_share=moved.in_mask / moved.mask_size if moved and moved.mask_size else None,
             in_mask_identical=in_mask_shares(closeness[run]),
             identical=_shares(closeness[run].overall, num_parameters),
             base_identical=_shares(base_closeness.overall, num_parameters),
             base_in_mask_identical=in_mask_shares(base_closeness),
-            relative_distance=_ratio(
-                closeness[run].squared_distance, base_closeness.squared_distance
-            ),
+            relative_distance=_ratio(closeness[run].squared_distance, base_closeness.squared_distance),
             num_parameters=num_parameters,
             num_in_mask=num_in_mask,
         )
@@ -216,31 +184,22 @@ def compare_weights(
 
 def _check_specs(base: Checkpoint, other: Checkpoint, *, any_dtype: bool) -> None:
     """Raise unless both checkpoints hold the same tensors with the same shapes and, if they must, dtypes."""
-    problems = [
-        f"`{name}` is missing" for name in base.specs if name not in other.specs
-    ]
-    problems += [
-        f"`{name}` is not in the base" for name in other.specs if name not in base.specs
-    ]
+    problems = [f"`{name}` is missing" for name in base.specs if name not in other.specs]
+    problems += [f"`{name}` is not in the base" for name in other.specs if name not in base.specs]
     recast: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     for name, spec in base.specs.items():
         found = other.specs.get(name)
         if found is None:
             continue
         if tuple(found.shape) != tuple(spec.shape):
-            problems.append(
-                f"`{name}` has shape {tuple(found.shape)}, the base has {tuple(spec.shape)}"
-            )
+            problems.append(f"`{name}` has shape {tuple(found.shape)}, the base has {tuple(spec.shape)}")
         elif found.dtype != spec.dtype and not any_dtype:
             recast[name] = (found.dtype, spec.dtype)
     advice = "Compare checkpoints of one model, saved whole."
     if recast and not problems:
         wanted = narrowest_dtype(dtype for pair in recast.values() for dtype in pair)
         advice = f"Compare them after a cast with dtype='{wanted}', or save all of them in one dtype."
-    problems += [
-        f"`{name}` is stored in {ours}, the base in {theirs}"
-        for name, (ours, theirs) in recast.items()
-    ]
+    problems += [f"`{name}` is stored in {ours}, the base in {theirs}" for name, (ours, theirs) in recast.items()]
     if problems:
         raise CheckpointMismatchError(
             f"Checkpoint `{other.name}` cannot be compared with base `{base.name}`: "
@@ -248,13 +207,9 @@ def _check_specs(base: Checkpoint, other: Checkpoint, *, any_dtype: bool) -> Non
         )
 
 
-def _dense(
-    mask: SubnetMask, name: str, shape: tuple[int, ...], owner: str
-) -> torch.Tensor:
+def _dense(mask: SubnetMask, name: str, shape: tuple[int, ...], owner: str) -> torch.Tensor:
     if name not in mask:
-        raise MaskMismatchError(
-            f"The mask of {owner} lacks `{name}`. Use a mask extracted from this base model."
-        )
+        raise MaskMismatchError(f"The mask of {owner} lacks `{name}`. Use a mask extracted from this base model.")
     dense = mask[name]
     if tuple(dense.shape) != shape:
         raise MaskMismatchError(
@@ -265,15 +220,10 @@ def _dense(
 
 
 def _shares(counts: list[int], total: int) -> dict[str, float]:
-    return {
-        f"{tolerance:g}": count / total
-        for tolerance, count in zip(TOLERANCES, counts, strict=True)
-    }
+    return {f"{tolerance:g}": count / total for tolerance, count in zip(TOLERANCES, counts, strict=True)}
 
 
 def _ratio(squared: float, squared_base: float) -> float | None:
-    if squared_base == 0 or not (
-        math.isfinite(squared) and math.isfinite(squared_base)
-    ):
+    if squared_base == 0 or not (math.isfinite(squared) and math.isfinite(squared_base)):
         return None
     return math.sqrt(squared / squared_base)

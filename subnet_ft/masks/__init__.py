@@ -6,12 +6,7 @@ from subnet_ft.masks.extraction import extract
 from subnet_ft.masks.file import check_writable
 from subnet_ft.masks.mask import SubnetMask, TensorMask
 from subnet_ft.masks.names import by_canonical_name, canonical_name
-from subnet_ft.masks.provenance import (
-    COMPARE_DTYPES,
-    ModelRecord,
-    Provenance,
-    format_fingerprint,
-)
+from subnet_ft.masks.provenance import COMPARE_DTYPES, ModelRecord, Provenance, format_fingerprint
 
 __all__ = [
     "COMPARE_DTYPES",

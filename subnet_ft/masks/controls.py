@@ -19,18 +19,12 @@ if TYPE_CHECKING:
 CONTROLS = ("uniform", "magnitude_matched")
 
 _TILE = 1 << 20  # elements drawn at a time
-_SEGMENT = (
-    1 << 29
-)  # numpy's hypergeometric draws stop at 10**9; larger tensors are matched segment by segment
+_SEGMENT = 1 << 29  # numpy's hypergeometric draws stop at 10**9; larger tensors are matched segment by segment
 _NUM_BINS = 1 << 11
 
 
 def control_mask(
-    mask: SubnetMask,
-    kind: str,
-    *,
-    seed: int,
-    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+    mask: SubnetMask, kind: str, *, seed: int, weights: Iterable[tuple[str, torch.Tensor]] | None = None
 ) -> SubnetMask:
     """Draw a random mask of the same size as `mask` in every tensor.
 
@@ -46,14 +40,10 @@ def control_mask(
         MaskError: `kind` is unknown, or the weights it needs are missing.
     """
     if kind not in CONTROLS:
-        raise MaskError(
-            f"`{kind}` is not a control; choose one of {', '.join(CONTROLS)}."
-        )
+        raise MaskError(f"`{kind}` is not a control; choose one of {', '.join(CONTROLS)}.")
     source = {"kind": kind, "seed": seed, "of": mask.fingerprint}
     origin = mask.provenance
-    provenance = Provenance(
-        base=origin.base, compare_dtype=origin.compare_dtype, source=source
-    )
+    provenance = Provenance(base=origin.base, compare_dtype=origin.compare_dtype, source=source)
     tensors: dict[str, TensorMask] = {}
     if kind == "uniform":
         for name, tensor in mask.tensors.items():
@@ -62,20 +52,14 @@ def control_mask(
     if weights is None:
         raise MaskError("A magnitude-matched control needs the base model's weights.")
     for name, weight in weights:
-        tensors[name] = _draw(
-            mask.tensors[name], weight.detach().reshape(-1), name, seed
-        )
+        tensors[name] = _draw(mask.tensors[name], weight.detach().reshape(-1), name, seed)
     missing = [name for name in mask.tensors if name not in tensors]
     if missing:
-        raise MaskError(
-            f"No weights were given for `{missing[0]}` ({len(missing)} tensors in all)."
-        )
+        raise MaskError(f"No weights were given for `{missing[0]}` ({len(missing)} tensors in all).")
     return SubnetMask({name: tensors[name] for name in mask.tensors}, provenance)
 
 
-def _draw(
-    tensor: TensorMask, weight: torch.Tensor | None, name: str, seed: int
-) -> TensorMask:
+def _draw(tensor: TensorMask, weight: torch.Tensor | None, name: str, seed: int) -> TensorMask:
     """Draw `tensor.count` elements; per bin of |weight| as many as `tensor` has there."""
     if tensor.count in (0, tensor.num_elements):
         return tensor
@@ -84,30 +68,19 @@ def _draw(
     chosen = subnet_kernels.unpack_bits(tensor.bits, tensor.num_elements)
     for start in range(0, tensor.num_elements, _SEGMENT):
         segment = slice(start, min(start + _SEGMENT, tensor.num_elements))
-        _draw_segment(
-            drawn[segment],
-            chosen[segment],
-            None if weight is None else weight[segment],
-            rng,
-        )
+        _draw_segment(drawn[segment], chosen[segment], None if weight is None else weight[segment], rng)
     return TensorMask.build(subnet_kernels.pack_bits(drawn), tensor.shape)
 
 
 def _draw_segment(
-    drawn: torch.Tensor,
-    chosen: torch.Tensor,
-    weight: torch.Tensor | None,
-    rng: np.random.Generator,
+    drawn: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor | None, rng: np.random.Generator
 ) -> None:
     """Fill (n,) bool `drawn` with a random set that has the bin counts of (n,) bool `chosen`.
 
     Tile by tile: how many of each bin fall into the tile is hypergeometric in what is left, and which ones is a
     random order inside the bin. Together that is a uniform draw, in memory bounded by the tile.
     """
-    tiles = [
-        slice(start, min(start + _TILE, drawn.numel()))
-        for start in range(0, drawn.numel(), _TILE)
-    ]
+    tiles = [slice(start, min(start + _TILE, drawn.numel())) for start in range(0, drawn.numel(), _TILE)]
     population = np.zeros(_NUM_BINS, dtype=np.int64)
     wanted = np.zeros(_NUM_BINS, dtype=np.int64)
     for tile in tiles:
@@ -119,8 +92,7 @@ def _draw_segment(
         here = np.bincount(bins, minlength=_NUM_BINS)
         take = rng.hypergeometric(wanted, population - wanted, here)
         order = np.argsort(
-            (bins.astype(np.uint64) << np.uint64(48))
-            | rng.integers(1 << 48, size=bins.size, dtype=np.uint64)
+            (bins.astype(np.uint64) << np.uint64(48)) | rng.integers(1 << 48, size=bins.size, dtype=np.uint64)
         )
         rank = np.arange(bins.size) - (np.cumsum(here) - here)[bins[order]]
         drawn[tile] = torch.from_numpy(_scattered(order, rank < take[bins[order]]))

@@ -28,10 +28,7 @@ def density_by_layer(mask: SubnetMask) -> dict[str, float]:
     """Density of every decoder layer, in order, then of the tensors outside them under `other`."""
     densities = _grouped(mask, part=0)
     ordered = sorted((key for key in densities if key != "other"), key=int)
-    return {
-        key: densities[key]
-        for key in [*ordered, *(["other"] if "other" in densities else [])]
-    }
+    return {key: densities[key] for key in [*ordered, *(["other"] if "other" in densities else [])]}
 
 
 def density_by_kind(mask: SubnetMask) -> dict[str, float]:

@@ -47,9 +47,7 @@ def mask_lines(mask: SubnetMask) -> list[str]:
     if provenance.tuned:
         lines.append(f"  tuned      {provenance.tuned.name}")
     if provenance.criterion:
-        lines.append(
-            f"  criterion  {provenance.criterion}, tolerance {provenance.tolerance:g}"
-        )
+        lines.append(f"  criterion  {provenance.criterion}, tolerance {provenance.tolerance:g}")
     for title, densities in (
         ("tolerance", provenance.density_by_tolerance),
         ("layer", mask.density_by_layer()),
@@ -60,9 +58,6 @@ def mask_lines(mask: SubnetMask) -> list[str]:
             lines += [
                 "",
                 f"  density by {title}",
-                *(
-                    f"    {key:<{width}}  {value:.4f}"
-                    for key, value in densities.items()
-                ),
+                *(f"    {key:<{width}}  {value:.4f}" for key, value in densities.items()),
             ]
     return lines

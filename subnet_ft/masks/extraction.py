@@ -75,17 +75,11 @@ def extract(
     _check_comparable(before, after, dtype)
 
     num_parameters = sum(math.prod(spec.shape) for spec in before.specs.values())
-    comparison = _Comparison(
-        criterion, tolerance, None if dtype is None else getattr(torch, dtype)
-    )
+    comparison = _Comparison(criterion, tolerance, None if dtype is None else getattr(torch, dtype))
     tensors: dict[str, TensorMask] = {}
     with _progress_bar(num_parameters, enabled=progress) as bar:
-        for (name, old), (_, new) in zip(
-            before.pieces(_CHUNK), after.pieces(_CHUNK, before.specs), strict=True
-        ):
-            tensors[name] = comparison.compare(
-                name, before.specs[name].shape, zip(old, new, strict=True)
-            )
+        for (name, old), (_, new) in zip(before.pieces(_CHUNK), after.pieces(_CHUNK, before.specs), strict=True):
+            tensors[name] = comparison.compare(name, before.specs[name].shape, zip(old, new, strict=True))
             bar.update(tensors[name].num_elements)
 
     densities = [count / max(num_parameters, 1) for count in comparison.counts]
@@ -98,10 +92,7 @@ def extract(
             tolerance=tolerance,
             compare_dtype=dtype,
             source={"kind": "extract"},
-            density_by_tolerance={
-                f"{t:g}": d
-                for t, d in zip((0.0, *CURVE_TOLERANCES), densities, strict=True)
-            },
+            density_by_tolerance={f"{t:g}": d for t, d in zip((0.0, *CURVE_TOLERANCES), densities, strict=True)},
         ),
     )
     _warn_of_extremes(mask, before)
@@ -114,23 +105,16 @@ class _Comparison:
     Invariant: temporaries have the size of a piece, whatever the size of a tensor.
     """
 
-    def __init__(
-        self, criterion: str, tolerance: float, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, criterion: str, tolerance: float, dtype: torch.dtype | None) -> None:
         self.criterion = criterion
         self.tolerance = tolerance
         self.dtype = dtype
-        self.counts = [0] * (
-            1 + len(CURVE_TOLERANCES)
-        )  # changed weights: exactly, then beyond each tolerance
+        self.counts = [0] * (1 + len(CURVE_TOLERANCES))  # changed weights: exactly, then beyond each tolerance
         self.base_fingerprints: dict[str, str] = {}
         self.tuned_fingerprints: dict[str, str] = {}
 
     def compare(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        pieces: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        self, name: str, shape: tuple[int, ...], pieces: Iterable[tuple[torch.Tensor, torch.Tensor]]
     ) -> TensorMask:
         """Return the mask of one parameter, given as pairs of flat pieces: of the base and of the tuned weights."""
         bits = np.zeros((math.prod(shape) + 7) // 8, dtype=np.uint8)
@@ -139,13 +123,8 @@ class _Comparison:
         for old, new in pieces:
             if self.dtype is not None:
                 old, new = old.to(self.dtype), new.to(self.dtype)
-            found = subnet_kernels.compare(
-                old, new, offset=start, tolerances=CURVE_TOLERANCES
-            )
-            self.counts = [
-                sum(pair)
-                for pair in zip(self.counts, (found.count, *found.beyond), strict=True)
-            ]
+            found = subnet_kernels.compare(old, new, offset=start, tolerances=CURVE_TOLERANCES)
+            self.counts = [sum(pair) for pair in zip(self.counts, (found.count, *found.beyond), strict=True)]
             base_sums = _added(base_sums, found.base_fingerprint)
             tuned_sums = _added(tuned_sums, found.tuned_fingerprint)
             marked, marked_count = self._marked(old, new, found)
@@ -156,9 +135,7 @@ class _Comparison:
             start += old.numel()
         self.base_fingerprints[name] = format_fingerprint(base_sums)
         self.tuned_fingerprints[name] = format_fingerprint(tuned_sums)
-        return TensorMask(
-            torch.from_numpy(bits if count else bits[:0].copy()), shape, count
-        )
+        return TensorMask(torch.from_numpy(bits if count else bits[:0].copy()), shape, count)
 
     def _marked(
         self, old: torch.Tensor, new: torch.Tensor, found: subnet_kernels.Comparison
@@ -166,9 +143,7 @@ class _Comparison:
         """Return the bits by the criterion, and their count."""
         if self.criterion == "exact" or found.count == 0:
             return found.bits, found.count
-        return subnet_kernels.changed_bits(
-            old, new, criterion=self.criterion, tolerance=self.tolerance
-        )
+        return subnet_kernels.changed_bits(old, new, criterion=self.criterion, tolerance=self.tolerance)
 
 
 def _added(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:
@@ -178,9 +153,7 @@ def _added(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:
 
 def _check_arguments(criterion: str, tolerance: float, dtype: str | None) -> None:
     if criterion not in subnet_kernels.CRITERIA:
-        raise MaskError(
-            f"`criterion` must be one of {', '.join(subnet_kernels.CRITERIA)}, got {criterion!r}."
-        )
+        raise MaskError(f"`criterion` must be one of {', '.join(subnet_kernels.CRITERIA)}, got {criterion!r}.")
     if not (tolerance >= 0.0 and math.isfinite(tolerance)):
         raise MaskError(f"`tolerance` must be a finite number >= 0, got {tolerance!r}.")
     if criterion == "exact" and tolerance != 0.0:
@@ -189,9 +162,7 @@ def _check_arguments(criterion: str, tolerance: float, dtype: str | None) -> Non
             "`relative`, or leave the tolerance out."
         )
     if dtype is not None and dtype not in COMPARE_DTYPES:
-        raise MaskError(
-            f"`dtype` must be one of {', '.join(COMPARE_DTYPES)}, got {dtype!r}."
-        )
+        raise MaskError(f"`dtype` must be one of {', '.join(COMPARE_DTYPES)}, got {dtype!r}.")
 
 
 def _check_comparable(base: Checkpoint, tuned: Checkpoint, dtype: str | None) -> None:
@@ -211,55 +182,30 @@ def _check_comparable(base: Checkpoint, tuned: Checkpoint, dtype: str | None) ->
             "needs equal shapes: resize the base's embeddings to the tuned vocabulary first, or compare with the right "
             "base."
         )
-    recast = _differing(
-        base, tuned, lambda spec: str(spec.dtype).removeprefix("torch.")
-    )
+    recast = _differing(base, tuned, lambda spec: str(spec.dtype).removeprefix("torch."))
     if recast and dtype is None:
-        mixed = [
-            name
-            for name, spec in base.specs.items()
-            if spec.dtype != tuned.specs[name].dtype
-        ]
-        wanted = narrowest_dtype(
-            side.specs[name].dtype for side in (tuned, base) for name in mixed
-        )
+        mixed = [name for name, spec in base.specs.items() if spec.dtype != tuned.specs[name].dtype]
+        wanted = narrowest_dtype(side.specs[name].dtype for side in (tuned, base) for name in mixed)
         raise CheckpointMismatchError(
             f"{between} are stored in different dtypes, base against tuned: {listing(recast)}. Rounding alone would "
             f"look like training. Cast both before comparing with dtype='{wanted}' (`--dtype {wanted}`)."
         )
 
 
-def _differing(
-    base: Checkpoint, tuned: Checkpoint, show: Callable[[TensorSpec], str]
-) -> list[str]:
-    pairs = (
-        (name, show(spec), show(tuned.specs[name])) for name, spec in base.specs.items()
-    )
-    return [
-        f"`{name}` {before} and {after}"
-        for name, before, after in pairs
-        if before != after
-    ]
+def _differing(base: Checkpoint, tuned: Checkpoint, show: Callable[[TensorSpec], str]) -> list[str]:
+    pairs = ((name, show(spec), show(tuned.specs[name])) for name, spec in base.specs.items())
+    return [f"`{name}` {before} and {after}" for name, before, after in pairs if before != after]
 
 
-def _record(
-    checkpoint: Checkpoint, fingerprints: dict[str, str], dtype: str | None
-) -> ModelRecord:
-    dtypes = {
-        name: dtype or str(spec.dtype).removeprefix("torch.")
-        for name, spec in checkpoint.specs.items()
-    }
+def _record(checkpoint: Checkpoint, fingerprints: dict[str, str], dtype: str | None) -> ModelRecord:
+    dtypes = {name: dtype or str(spec.dtype).removeprefix("torch.") for name, spec in checkpoint.specs.items()}
     return ModelRecord(checkpoint.name, checkpoint.revision, dtypes, fingerprints)
 
 
 def _warn_of_extremes(mask: SubnetMask, base: Checkpoint) -> None:
     if mask.num_trainable == 0:
-        logger.warning(
-            "No weight differs by this criterion: the mask is empty and nothing can be trained with it."
-        )
-    elif mask.density > 0.9 and any(
-        spec.dtype == torch.float32 for spec in base.specs.values()
-    ):
+        logger.warning("No weight differs by this criterion: the mask is empty and nothing can be trained with it.")
+    elif mask.density > 0.9 and any(spec.dtype == torch.float32 for spec in base.specs.values()):
         logger.warning(
             "%.1f %% of the weights differ. In float32 nearly every optimizer step changes nearly every weight; train "
             "in bfloat16 or compare with a tolerance to find a subnetwork.",
@@ -270,10 +216,4 @@ def _warn_of_extremes(mask: SubnetMask, base: Checkpoint) -> None:
 def _progress_bar(total: int, *, enabled: bool) -> tqdm[NoReturn]:
     from tqdm import tqdm
 
-    return tqdm(
-        total=total,
-        desc="Comparing weights",
-        unit="weight",
-        unit_scale=True,
-        disable=not enabled,
-    )
+    return tqdm(total=total, desc="Comparing weights", unit="weight", unit_scale=True, disable=not enabled)

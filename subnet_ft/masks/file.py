@@ -73,24 +73,13 @@ def save_mask(mask: SubnetMask, path: Path) -> Path:
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "tensors": json.dumps(
-            {
-                name: {"shape": list(t.shape), "count": t.count}
-                for name, t in mask.tensors.items()
-            }
-        ),
+        "tensors": json.dumps({name: {"shape": list(t.shape), "count": t.count} for name, t in mask.tensors.items()}),
         "provenance": json.dumps(asdict(mask.provenance)),
     }
-    stored = {
-        name: tensor.bits.contiguous()
-        for name, tensor in mask.tensors.items()
-        if tensor.count
-    }
+    stored = {name: tensor.bits.contiguous() for name, tensor in mask.tensors.items() if tensor.count}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=path.parent, prefix=f".{path.name}."
-        ) as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             temporary = Path(folder) / path.name
             save_file(stored, temporary, metadata=metadata)
             os.replace(temporary, path)
@@ -107,9 +96,7 @@ def load_mask(path: Path) -> SubnetMask:
     """
     try:
         if path.is_dir():
-            raise MaskFileError(
-                f"`{path}` is a folder, not a mask file. Name the file, `NAME.subnet.safetensors`."
-            )
+            raise MaskFileError(f"`{path}` is a folder, not a mask file. Name the file, `NAME.subnet.safetensors`.")
         if not path.is_file():
             raise MaskFileError(
                 f"There is no mask file at `{path}`. `subnet-ft extract BASE TUNED -o {path}` makes one."
@@ -121,24 +108,16 @@ def load_mask(path: Path) -> SubnetMask:
             expected = {name for name, (_, count) in described.items() if count}
             if stored != expected:
                 odd = sorted(stored ^ expected)[0]
-                where = (
-                    "stored but not described"
-                    if odd in stored
-                    else "described but not stored"
-                )
+                where = "stored but not described" if odd in stored else "described but not stored"
                 raise MaskFileError(
                     f"`{path}`: tensor `{odd}` is {where}; the file is damaged. Extract the mask again."
                 )
             tensors = {
-                name: _checked_tensor(
-                    path, name, shape, count, file.get_tensor(name) if count else None
-                )
+                name: _checked_tensor(path, name, shape, count, file.get_tensor(name) if count else None)
                 for name, (shape, count) in described.items()
             }
     except SafetensorError as error:
-        raise MaskFileError(
-            f"`{path}` is not a readable safetensors file: {error}. Extract the mask again."
-        ) from error
+        raise MaskFileError(f"`{path}` is not a readable safetensors file: {error}. Extract the mask again.") from error
     except OSError as error:
         raise MaskFileError(
             f"`{path}` cannot be read: {error.strerror or error}. Check its permissions, or name another file."
@@ -146,9 +125,7 @@ def load_mask(path: Path) -> SubnetMask:
     return SubnetMask(tensors, _provenance(path, metadata, described))
 
 
-def _described_tensors(
-    path: Path, metadata: dict[str, str]
-) -> dict[str, tuple[tuple[int, ...], int]]:
+def _described_tensors(path: Path, metadata: dict[str, str]) -> dict[str, tuple[tuple[int, ...], int]]:
     if metadata.get("format") != FORMAT:
         raise MaskFileError(
             f"`{path}` is not a mask file: its header says format {metadata.get('format')!r}, expected {FORMAT!r}."
@@ -160,28 +137,16 @@ def _described_tensors(
     entries = _json(path, metadata, "tensors")
     described: dict[str, tuple[tuple[int, ...], int]] = {}
     for name, entry in entries.items():
-        shape, count = (
-            (entry.get("shape"), entry.get("count"))
-            if isinstance(entry, dict)
-            else (None, None)
-        )
-        if not isinstance(shape, list) or not all(
-            type(size) is int and size >= 0 for size in shape
-        ):
-            raise MaskFileError(
-                f"`{path}`: tensor `{name}` has shape {shape!r}; expected a list of sizes."
-            )
+        shape, count = (entry.get("shape"), entry.get("count")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise MaskFileError(f"`{path}`: tensor `{name}` has shape {shape!r}; expected a list of sizes.")
         if type(count) is not int or not 0 <= count <= math.prod(shape):
-            raise MaskFileError(
-                f"`{path}`: tensor `{name}` of shape {shape} has count {count!r}."
-            )
+            raise MaskFileError(f"`{path}`: tensor `{name}` of shape {shape} has count {count!r}.")
         described[name] = (tuple(shape), count)
     return described
 
 
-def _checked_tensor(
-    path: Path, name: str, shape: tuple[int, ...], count: int, bits: torch.Tensor | None
-) -> TensorMask:
+def _checked_tensor(path: Path, name: str, shape: tuple[int, ...], count: int, bits: torch.Tensor | None) -> TensorMask:
     if bits is None:
         return TensorMask(torch.empty(0, dtype=torch.uint8), shape, 0)
     num_elements = math.prod(shape)
@@ -192,32 +157,22 @@ def _checked_tensor(
             f"({expected},)."
         )
     if num_elements % 8 and int(bits[-1]) >> (num_elements % 8):
-        raise MaskFileError(
-            f"`{path}`: padding bits of `{name}` are set, last byte {int(bits[-1]):#010b}."
-        )
+        raise MaskFileError(f"`{path}`: padding bits of `{name}` are set, last byte {int(bits[-1]):#010b}.")
     found = subnet_kernels.count_bits(bits)
     if found != count:
-        raise MaskFileError(
-            f"`{path}`: `{name}` has {found} bits set but its header says {count}."
-        )
+        raise MaskFileError(f"`{path}`: `{name}` has {found} bits set but its header says {count}.")
     return TensorMask(bits.clone(), shape, count)
 
 
-def _provenance(
-    path: Path, metadata: dict[str, str], names: Iterable[str]
-) -> Provenance:
+def _provenance(path: Path, metadata: dict[str, str], names: Iterable[str]) -> Provenance:
     fields = _json(path, metadata, "provenance")
     try:
         provenance = parse_provenance(fields)
     except ValueError as error:
-        raise MaskFileError(
-            f"`{path}`: its provenance cannot be read: {error}. Extract the mask again."
-        ) from error
+        raise MaskFileError(f"`{path}`: its provenance cannot be read: {error}. Extract the mask again.") from error
     lack = None if provenance.base is None else incompleteness(provenance.base, names)
     if lack is not None:
-        raise MaskFileError(
-            f"`{path}`: its {lack}, so the base cannot be checked. Extract the mask again."
-        )
+        raise MaskFileError(f"`{path}`: its {lack}, so the base cannot be checked. Extract the mask again.")
     return provenance
 
 
@@ -232,11 +187,7 @@ def _json(path: Path, metadata: dict[str, str], key: str) -> dict[str, Any]:
     try:
         value = json.loads(metadata.get(key, ""))
     except (ValueError, RecursionError) as error:
-        raise MaskFileError(
-            f"`{path}`: its header field `{key}` is not JSON: {error}"
-        ) from error
+        raise MaskFileError(f"`{path}`: its header field `{key}` is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise MaskFileError(
-            f"`{path}`: its header field `{key}` is {type(value).__name__}, expected an object."
-        )
+        raise MaskFileError(f"`{path}`: its header field `{key}` is {type(value).__name__}, expected an object.")
     return value

@@ -49,11 +49,7 @@ class TensorMask:
 
     def full_bits(self) -> torch.Tensor:
         """Return (ceil(N / 8),) uint8, also for a tensor without trainable weights."""
-        return (
-            self.bits
-            if self.count
-            else torch.zeros((self.num_elements + 7) // 8, dtype=torch.uint8)
-        )
+        return self.bits if self.count else torch.zeros((self.num_elements + 7) // 8, dtype=torch.uint8)
 
 
 class SubnetMask:
@@ -67,9 +63,7 @@ class SubnetMask:
         provenance: Where the mask came from.
     """
 
-    def __init__(
-        self, tensors: Mapping[str, TensorMask], provenance: Provenance | None = None
-    ) -> None:
+    def __init__(self, tensors: Mapping[str, TensorMask], provenance: Provenance | None = None) -> None:
         self.tensors: dict[str, TensorMask] = dict(tensors)
         self.provenance = provenance or Provenance()
         for name, tensor in self.tensors.items():
@@ -81,9 +75,7 @@ class SubnetMask:
                 )
 
     @classmethod
-    def from_dense(
-        cls, dense: Mapping[str, torch.Tensor], provenance: Provenance | None = None
-    ) -> SubnetMask:
+    def from_dense(cls, dense: Mapping[str, torch.Tensor], provenance: Provenance | None = None) -> SubnetMask:
         """Build a mask from bool tensors of the parameters' shapes, `True` = trainable.
 
         Raises:
@@ -92,17 +84,13 @@ class SubnetMask:
         tensors = {}
         for name, value in by_canonical_name(dense.items()).items():
             if value.dtype != torch.bool:
-                raise MaskError(
-                    f"The mask of `{name}` is {value.dtype}; pass a bool tensor, True = trainable."
-                )
+                raise MaskError(f"The mask of `{name}` is {value.dtype}; pass a bool tensor, True = trainable.")
             packed = subnet_kernels.pack_bits(value.detach().cpu().reshape(-1))
             tensors[name] = TensorMask.build(packed, tuple(value.shape))
         return cls(tensors, provenance)
 
     @classmethod
-    def full(
-        cls, shapes: Mapping[str, tuple[int, ...]], provenance: Provenance | None = None
-    ) -> SubnetMask:
+    def full(cls, shapes: Mapping[str, tuple[int, ...]], provenance: Provenance | None = None) -> SubnetMask:
         """Build the mask in which every weight is trainable."""
         tensors = {}
         for name, shape in shapes.items():
@@ -114,9 +102,7 @@ class SubnetMask:
         return cls(tensors, provenance or Provenance(source={"kind": "full"}))
 
     @classmethod
-    def load(
-        cls, path: str | Path, base: str | Path | Checkpoint | None = None
-    ) -> SubnetMask:
+    def load(cls, path: str | Path, base: str | Path | Checkpoint | None = None) -> SubnetMask:
         """Read a mask file; everything in it is checked and nothing is unpickled.
 
         Args:
@@ -186,12 +172,8 @@ class SubnetMask:
             MaskError: Two parameters have one canonical name.
         """
         parameters = by_canonical_name(model.named_parameters())
-        self.check_shapes(
-            {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        )
-        self.check_weights(
-            (name, parameter.detach()) for name, parameter in parameters.items()
-        )
+        self.check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        self.check_weights((name, parameter.detach()) for name, parameter in parameters.items())
 
     def check_base(self, base: str | Path | Checkpoint) -> None:
         """Check that the mask was made for the checkpoint `base`, streaming it once."""
@@ -201,13 +183,8 @@ class SubnetMask:
         self.check_shapes({name: spec.shape for name, spec in checkpoint.specs.items()})
         compared_in = self.provenance.compare_dtype
         weights = checkpoint.tensors()
-        if (
-            compared_in is not None
-        ):  # the mask belongs to the base in that dtype, however it is stored
-            weights = (
-                (name, tensor.to(getattr(torch, compared_in)))
-                for name, tensor in weights
-            )
+        if compared_in is not None:  # the mask belongs to the base in that dtype, however it is stored
+            weights = ((name, tensor.to(getattr(torch, compared_in))) for name, tensor in weights)
         self.check_weights(weights)
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -242,11 +219,7 @@ class SubnetMask:
             expected_dtype = base.dtypes.get(name, dtype)
             if dtype != expected_dtype:
                 undo = f"`subnet_ft.checkpoints.undo_upcasts(model, dtype='{expected_dtype}')`"
-                kept = (
-                    f" If transformers keeps this weight in float32, call {undo}."
-                    if dtype == "float32"
-                    else ""
-                )
+                kept = f" If transformers keeps this weight in float32, call {undo}." if dtype == "float32" else ""
                 raise MaskMismatchError(
                     f"`{name}` is {dtype} but the mask was compared in {expected_dtype} of {self._base_name()}. Load "
                     f"the model in {expected_dtype}, or extract a mask from {dtype} checkpoints.{kept}"
@@ -268,9 +241,7 @@ class SubnetMask:
         if name not in self.tensors:
             raise KeyError(f"`{name}` is not a parameter of this mask")
         tensor = self.tensors[name]
-        return subnet_kernels.unpack_bits(tensor.full_bits(), tensor.num_elements).view(
-            tensor.shape
-        )
+        return subnet_kernels.unpack_bits(tensor.full_bits(), tensor.num_elements).view(tensor.shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
@@ -293,12 +264,8 @@ class SubnetMask:
         return self._combine(other, lambda a, b: a & ~b, "difference")
 
     def __invert__(self) -> SubnetMask:
-        full = SubnetMask.full(
-            {name: tensor.shape for name, tensor in self.tensors.items()}
-        )
-        return full._combine(
-            self, lambda a, b: a & ~b, "complement", provenance_of=self
-        )
+        full = SubnetMask.full({name: tensor.shape for name, tensor in self.tensors.items()})
+        return full._combine(self, lambda a, b: a & ~b, "complement", provenance_of=self)
 
     def __repr__(self) -> str:
         return (
@@ -313,15 +280,10 @@ class SubnetMask:
         kind: str,
         provenance_of: SubnetMask | None = None,
     ) -> SubnetMask:
-        self.check_shapes(
-            {name: tensor.shape for name, tensor in other.tensors.items()}
-        )
+        self.check_shapes({name: tensor.shape for name, tensor in other.tensors.items()})
         self._check_same_base(other)
         tensors = {
-            name: TensorMask.build(
-                operation(tensor.full_bits(), other.tensors[name].full_bits()),
-                tensor.shape,
-            )
+            name: TensorMask.build(operation(tensor.full_bits(), other.tensors[name].full_bits()), tensor.shape)
             for name, tensor in self.tensors.items()
         }
         sources = [provenance_of] if provenance_of else [self, other]
@@ -329,24 +291,15 @@ class SubnetMask:
         # Two recorded bases are one here, so the cast of either side holds for both.
         sides = (self.provenance, other.provenance)
         owners = [side for side in sides if side.base is not None] or list(sides)
-        compared_in = next(
-            (side.compare_dtype for side in owners if side.compare_dtype is not None),
-            None,
-        )
-        return SubnetMask(
-            tensors,
-            Provenance(base=owners[0].base, compare_dtype=compared_in, source=source),
-        )
+        compared_in = next((side.compare_dtype for side in owners if side.compare_dtype is not None), None)
+        return SubnetMask(tensors, Provenance(base=owners[0].base, compare_dtype=compared_in, source=source))
 
     def _check_same_base(self, other: SubnetMask) -> None:
         left, right = self.provenance.base, other.provenance.base
         if left is None or right is None:
             return
         if (left.fingerprints, left.dtypes) != (right.fingerprints, right.dtypes):
-            cast = {
-                mask.provenance.compare_dtype or "the stored dtype"
-                for mask in (self, other)
-            }
+            cast = {mask.provenance.compare_dtype or "the stored dtype" for mask in (self, other)}
             how = f", compared in {' and '.join(sorted(cast))}" if len(cast) > 1 else ""
             raise MaskMismatchError(
                 f"The masks were made for different bases, {left.name} and {right.name}{how}; they cannot be combined. "

@@ -102,19 +102,13 @@ def parse_provenance(fields: Mapping[str, Any]) -> Provenance:
         ValueError: A field is unknown or has a wrong type or value; the message names it.
     """
     _refuse_unknown("provenance", fields, Provenance)
-    criterion, tolerance, compare_dtype = (
-        fields.get(key) for key in ("criterion", "tolerance", "compare_dtype")
-    )
+    criterion, tolerance, compare_dtype = (fields.get(key) for key in ("criterion", "tolerance", "compare_dtype"))
     if criterion is not None and criterion not in CRITERIA:
         raise _wrong("criterion", criterion, f"one of {', '.join(CRITERIA)}, or null")
     if tolerance is not None and not (_is_number(tolerance) and tolerance >= 0):
         raise _wrong("tolerance", tolerance, "a number >= 0, or null")
     if compare_dtype is not None and compare_dtype not in COMPARE_DTYPES:
-        raise _wrong(
-            "compare_dtype",
-            compare_dtype,
-            f"one of {', '.join(COMPARE_DTYPES)}, or null",
-        )
+        raise _wrong("compare_dtype", compare_dtype, f"one of {', '.join(COMPARE_DTYPES)}, or null")
     curve = _mapping(
         "density_by_tolerance",
         fields.get("density_by_tolerance", {}),
@@ -128,9 +122,7 @@ def parse_provenance(fields: Mapping[str, Any]) -> Provenance:
         criterion=criterion,
         tolerance=None if tolerance is None else float(tolerance),
         compare_dtype=compare_dtype,
-        source=_mapping(
-            "source", fields.get("source", {}), lambda value: True, "anything"
-        ),
+        source=_mapping("source", fields.get("source", {}), lambda value: True, "anything"),
         density_by_tolerance={key: float(value) for key, value in curve.items()},
     )
 
@@ -148,24 +140,12 @@ def _parse_model(where: str, value: Any) -> ModelRecord | None:
     return ModelRecord(
         name,
         revision,
-        _mapping(
-            f"{where}.dtypes",
-            fields.get("dtypes", {}),
-            lambda entry: isinstance(entry, str),
-            "a string",
-        ),
-        _mapping(
-            f"{where}.fingerprints",
-            fields.get("fingerprints", {}),
-            _is_fingerprint,
-            "32 hexadecimal digits",
-        ),
+        _mapping(f"{where}.dtypes", fields.get("dtypes", {}), lambda entry: isinstance(entry, str), "a string"),
+        _mapping(f"{where}.fingerprints", fields.get("fingerprints", {}), _is_fingerprint, "32 hexadecimal digits"),
     )
 
 
-def _refuse_unknown(
-    where: str, fields: Mapping[str, Any], record: type[ModelRecord] | type[Provenance]
-) -> None:
+def _refuse_unknown(where: str, fields: Mapping[str, Any], record: type[ModelRecord] | type[Provenance]) -> None:
     unknown = sorted(set(fields) - {entry.name for entry in dataclasses.fields(record)})
     if unknown:
         raise ValueError(f"`{where}` has the unknown field `{unknown[0]}`")

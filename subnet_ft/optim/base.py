@@ -18,12 +18,7 @@ from subnet_ft.optim.frozen import FrozenWeights
 from subnet_ft.optim.gradients import CompactGradients
 from subnet_ft.optim.ledger import cache_nbytes
 from subnet_ft.optim.masters import Roundings
-from subnet_ft.optim.parameters import (
-    NamedParameters,
-    ParameterGroups,
-    check_parameters,
-    named_groups,
-)
+from subnet_ft.optim.parameters import NamedParameters, ParameterGroups, check_parameters, named_groups
 from subnet_ft.optim.remap import check_successor
 from subnet_kernels import BitMask
 
@@ -55,15 +50,10 @@ class MaskedBase(torch.optim.Optimizer):
         check_base: bool,
     ) -> None:
         self._clipping = Clipping(
-            max_grad_norm=max_grad_norm,
-            clip_norm=clip_norm,
-            measure_full=measure_full_norm,
-            nonfinite=nonfinite,
+            max_grad_norm=max_grad_norm, clip_norm=clip_norm, measure_full=measure_full_norm, nonfinite=nonfinite
         )
         groups = named_groups(named_parameters, type(self).__name__)
-        parameters = by_canonical_name(
-            pair for group in groups for pair in group["params"]
-        )
+        parameters = by_canonical_name(pair for group in groups for pair in group["params"])
         check_parameters(parameters, mask, check_base=check_base)
         self.compact_grads = compact_grads
         self._binding = Binding(parameters, mask)
@@ -85,11 +75,7 @@ class MaskedBase(torch.optim.Optimizer):
         self._is_built = True
 
     @abstractmethod
-    def _update(
-        self,
-        grads: Mapping[torch.nn.Parameter, torch.Tensor],
-        scale: torch.Tensor | None,
-    ) -> None:
+    def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
         """Update every parameter that has a gradient, compact (K,) or dense (N,), times the () `scale`."""
 
     @abstractmethod
@@ -98,10 +84,7 @@ class MaskedBase(torch.optim.Optimizer):
 
     @abstractmethod
     def _checked_entries(
-        self,
-        parameter: torch.nn.Parameter,
-        values: Mapping[str, Any],
-        saved_group: Mapping[str, Any],
+        self, parameter: torch.nn.Parameter, values: Mapping[str, Any], saved_group: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return copies of a parameter's saved entries where this optimizer wants them.
 
@@ -111,11 +94,7 @@ class MaskedBase(torch.optim.Optimizer):
 
     @abstractmethod
     def _remapped_entries(
-        self,
-        parameter: torch.nn.Parameter,
-        entries: Mapping[str, Any],
-        old: BitMask,
-        new: BitMask,
+        self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
     ) -> dict[str, Any]:
         """Return a parameter's state under another mask of it.
 
@@ -139,8 +118,10 @@ class MaskedBase(torch.optim.Optimizer):
         clipping = self._clipping
         clipping.clip_by_itself(self._gradients)
         grads = self._grads()
-        if not clipping.lets_pass(self._gradients, self._names):
+        problem = clipping.problem(self._gradients, self._names)
+        if problem is not None:
             self._forget_gradients()
+            clipping.leave_out(problem)
             return loss
         self._update(grads, clipping.coefficient)
         # The kernels write behind autograd's back; this is what makes a backward through old weights an error.
@@ -153,9 +134,7 @@ class MaskedBase(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a group while the optimizer is built; afterwards the mask is bound, and a group is refused."""
         if getattr(self, "_is_built", False):
-            raise OptimizerError(
-                f"{type(self).__name__} takes no further parameters. Build a new one on all of them."
-            )
+            raise OptimizerError(f"{type(self).__name__} takes no further parameters. Build a new one on all of them.")
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -259,24 +238,14 @@ class MaskedBase(torch.optim.Optimizer):
         check_parameters(parameters, mask, check_base=False)
         check_successor(self.mask, mask, parameters, compact_grads=self.compact_grads)
         if self.compact_grads and self._gradients.squares():
-            raise GradientError(
-                "Gradients wait for their step under the old mask. Change it after `step()`."
-            )
+            raise GradientError("Gradients wait for their step under the old mask. Change it after `step()`.")
         self._frozen.check()
         old = {p: self.bit_mask(p) for p in self._trained() if self.state.get(p)}
-        new = {
-            p: self._binding.under(mask, p)
-            for p in old
-            if mask.tensors[self._names[p]].count
-        }
-        remapped = {
-            p: self._remapped_entries(p, self.state[p], old[p], new[p]) for p in new
-        }
+        new = {p: self._binding.under(mask, p) for p in old if mask.tensors[self._names[p]].count}
+        remapped = {p: self._remapped_entries(p, self.state[p], old[p], new[p]) for p in new}
         # From here on nothing can be refused.
         self._binding.mask = mask
-        for group, trained in zip(
-            self.param_groups, self._groups.trained(mask), strict=True
-        ):
+        for group, trained in zip(self.param_groups, self._groups.trained(mask), strict=True):
             group["params"] = [parameter for _, parameter in trained["params"]]
             group["param_names"] = [name for name, _ in trained["params"]]
         self._adopt(remapped)
@@ -304,23 +273,13 @@ class MaskedBase(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, dict(state_dict)) or state_dict
-        loaded = state.checked_state(
-            self.param_groups, self._names, state_dict, self._checked_entries
-        )
+        loaded = state.checked_state(self.param_groups, self._names, state_dict, self._checked_entries)
         frozen = state_dict["param_groups"][0].get(state.FROZEN)
         if frozen is not None:
             state.check_frozen(frozen, self._frozen.now())
         self._frozen.taken = None if frozen is None else dict(frozen)
-        for group, saved in zip(
-            self.param_groups, state_dict["param_groups"], strict=True
-        ):
-            group.update(
-                {
-                    key: value
-                    for key, value in saved.items()
-                    if key not in ("params", state.FROZEN)
-                }
-            )
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", state.FROZEN)})
         self._adopt(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -344,9 +303,7 @@ class MaskedBase(torch.optim.Optimizer):
         kept = [item for item in entries if isinstance(item[1], torch.Tensor)]
         return {
             "gradients": self._gradients.nbytes,
-            "moments": sum(
-                value.nbytes for key, value in kept if key not in ("step", "master")
-            ),
+            "moments": sum(value.nbytes for key, value in kept if key not in ("step", "master")),
             "masters": sum(value.nbytes for key, value in kept if key == "master"),
             "mask": self._binding.nbytes + cache_nbytes(self._cache),
         }
@@ -360,9 +317,7 @@ class MaskedBase(torch.optim.Optimizer):
             self.state[parameter] = entries
 
     def _trained(self) -> list[torch.nn.Parameter]:
-        return [
-            parameter for group in self.param_groups for parameter in group["params"]
-        ]
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _grads(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Return the gradient of every parameter that got one: compact (K,), or dense (N,) without compaction."""

@@ -18,12 +18,8 @@ class Binding:
         mask: Which weights are trained now.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, torch.nn.Parameter], mask: SubnetMask
-    ) -> None:
-        self.names: dict[torch.nn.Parameter, str] = {
-            parameter: name for name, parameter in parameters.items()
-        }
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], mask: SubnetMask) -> None:
+        self.names: dict[torch.nn.Parameter, str] = {parameter: name for name, parameter in parameters.items()}
         self._mask = mask
         self._bit_masks: dict[str, BitMask] = {}
 
@@ -45,10 +41,7 @@ class Binding:
     def bit_mask(self, parameter: torch.nn.Parameter) -> BitMask:
         """Return the mask of a parameter in which something is trained, on its device."""
         name = self.names[parameter]
-        if (
-            name not in self._bit_masks
-            or self._bit_masks[name].device != parameter.device
-        ):
+        if name not in self._bit_masks or self._bit_masks[name].device != parameter.device:
             self._bit_masks[name] = self.under(self._mask, parameter)
         return self._bit_masks[name]
 

@@ -19,8 +19,9 @@ NONFINITE = ("raise", "skip", "ignore")
 """`raise`: NonFiniteGradientError, and no weight changed. `skip`: the step is left out whole, and a warning says so.
 `ignore`: nobody looks; NaN reaches the weights as in `torch.optim`, and the host never waits for the norm."""
 
-# Elements at a time: torch's norm of bfloat16 in float32 makes a float32 copy on a CPU.
-_CHUNK = 1 << 20
+# Elements at a time, for torch's norm in another dtype makes a copy; a GPU wants few launches.
+_CHUNK = {"cpu": 1 << 20}
+_LARGE_CHUNK = 1 << 24
 
 
 class Gradients(Protocol):
@@ -46,26 +47,13 @@ class Clipping:
         ValueError: An option is out of range or unknown.
     """
 
-    def __init__(
-        self,
-        *,
-        max_grad_norm: float | None,
-        clip_norm: str,
-        measure_full: bool,
-        nonfinite: str,
-    ) -> None:
+    def __init__(self, *, max_grad_norm: float | None, clip_norm: str, measure_full: bool, nonfinite: str) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(
-                f"`max_grad_norm` must be > 0, or None for no clipping, got {max_grad_norm}"
-            )
+            raise ValueError(f"`max_grad_norm` must be > 0, or None for no clipping, got {max_grad_norm}")
         if clip_norm not in CLIP_NORMS:
-            raise ValueError(
-                f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {clip_norm!r}"
-            )
+            raise ValueError(f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {clip_norm!r}")
         if nonfinite not in NONFINITE:
-            raise ValueError(
-                f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {nonfinite!r}"
-            )
+            raise ValueError(f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
         self.max_grad_norm = max_grad_norm
         self.clip_norm = clip_norm
         self.measure_full = measure_full or clip_norm == "full"
@@ -93,11 +81,7 @@ class Clipping:
         norm = self._clipped_norm = self.norms(gradients)[self.clip_norm]
         # The small constant is that of torch.nn.utils.clip_grad_norm_.
         coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        self.coefficient = (
-            coefficient
-            if self.coefficient is None
-            else torch.minimum(self.coefficient, coefficient)
-        )
+        self.coefficient = coefficient if self.coefficient is None else torch.minimum(self.coefficient, coefficient)
         return norm
 
     def clip_by_itself(self, gradients: Gradients) -> None:
@@ -109,55 +93,39 @@ class Clipping:
         """Forget what was decided about gradients that are gone."""
         self.coefficient = self._clipped_norm = None
 
-    def lets_pass(
-        self, gradients: Gradients, names: Mapping[torch.nn.Parameter, str]
-    ) -> bool:
-        """Say whether a step may take the gradients; False is counted and reported.
-
-        Raises:
-            NonFiniteGradientError: They are not finite, and `nonfinite` is `raise`.
-        """
+    def problem(self, gradients: Gradients, names: Mapping[torch.nn.Parameter, str]) -> str | None:
+        """Say what keeps a step from taking the gradients: NaN or infinite values, and where; `None` if nothing."""
         if self.nonfinite == "ignore":
-            return True
+            return None
         # What was clipped was measured then; dense gradients are not read twice.
-        norm = (
-            self.norms(gradients)[self.clip_norm]
-            if self._clipped_norm is None
-            else self._clipped_norm
-        )
+        norm = self.norms(gradients)[self.clip_norm] if self._clipped_norm is None else self._clipped_norm
         if bool(torch.isfinite(norm)):
-            return True
-        found = [
-            names[p]
-            for p, square in gradients.squares().items()
-            if not torch.isfinite(square)
-        ]
+            return None
+        found = [names[p] for p, square in gradients.squares().items() if not torch.isfinite(square)]
         where = "outside the mask"
         if found:
-            where = f"in `{found[0]}`" + (
-                f" and {len(found) - 1} other tensors" if len(found) > 1 else ""
-            )
+            where = f"in `{found[0]}`" + (f" and {len(found) - 1} other tensors" if len(found) > 1 else "")
+        return f"the gradient has NaN or infinite values {where}"
+
+    def leave_out(self, problem: str) -> None:
+        """Count and report a step that is left out.
+
+        Raises:
+            NonFiniteGradientError: `nonfinite` is `raise`.
+        """
         if self.nonfinite == "raise":
             raise NonFiniteGradientError(
-                f"The gradient has NaN or infinite values {where}; no weight was changed. Look at the loss of this "
-                "batch, or pass `nonfinite='skip'` to leave such steps out."
+                f"The step was not taken and no weight was changed: {problem}. Look at the loss of this batch, or pass "
+                "`nonfinite='skip'` to leave such steps out."
             )
         self.num_skipped_steps += 1
-        logger.warning(
-            "step left out, %d so far: the gradient has NaN or infinite values %s",
-            self.num_skipped_steps,
-            where,
-        )
-        return False
+        logger.warning("step left out, %d so far: %s", self.num_skipped_steps, problem)
 
 
 def sum_of_squares(grad: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares () float32 of a flat gradient (N,) of any dtype, without a float32 copy of it."""
-    parts = [
-        torch.linalg.vector_norm(part, dtype=torch.float32).square()
-        for part in torch.split(grad, _CHUNK)
-    ]
-    return torch.stack(parts).sum()
+    """Return the sum of squares () float64 of a flat gradient (N,) of any dtype, without a copy of the whole."""
+    parts = torch.split(grad, _CHUNK.get(grad.device.type, _LARGE_CHUNK))
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts]).sum()
 
 
 def norm_of_squares(squares: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -165,9 +133,4 @@ def norm_of_squares(squares: Iterable[torch.Tensor]) -> torch.Tensor:
     found = list(squares)
     if not found:
         return torch.tensor(0.0)
-    return (
-        torch.stack([square.to(found[0].device) for square in found])
-        .sum()
-        .sqrt()
-        .to(torch.float32)
-    )
+    return torch.stack([square.to(found[0].device) for square in found]).sum().sqrt().to(torch.float32)

@@ -28,9 +28,7 @@ class DenseGradients:
     """Bytes of buffers of its own."""
 
     def __init__(
-        self,
-        parameters: Mapping[str, torch.nn.Parameter],
-        trained: Callable[[torch.nn.Parameter], BitMask | None],
+        self, parameters: Mapping[str, torch.nn.Parameter], trained: Callable[[torch.nn.Parameter], BitMask | None]
     ) -> None:
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._trained = trained
@@ -48,28 +46,16 @@ class DenseGradients:
 
     def get(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """Return a parameter's gradient (N,), or `None` if it has none."""
-        return (
-            None
-            if parameter.grad is None
-            else flat_grad(parameter, self._names[parameter])
-        )
+        return None if parameter.grad is None else flat_grad(parameter, self._names[parameter])
 
     def squares(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Return the sum of squares () on the mask of every gradient."""
         masks = {p: self._trained(p) for p in self._names if p.grad is not None}
-        return {
-            parameter: self._square(parameter, mask)
-            for parameter, mask in masks.items()
-            if mask is not None
-        }
+        return {parameter: self._square(parameter, mask) for parameter, mask in masks.items() if mask is not None}
 
     def full_squares(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Return the sum of squares () of every whole gradient."""
-        return {
-            p: sum_of_squares(flat_grad(p, name))
-            for p, name in self._names.items()
-            if p.grad is not None
-        }
+        return {p: sum_of_squares(flat_grad(p, name)) for p, name in self._names.items() if p.grad is not None}
 
     def clear(self) -> None:
         """Drop the gradients in which nothing is trained: no step would."""

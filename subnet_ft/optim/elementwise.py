@@ -40,11 +40,7 @@ REFUSED = {
 """Why an optimizer cannot be wrapped, by a word in the name of its class or of a class that it derives from."""
 
 # These packages call their classes AdamW and Adafactor.
-_PACKAGES = {
-    "galore_torch": "GaLore",
-    "q_galore_torch": "GaLore",
-    "apollo_torch": "Apollo",
-}
+_PACKAGES = {"galore_torch": "GaLore", "q_galore_torch": "GaLore", "apollo_torch": "Apollo"}
 
 
 def check_elementwise(optimizer_cls: type[torch.optim.Optimizer]) -> None:
@@ -54,14 +50,9 @@ def check_elementwise(optimizer_cls: type[torch.optim.Optimizer]) -> None:
         TypeError: It is no subclass of `torch.optim.Optimizer`.
         OptimizerError: It, or a class that it derives from, bears a word of `REFUSED` in its name.
     """
-    if not (
-        isinstance(optimizer_cls, type)
-        and issubclass(optimizer_cls, torch.optim.Optimizer)
-    ):
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
         found = (
-            f"`{optimizer_cls.__name__}`"
-            if isinstance(optimizer_cls, type)
-            else f"a {type(optimizer_cls).__name__}"
+            f"`{optimizer_cls.__name__}`" if isinstance(optimizer_cls, type) else f"a {type(optimizer_cls).__name__}"
         )
         raise TypeError(
             f"`optimizer_cls` must be a subclass of torch.optim.Optimizer, got {found}. Pass the class, such "
@@ -71,31 +62,21 @@ def check_elementwise(optimizer_cls: type[torch.optim.Optimizer]) -> None:
         package = _PACKAGES.get(ancestor.__module__.partition(".")[0])
         for word, reason in REFUSED.items():
             if word == package or _bears(ancestor.__name__, word):
-                derived = (
-                    ""
-                    if ancestor is optimizer_cls
-                    else f"derives from `{ancestor.__name__}`, which "
-                )
+                derived = "" if ancestor is optimizer_cls else f"derives from `{ancestor.__name__}`, which "
                 raise OptimizerError(
                     f"`{optimizer_cls.__name__}` cannot train a subnetwork: it {derived}{reason}. Use an element-wise "
                     "optimizer, such as `torch.optim.AdamW` or `MaskedAdamW`."
                 )
 
 
-def check_keywords(
-    optimizer_cls: type[torch.optim.Optimizer], keywords: Mapping[str, Any]
-) -> None:
+def check_keywords(optimizer_cls: type[torch.optim.Optimizer], keywords: Mapping[str, Any]) -> None:
     """Refuse keywords that the constructor of an optimizer does not have.
 
     Raises:
         TypeError: One is unknown, or is the parameters, which come from elsewhere.
     """
     parameters = list(inspect.signature(optimizer_cls).parameters.values())
-    named = [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     options = named[1:]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for keyword in keywords:
@@ -106,23 +87,11 @@ def check_keywords(
             )
         if keyword not in options and not takes_any:
             close = difflib.get_close_matches(keyword, options, n=1)
-            hint = (
-                f"; did you mean `{close[0]}`?"
-                if close
-                else f". It has {', '.join(options)}."
-            )
-            raise TypeError(
-                f"`{optimizer_cls.__name__}` has no option `{keyword}`{hint}"
-            )
+            hint = f"; did you mean `{close[0]}`?" if close else f". It has {', '.join(options)}."
+            raise TypeError(f"`{optimizer_cls.__name__}` has no option `{keyword}`{hint}")
 
 
 def _bears(name: str, word: str) -> bool:
     """Whether a class name has a word: `FusedLamb` and `LAMB8bit` have LAMB, `LambdaAdam` has not."""
     forms = {word, word.upper(), word.capitalize()}
-    return (
-        re.search(
-            rf"(?:{'|'.join(map(re.escape, forms))})(?![a-z])|^{re.escape(word.lower())}$",
-            name,
-        )
-        is not None
-    )
+    return re.search(rf"(?:{'|'.join(map(re.escape, forms))})(?![a-z])|^{re.escape(word.lower())}$", name) is not None

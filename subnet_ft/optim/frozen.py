@@ -19,11 +19,7 @@ def frozen_fingerprints(model: torch.nn.Module, mask: SubnetMask) -> dict[str, s
 
     def trained(parameter: torch.nn.Parameter) -> BitMask | None:
         tensor = mask.tensors[names[parameter]]
-        return (
-            BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device)
-            if tensor.count
-            else None
-        )
+        return BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device) if tensor.count else None
 
     return FrozenWeights(parameters, trained).now()
 
@@ -40,9 +36,7 @@ class FrozenWeights:
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, torch.nn.Parameter],
-        trained: Callable[[torch.nn.Parameter], BitMask | None],
+        self, parameters: Mapping[str, torch.nn.Parameter], trained: Callable[[torch.nn.Parameter], BitMask | None]
     ) -> None:
         self._parameters = parameters
         self._trained = trained
@@ -59,9 +53,7 @@ class FrozenWeights:
         for name, parameter in self._parameters.items():
             mask = self._trained(parameter)
             if mask is None or not mask.is_full:
-                found[name] = format_fingerprint(
-                    subnet_kernels.fingerprint(parameter.detach(), outside=mask)
-                )
+                found[name] = format_fingerprint(subnet_kernels.fingerprint(parameter.detach(), outside=mask))
         return found
 
     def check(self) -> None:
@@ -74,13 +66,9 @@ class FrozenWeights:
             self.take()
             return
         now = self.now()
-        changed = [
-            name for name, fingerprint in self.taken.items() if now[name] != fingerprint
-        ]
+        changed = [name for name, fingerprint in self.taken.items() if now[name] != fingerprint]
         if changed:
-            others = (
-                f" and {len(changed) - 1} other tensors" if len(changed) > 1 else ""
-            )
+            others = f" and {len(changed) - 1} other tensors" if len(changed) > 1 else ""
             raise FrozenWeightError(
                 f"Weights outside the mask changed in `{changed[0]}`{others} (fingerprint {self.taken[changed[0]]} at "
                 f"the start, {now[changed[0]]} now). The masked optimizer writes only the mask, so other code wrote "

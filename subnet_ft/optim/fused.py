@@ -49,19 +49,11 @@ class FusedBase(MaskedBase):
         """Return the names of the compact float32 state entries under a group's options."""
 
     @abstractmethod
-    def _describe(
-        self,
-        group: Mapping[str, Any],
-        values: Mapping[str, Any],
-        step: int,
-        shared: dict[str, Any],
-    ) -> Any:
+    def _describe(self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]) -> Any:
         """Return the kernel's description of one tensor's update number `step`; all descriptions have `shared`."""
 
     @abstractmethod
-    def _run(
-        self, updates: list[Any], grad_scale: torch.Tensor | None, cache: dict[Any, Any]
-    ) -> None:
+    def _run(self, updates: list[Any], grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
         """Run the kernel on the updates of one device."""
 
     def _prepare(self) -> None:
@@ -69,15 +61,10 @@ class FusedBase(MaskedBase):
             self._check_options(group)
 
     def _checked_entries(
-        self,
-        parameter: torch.nn.Parameter,
-        values: Mapping[str, Any],
-        saved_group: Mapping[str, Any],
+        self, parameter: torch.nn.Parameter, values: Mapping[str, Any], saved_group: Mapping[str, Any]
     ) -> dict[str, Any]:
         name = self._names[parameter]
-        group = next(
-            g for g in self.param_groups if any(p is parameter for p in g["params"])
-        )
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
         dtypes = dict.fromkeys(("step", *self._moments(group)), torch.float32)
         kept = master_dtype(parameter.dtype, self.master)
         if kept is not None:
@@ -87,45 +74,24 @@ class FusedBase(MaskedBase):
         return {
             key: checked_tensor(name, key, values[key], dtype, (), torch.device("cpu"))
             if key == "step"
-            else checked_tensor(
-                name,
-                key,
-                values[key],
-                dtype,
-                (self.mask.tensors[name].count,),
-                parameter.device,
-            )
+            else checked_tensor(name, key, values[key], dtype, (self.mask.tensors[name].count,), parameter.device)
             for key, dtype in dtypes.items()
         }
 
     def _remapped_entries(
-        self,
-        parameter: torch.nn.Parameter,
-        entries: Mapping[str, Any],
-        old: BitMask,
-        new: BitMask,
+        self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
     ) -> dict[str, Any]:
         weight = parameter.detach().view(-1)
-        fresh = {
-            key: torch.zeros(new.count, dtype=torch.float32, device=weight.device)
-            for key in entries
-        }
+        fresh = {key: torch.zeros(new.count, dtype=torch.float32, device=weight.device) for key in entries}
         masters = new_masters(weight, new, self.master)
         if masters is not None:
             fresh["master"] = masters
         return {
-            key: value if key == "step" else remap(value, old, new, into=fresh[key])
-            for key, value in entries.items()
+            key: value if key == "step" else remap(value, old, new, into=fresh[key]) for key, value in entries.items()
         }
 
-    def _update(
-        self,
-        grads: Mapping[torch.nn.Parameter, torch.Tensor],
-        scale: torch.Tensor | None,
-    ) -> None:
-        streams = {
-            id(parameter): number for number, parameter in enumerate(self._names)
-        }
+    def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
+        streams = {id(parameter): number for number, parameter in enumerate(self._names)}
         batches: dict[torch.device, list[Any]] = {}
         counts: list[torch.Tensor] = []
         for group in self.param_groups:
@@ -134,21 +100,15 @@ class FusedBase(MaskedBase):
                 grad = grads.get(parameter)
                 if grad is not None:
                     values = self.state[parameter]
-                    update = self._one(
-                        parameter, group, values, grad, streams[id(parameter)]
-                    )
+                    update = self._one(parameter, group, values, grad, streams[id(parameter)])
                     counts.append(values["step"])
                     batches.setdefault(grad.device, []).append(update)
         # Plans of a device that the model has left would keep its memory.
         self._cache = {device: self._cache.get(device, {}) for device in batches}
         for device, batch in batches.items():
-            self._run(
-                batch, None if scale is None else scale.to(device), self._cache[device]
-            )
+            self._run(batch, None if scale is None else scale.to(device), self._cache[device])
         if counts:
-            torch._foreach_add_(
-                counts, 1.0
-            )  # last, so that a refused step does not count
+            torch._foreach_add_(counts, 1.0)  # last, so that a refused step does not count
 
     def _one(
         self,
@@ -179,18 +139,12 @@ class FusedBase(MaskedBase):
         return self._describe(group, values, step, shared)
 
     def _start(
-        self,
-        parameter: torch.nn.Parameter,
-        group: Mapping[str, Any],
-        values: dict[str, Any],
-        weight: torch.Tensor,
+        self, parameter: torch.nn.Parameter, group: Mapping[str, Any], values: dict[str, Any], weight: torch.Tensor
     ) -> None:
         mask = self.bit_mask(parameter)
         values["step"] = torch.tensor(0.0)
         for name in self._moments(group):
-            values[name] = torch.zeros(
-                mask.count, dtype=torch.float32, device=weight.device
-            )
+            values[name] = torch.zeros(mask.count, dtype=torch.float32, device=weight.device)
         masters = new_masters(weight, mask, self.master)
         if masters is not None:
             values["master"] = masters

@@ -57,9 +57,7 @@ class CompactGradients:
         reference = weakref.ref(self)
         for parameter in self._names:
             if parameter.requires_grad:
-                register: Any = (
-                    parameter.register_post_accumulate_grad_hook
-                )  # torch does not type it
+                register: Any = parameter.register_post_accumulate_grad_hook  # torch does not type it
                 self._handles.append(register(_hook(reference)))
 
     def add(self, parameter: torch.nn.Parameter) -> None:
@@ -79,14 +77,10 @@ class CompactGradients:
         if mask is not None:
             buffer = self._buffers.get(parameter)
             if buffer is None or buffer.device != grad.device:
-                buffer = self._buffers[parameter] = torch.empty(
-                    mask.count, dtype=torch.float32, device=grad.device
-                )
+                buffer = self._buffers[parameter] = torch.empty(mask.count, dtype=torch.float32, device=grad.device)
                 self._squares.pop(parameter, None)
             # What an earlier micro-batch left counts; what an earlier step left does not.
-            self._squares[parameter] = subnet_kernels.compact(
-                grad, mask, buffer, accumulate=parameter in self._squares
-            )
+            self._squares[parameter] = subnet_kernels.compact(grad, mask, buffer, accumulate=parameter in self._squares)
         parameter.grad = None
 
     def collect(self) -> None:
@@ -116,6 +110,8 @@ class CompactGradients:
         """Forget every gradient; the buffers stay."""
         self._squares.clear()
         self._full_squares.clear()
+        for parameter in self._names:
+            parameter.grad = None
 
     def forget_masks(self) -> None:
         """Free the buffers and hook again, because the masks or what requires a gradient changed."""
@@ -146,9 +142,7 @@ def flat_grad(parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
     grad = parameter.grad
     assert grad is not None
     if grad.is_sparse:
-        raise GradientError(
-            f"`{name}` has a sparse gradient; build its embedding with sparse=False."
-        )
+        raise GradientError(f"`{name}` has a sparse gradient; build its embedding with sparse=False.")
     return grad.detach().reshape(-1).contiguous()
 
 

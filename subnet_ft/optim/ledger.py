@@ -25,14 +25,9 @@ def memory_ledger(model: torch.nn.Module, optimizer: MaskedBase) -> dict[str, in
         with a trainable weight, as autograd allocates them), `moments`, `masters` and `mask` (bits, and where every
         tile starts).
     """
-    ledger = {
-        "weights": sum(parameter.nbytes for parameter in model.parameters()),
-        **optimizer.memory(),
-    }
+    ledger = {"weights": sum(parameter.nbytes for parameter in model.parameters()), **optimizer.memory()}
     if not optimizer.compact_grads:
-        ledger["gradients"] += sum(
-            p.nbytes for p in model.parameters() if p.requires_grad
-        )
+        ledger["gradients"] += sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return ledger
 
 

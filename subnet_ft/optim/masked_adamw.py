@@ -101,19 +101,13 @@ class MaskedAdamW(FusedBase):
         if not group["eps"] > 0.0:
             raise ValueError(f"`eps` must be > 0, got {group['eps']}")
         if not group["weight_decay"] >= 0.0:
-            raise ValueError(
-                f"`weight_decay` must be >= 0, got {group['weight_decay']}"
-            )
+            raise ValueError(f"`weight_decay` must be >= 0, got {group['weight_decay']}")
 
     def _moments(self, group: Mapping[str, Any]) -> Sequence[str]:
         return ("exp_avg", "exp_avg_sq")
 
     def _describe(
-        self,
-        group: Mapping[str, Any],
-        values: Mapping[str, Any],
-        step: int,
-        shared: dict[str, Any],
+        self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]
     ) -> AdamWUpdate:
         return AdamWUpdate(
             exp_avg=values["exp_avg"],
@@ -124,10 +118,5 @@ class MaskedAdamW(FusedBase):
             **shared,
         )
 
-    def _run(
-        self,
-        updates: list[AdamWUpdate],
-        grad_scale: torch.Tensor | None,
-        cache: dict[Any, Any],
-    ) -> None:
+    def _run(self, updates: list[AdamWUpdate], grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
         subnet_kernels.masked_adamw(updates, grad_scale=grad_scale, cache=cache)

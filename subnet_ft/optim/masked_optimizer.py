@@ -18,21 +18,10 @@ from subnet_ft.optim.state import check_keys, checked_tensor
 from subnet_kernels import BitMask
 
 # What a param group holds besides the wrapped optimizer's options.
-_NOT_OPTIONS = frozenset(
-    {"params", "param_names", "mask_fingerprint", "optimizer_class", "compact_entries"}
-)
+_NOT_OPTIONS = frozenset({"params", "param_names", "mask_fingerprint", "optimizer_class", "compact_entries"})
 
 # State of torch's optimizers that is zero for a weight that took no step yet.
-_STARTS_AT_ZERO = frozenset(
-    {
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_inf",
-        "momentum_buffer",
-        "square_avg",
-    }
-)
+_STARTS_AT_ZERO = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"})
 
 
 class MaskedOptimizer(MaskedBase):
@@ -85,9 +74,7 @@ class MaskedOptimizer(MaskedBase):
     ) -> None:
         check_elementwise(optimizer_cls)
         if issubclass(optimizer_cls, MaskedBase):
-            raise OptimizerError(
-                f"`{optimizer_cls.__name__}` is masked already; use it without `MaskedOptimizer`."
-            )
+            raise OptimizerError(f"`{optimizer_cls.__name__}` is masked already; use it without `MaskedOptimizer`.")
         check_keywords(optimizer_cls, kwargs)
         self.optimizer_cls = optimizer_cls
         self._kwargs = kwargs
@@ -112,9 +99,7 @@ class MaskedOptimizer(MaskedBase):
         saved = super().state_dict()
         for group in saved["param_groups"]:
             kept = [
-                self._compact_entries(name, saved["state"][name])
-                for name in group["params"]
-                if name in saved["state"]
+                self._compact_entries(name, saved["state"][name]) for name in group["params"] if name in saved["state"]
             ]
             group["compact_entries"] = sorted(set.intersection(*kept)) if kept else []
         return saved
@@ -125,60 +110,33 @@ class MaskedOptimizer(MaskedBase):
         `moments` is what the wrapped optimizer keeps in tensors, single numbers aside.
         """
         held = super().memory()
-        kept = [
-            value
-            for entries in self.state.values()
-            for key, value in entries.items()
-            if key != "master"
-        ]
+        kept = [value for entries in self.state.values() for key, value in entries.items() if key != "master"]
         return {
             **held,
-            "moments": sum(
-                value.nbytes
-                for value in kept
-                if isinstance(value, torch.Tensor) and value.dim()
-            ),
+            "moments": sum(value.nbytes for value in kept if isinstance(value, torch.Tensor) and value.dim()),
             # Those of tensors that took no step yet are not part of the state.
-            "masters": held["masters"]
-            + sum(master.nbytes for master in self._masters.values()),
+            "masters": held["masters"] + sum(master.nbytes for master in self._masters.values()),
         }
 
     def _prepare(self) -> None:
         """Build the wrapped optimizer on new masters; it fills in the options that a group leaves open."""
-        self._masters = {
-            parameter: torch.nn.Parameter(self._gathered(parameter))
-            for parameter in self._trained()
-        }
+        self._masters = {parameter: torch.nn.Parameter(self._gathered(parameter)) for parameter in self._trained()}
         self._inner = self._wrapped(self._masters)
         for master in self._masters.values():
             self._inner.state.pop(master, None)  # made again at the first step
         self.defaults.update(self._inner.defaults)
-        for group, inner in zip(
-            self.param_groups, self._inner.param_groups, strict=True
-        ):
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update(_options(inner))
             group["optimizer_class"] = self.optimizer_cls.__name__
 
-    def _update(
-        self,
-        grads: Mapping[torch.nn.Parameter, torch.Tensor],
-        scale: torch.Tensor | None,
-    ) -> None:
+    def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
         self._lend_state(grads)
         for parameter, master in self._masters.items():
-            master.grad = (
-                self._compact_grad(parameter, grads[parameter], scale)
-                if parameter in grads
-                else None
-            )
-        for group, inner in zip(
-            self.param_groups, self._inner.param_groups, strict=True
-        ):
+            master.grad = self._compact_grad(parameter, grads[parameter], scale) if parameter in grads else None
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update(_options(group))
         self._inner.step()
-        for group, inner in zip(
-            self.param_groups, self._inner.param_groups, strict=True
-        ):
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update(_options(inner))
         for parameter in self._masters:
             if parameter in grads or self.state.get(parameter):
@@ -186,9 +144,7 @@ class MaskedOptimizer(MaskedBase):
         for parameter in grads:
             master = self.state[parameter]["master"]
             weights = subnet_kernels.round_to_weights(master, parameter.dtype)
-            subnet_kernels.scatter(
-                parameter.detach().view(-1), self.bit_mask(parameter), weights
-            )
+            subnet_kernels.scatter(parameter.detach().view(-1), self.bit_mask(parameter), weights)
         strangers = self._inner.state.keys() - self._masters.values()
         if strangers:
             raise OptimizerError(
@@ -197,33 +153,20 @@ class MaskedOptimizer(MaskedBase):
             )
 
     def _compact_grad(
-        self,
-        parameter: torch.nn.Parameter,
-        grad: torch.Tensor,
-        scale: torch.Tensor | None,
+        self, parameter: torch.nn.Parameter, grad: torch.Tensor, scale: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the gradient (K,) times `scale`; a compact one is scaled in place, for the step consumes it."""
         if not self.compact_grads:
             mask = self.bit_mask(parameter)
-            dense, grad = (
-                grad,
-                torch.empty(mask.count, dtype=torch.float32, device=grad.device),
-            )
+            dense, grad = grad, torch.empty(mask.count, dtype=torch.float32, device=grad.device)
             subnet_kernels.compact(dense, mask, grad, accumulate=False)
         return grad if scale is None else grad.mul_(scale.to(grad.device))
 
-    def _wrapped(
-        self, parameters: Container[torch.nn.Parameter]
-    ) -> torch.optim.Optimizer:
+    def _wrapped(self, parameters: Container[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Build a wrapped optimizer of the masters of some parameters, with the options of their groups now."""
         return self.optimizer_cls(
             [
-                {
-                    **_options(group),
-                    "params": [
-                        self._masters[p] for p in group["params"] if p in parameters
-                    ],
-                }
+                {**_options(group), "params": [self._masters[p] for p in group["params"] if p in parameters]}
                 for group in self.param_groups
             ],
             **self._kwargs,
@@ -237,9 +180,7 @@ class MaskedOptimizer(MaskedBase):
             if entries:
                 self._check_master(parameter, entries.get("master"))
                 master.data = entries["master"]
-                self._inner.state[master] = {
-                    key: value for key, value in entries.items() if key != "master"
-                }
+                self._inner.state[master] = {key: value for key, value in entries.items() if key != "master"}
             elif parameter in grads:
                 # Weights that were loaded since the optimizer was built count.
                 master.data = self._gathered(parameter)
@@ -251,10 +192,7 @@ class MaskedOptimizer(MaskedBase):
 
     def _check_master(self, parameter: torch.nn.Parameter, master: object) -> None:
         shape = (self.mask.tensors[self._names[parameter]].count,)
-        expected, found = (
-            f"torch.float32 {shape} {parameter.device}",
-            type(master).__name__,
-        )
+        expected, found = f"torch.float32 {shape} {parameter.device}", type(master).__name__
         if isinstance(master, torch.Tensor):
             found = f"{master.dtype} {tuple(master.shape)} {master.device}"
             if found == expected and master.is_contiguous():
@@ -284,28 +222,16 @@ class MaskedOptimizer(MaskedBase):
         master.data = master.new_empty(0)
 
     def _gathered(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        return subnet_kernels.gather(
-            parameter.detach().view(-1), self.bit_mask(parameter)
-        )
+        return subnet_kernels.gather(parameter.detach().view(-1), self.bit_mask(parameter))
 
     def _compact_entries(self, name: str, values: Mapping[str, Any]) -> set[str]:
         shape = (self.mask.tensors[name].count,)
-        return {
-            key
-            for key, value in values.items()
-            if isinstance(value, torch.Tensor) and value.shape == shape
-        }
+        return {key for key, value in values.items() if isinstance(value, torch.Tensor) and value.shape == shape}
 
     def _checked_entries(
-        self,
-        parameter: torch.nn.Parameter,
-        values: Mapping[str, Any],
-        saved_group: Mapping[str, Any],
+        self, parameter: torch.nn.Parameter, values: Mapping[str, Any], saved_group: Mapping[str, Any]
     ) -> dict[str, Any]:
-        name, compact = (
-            self._names[parameter],
-            {"master", *saved_group.get("compact_entries", ())},
-        )
+        name, compact = self._names[parameter], {"master", *saved_group.get("compact_entries", ())}
         check_keys(name, values, required=sorted(compact), allowed=values)
         # As torch has it: scalars that the host reads stay there, unless a kernel reads them.
         on_device = saved_group.get("capturable") or saved_group.get("fused")
@@ -316,54 +242,30 @@ class MaskedOptimizer(MaskedBase):
                     f"The saved `{key}` of `{name}` is {type(value).__name__}, expected a tensor, number or string."
                 )
             if key in compact:
-                dtype = (
-                    torch.float32
-                    if key == "master"
-                    else getattr(value, "dtype", torch.float32)
-                )
+                dtype = torch.float32 if key == "master" else getattr(value, "dtype", torch.float32)
                 shape = (self.mask.tensors[name].count,)
-                entries[key] = checked_tensor(
-                    name, key, value, dtype, shape, parameter.device
-                )
+                entries[key] = checked_tensor(name, key, value, dtype, shape, parameter.device)
             elif isinstance(value, torch.Tensor):
-                entries[key] = value.to(
-                    parameter.device if value.dim() or on_device else "cpu", copy=True
-                )
+                entries[key] = value.to(parameter.device if value.dim() or on_device else "cpu", copy=True)
             else:
                 entries[key] = value
         return entries
 
     def _remapped_entries(
-        self,
-        parameter: torch.nn.Parameter,
-        entries: Mapping[str, Any],
-        old: BitMask,
-        new: BitMask,
+        self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
     ) -> dict[str, Any]:
         weight = parameter.detach().view(-1)
         gathered = subnet_kernels.gather(weight, new)
-        master = (
-            gathered if gathered.dtype == torch.float32 else gathered.to(torch.float32)
-        )
+        master = gathered if gathered.dtype == torch.float32 else gathered.to(torch.float32)
         has_new_weights = bool((new.bits & ~old.bits).any())
-        remapped: dict[str, Any] = {
-            "master": remap(entries["master"], old, new, into=master)
-        }
+        remapped: dict[str, Any] = {"master": remap(entries["master"], old, new, into=master)}
         for key, value in entries.items():
-            if (
-                key == "master"
-                or not isinstance(value, torch.Tensor)
-                or not value.dim()
-            ):
+            if key == "master" or not isinstance(value, torch.Tensor) or not value.dim():
                 remapped.setdefault(key, value)
                 continue
             is_compact = value.shape == (old.count,) and value.is_floating_point()
             if not is_compact or (has_new_weights and key not in _STARTS_AT_ZERO):
-                why = (
-                    "which has no value for the weights that enter the mask"
-                    if is_compact
-                    else "which is not compact"
-                )
+                why = "which has no value for the weights that enter the mask" if is_compact else "which is not compact"
                 raise OptimizerError(
                     f"`{self.optimizer_cls.__name__}` keeps `{key}` of `{self._names[parameter]}`, {why}, so its mask "
                     "cannot change in the middle of training. Use MaskedAdamW, or build a new optimizer."
@@ -392,7 +294,6 @@ def _is_savable(value: object) -> bool:
 def _is_same_memory(value: object, grad: torch.Tensor) -> bool:
     return (
         type(value) is torch.Tensor
-        and (value.dtype, value.shape, value.device)
-        == (grad.dtype, grad.shape, grad.device)
+        and (value.dtype, value.shape, value.device) == (grad.dtype, grad.shape, grad.device)
         and value.is_set_to(grad)
     )

@@ -60,12 +60,7 @@ class MaskedSGD(FusedBase):
         super().__init__(
             named_parameters,
             mask,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-            },
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov},
             max_grad_norm=max_grad_norm,
             clip_norm=clip_norm,
             measure_full_norm=measure_full_norm,
@@ -82,9 +77,7 @@ class MaskedSGD(FusedBase):
         if not 0.0 <= group["momentum"] < 1.0:
             raise ValueError(f"`momentum` must lie in [0, 1), got {group['momentum']}")
         if not group["weight_decay"] >= 0.0:
-            raise ValueError(
-                f"`weight_decay` must be >= 0, got {group['weight_decay']}"
-            )
+            raise ValueError(f"`weight_decay` must be >= 0, got {group['weight_decay']}")
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("`nesterov` needs a `momentum` above 0")
 
@@ -92,11 +85,7 @@ class MaskedSGD(FusedBase):
         return ("momentum_buffer",) if group["momentum"] else ()
 
     def _describe(
-        self,
-        group: Mapping[str, Any],
-        values: Mapping[str, Any],
-        step: int,
-        shared: dict[str, Any],
+        self, group: Mapping[str, Any], values: Mapping[str, Any], step: int, shared: dict[str, Any]
     ) -> SGDUpdate:
         return SGDUpdate(
             momentum_buffer=values.get("momentum_buffer"),
@@ -105,10 +94,5 @@ class MaskedSGD(FusedBase):
             **shared,
         )
 
-    def _run(
-        self,
-        updates: list[SGDUpdate],
-        grad_scale: torch.Tensor | None,
-        cache: dict[Any, Any],
-    ) -> None:
+    def _run(self, updates: list[SGDUpdate], grad_scale: torch.Tensor | None, cache: dict[Any, Any]) -> None:
         subnet_kernels.masked_sgd(updates, grad_scale=grad_scale, cache=cache)

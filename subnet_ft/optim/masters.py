@@ -16,9 +16,7 @@ that the mean is exact. float32 weights are their own masters, and float16 ones 
 def check_master(master: str) -> None:
     """Raise ValueError for an unknown kind of master."""
     if master not in MASTERS:
-        raise ValueError(
-            f"`master` must be one of {', '.join(MASTERS)}, got {master!r}"
-        )
+        raise ValueError(f"`master` must be one of {', '.join(MASTERS)}, got {master!r}")
 
 
 def master_dtype(weight_dtype: torch.dtype, master: str) -> torch.dtype | None:
@@ -30,9 +28,7 @@ def master_dtype(weight_dtype: torch.dtype, master: str) -> torch.dtype | None:
     return torch.float32
 
 
-def new_masters(
-    weight: torch.Tensor, mask: BitMask, master: str
-) -> torch.Tensor | None:
+def new_masters(weight: torch.Tensor, mask: BitMask, master: str) -> torch.Tensor | None:
     """Return the (K,) masters of (N,) weights that no update has changed yet."""
     dtype = master_dtype(weight.dtype, master)
     if dtype == torch.int16:
@@ -59,9 +55,7 @@ class Roundings:
         self._written.clear()
 
 
-def _versions(
-    parameter: torch.nn.Parameter, master: torch.Tensor | None
-) -> tuple[int, ...]:
+def _versions(parameter: torch.nn.Parameter, master: torch.Tensor | None) -> tuple[int, ...]:
     """Return numbers that change when torch writes to a parameter or its masters, or gives it another storage."""
     written = (parameter._version, parameter.data_ptr())
     return written if master is None else (*written, master._version, master.data_ptr())

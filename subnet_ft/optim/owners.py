@@ -22,9 +22,7 @@ def claim(parameters: Mapping[str, torch.nn.Parameter], owner: object) -> None:
     """
     if any(_owner(parameter) is not None for parameter in parameters.values()):
         gc.collect()  # an optimizer that nobody holds any more may wait in a cycle
-    taken = [
-        name for name, parameter in parameters.items() if _owner(parameter) is not None
-    ]
+    taken = [name for name, parameter in parameters.items() if _owner(parameter) is not None]
     if taken:
         raise GradientError(
             f"`{taken[0]}` and {len(taken) - 1} other parameters already belong to another masked optimizer, and "

@@ -15,9 +15,7 @@ NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def named_groups(
-    named_parameters: NamedParameters | Iterable[dict[str, Any]], owner: str
-) -> list[dict[str, Any]]:
+def named_groups(named_parameters: NamedParameters | Iterable[dict[str, Any]], owner: str) -> list[dict[str, Any]]:
     """Return groups whose `params` are lists of pairs of name and parameter.
 
     Args:
@@ -28,18 +26,11 @@ def named_groups(
         TypeError: A parameter comes without its name.
     """
     items: list[Any] = list(named_parameters)
-    groups = (
-        items
-        if items and all(isinstance(item, dict) for item in items)
-        else [{"params": items}]
-    )
+    groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
     named: list[dict[str, Any]] = []
     for group in groups:
         pairs = list(group["params"])
-        if not all(
-            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
-            for pair in pairs
-        ):
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
             raise TypeError(
                 f"{owner} finds a parameter's mask by its name: pass `model.named_parameters()`, or groups with such "
                 "pairs under `params`."
@@ -56,10 +47,7 @@ class ParameterGroups:
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        self._groups = [
-            {**group, "params": list(by_canonical_name(group["params"]).items())}
-            for group in groups
-        ]
+        self._groups = [{**group, "params": list(by_canonical_name(group["params"]).items())} for group in groups]
 
     def trained(self, mask: SubnetMask) -> list[dict[str, Any]]:
         """Return the groups with the parameters in which the mask trains something, under canonical names.
@@ -67,53 +55,33 @@ class ParameterGroups:
         A group may be empty: its options belong to parameters that another mask may train.
         """
         groups = [
-            {
-                **group,
-                "params": [
-                    pair for pair in group["params"] if mask.tensors[pair[0]].count
-                ],
-            }
+            {**group, "params": [pair for pair in group["params"] if mask.tensors[pair[0]].count]}
             for group in self._groups
         ]
         # torch takes names from the parameters, and all groups must have them.
-        return [
-            group if group["params"] else {**group, "param_names": []}
-            for group in groups
-        ]
+        return [group if group["params"] else {**group, "param_names": []} for group in groups]
 
 
-def check_parameters(
-    parameters: Mapping[str, torch.nn.Parameter], mask: SubnetMask, *, check_base: bool
-) -> None:
+def check_parameters(parameters: Mapping[str, torch.nn.Parameter], mask: SubnetMask, *, check_base: bool) -> None:
     """Check names, shapes, dtypes and layout against the mask, and the weights if `check_base`.
 
     Raises:
         MaskMismatchError: Something differs, or the mask trains nothing.
     """
-    mask.check_shapes(
-        {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    )
+    mask.check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()})
     if not mask.num_trainable:
-        raise MaskMismatchError(
-            "The mask has no trainable weight: nothing would be trained."
-        )
+        raise MaskMismatchError("The mask has no trainable weight: nothing would be trained.")
     for name, parameter in parameters.items():
         if mask.tensors[name].count and parameter.dtype not in _WEIGHT_DTYPES:
             raise MaskMismatchError(
                 f"`{name}` is {parameter.dtype}; masked training needs bfloat16, float16 or float32."
             )
         if mask.tensors[name].count and not parameter.is_contiguous():
-            raise MaskMismatchError(
-                f"`{name}` is not contiguous; call `.contiguous()` on it before training."
-            )
+            raise MaskMismatchError(f"`{name}` is not contiguous; call `.contiguous()` on it before training.")
     names: dict[int, str] = {}
     for name, parameter in parameters.items():
         other = names.setdefault(id(parameter), name)
         if other != name:
-            raise MaskMismatchError(
-                f"`{other}` and `{name}` are one parameter; a tied weight has one name in a mask."
-            )
+            raise MaskMismatchError(f"`{other}` and `{name}` are one parameter; a tied weight has one name in a mask.")
     if check_base:
-        mask.check_weights(
-            (name, parameter.detach()) for name, parameter in parameters.items()
-        )
+        mask.check_weights((name, parameter.detach()) for name, parameter in parameters.items())

@@ -17,11 +17,7 @@ _CHUNK = 1 << 22
 
 
 def check_successor(
-    old: SubnetMask,
-    new: SubnetMask,
-    parameters: Mapping[str, torch.nn.Parameter],
-    *,
-    compact_grads: bool,
+    old: SubnetMask, new: SubnetMask, parameters: Mapping[str, torch.nn.Parameter], *, compact_grads: bool
 ) -> None:
     """Check that a mask may follow another on a model in training; names and shapes were checked before.
 
@@ -41,16 +37,8 @@ def check_successor(
                     f"the old mask ({before.name}) and {after.fingerprints[name]} in that of the new one "
                     f"({after.name}). Take masks of one base."
                 )
-    new.check_weights(
-        (name, p.detach())
-        for name, p in parameters.items()
-        if not old.tensors[name].count
-    )
-    entering = [
-        name
-        for name in parameters
-        if new.tensors[name].count and not old.tensors[name].count
-    ]
+    new.check_weights((name, p.detach()) for name, p in parameters.items() if not old.tensors[name].count)
+    entering = [name for name in parameters if new.tensors[name].count and not old.tensors[name].count]
     if entering and not compact_grads and num_processes() > 1:
         raise GradientError(
             f"`{entering[0]}` had no trainable weight so far, and DDP decides when it wraps a model which gradients "
@@ -58,9 +46,7 @@ def check_successor(
         )
 
 
-def remap(
-    values: torch.Tensor, old: BitMask, new: BitMask, into: torch.Tensor
-) -> torch.Tensor:
+def remap(values: torch.Tensor, old: BitMask, new: BitMask, into: torch.Tensor) -> torch.Tensor:
     """Overwrite `into` by the values of the weights that both masks hold.
 
     Args:
@@ -89,6 +75,4 @@ def remap(
 
 def _dense(mask: BitMask, start: int, count: int) -> torch.Tensor:
     """Return (count,) bool, the mask from element `start` on; `start` is a multiple of 8."""
-    return subnet_kernels.unpack_bits(
-        mask.bits[start // 8 : (start + count + 7) // 8], count
-    )
+    return subnet_kernels.unpack_bits(mask.bits[start // 8 : (start + count + 7) // 8], count)

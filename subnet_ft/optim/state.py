@@ -29,14 +29,9 @@ def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
         no state; reading `optimizer.state[parameter]` leaves an empty one, which is dropped.
     """
     return {
-        "state": {
-            names[number]: dict(values)
-            for number, values in packed["state"].items()
-            if values
-        },
+        "state": {names[number]: dict(values) for number, values in packed["state"].items() if values},
         "param_groups": [
-            {**group, "params": [names[number] for number in group["params"]]}
-            for group in packed["param_groups"]
+            {**group, "params": [names[number] for number in group["params"]]} for group in packed["param_groups"]
         ],
     }
 
@@ -45,9 +40,7 @@ def checked_state(
     groups: Sequence[Mapping[str, Any]],
     names: Mapping[torch.nn.Parameter, str],
     state_dict: Mapping[str, Any],
-    check_entries: Callable[
-        [torch.nn.Parameter, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]
-    ],
+    check_entries: Callable[[torch.nn.Parameter, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]],
 ) -> dict[torch.nn.Parameter, dict[str, Any]]:
     """Check what `keyed_by_name` returned as a whole, and return copies of its entries by parameter.
 
@@ -69,15 +62,11 @@ def checked_state(
     places: dict[str, tuple[torch.nn.Parameter, Mapping[str, Any]]] = {}
     for group, saved in zip(groups, saved_groups, strict=True):
         _check_group(group, saved, [names[parameter] for parameter in group["params"]])
-        places.update(
-            {names[parameter]: (parameter, saved) for parameter in group["params"]}
-        )
+        places.update({names[parameter]: (parameter, saved) for parameter in group["params"]})
     loaded: dict[torch.nn.Parameter, dict[str, Any]] = {}
     for name, values in state_dict["state"].items():
         if name not in places:
-            raise OptimizerStateError(
-                f"The saved state has values for `{name}`, which this optimizer does not train."
-            )
+            raise OptimizerStateError(f"The saved state has values for `{name}`, which this optimizer does not train.")
         parameter, saved = places[name]
         loaded[parameter] = check_entries(parameter, values, saved)
     return loaded
@@ -98,13 +87,7 @@ def check_frozen(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
         )
 
 
-def check_keys(
-    name: str,
-    values: Collection[str],
-    *,
-    required: Collection[str],
-    allowed: Collection[str],
-) -> None:
+def check_keys(name: str, values: Collection[str], *, required: Collection[str], allowed: Collection[str]) -> None:
     """Check which entries the saved state of a parameter has.
 
     Raises:
@@ -120,12 +103,7 @@ def check_keys(
 
 
 def checked_tensor(
-    name: str,
-    key: str,
-    value: object,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    device: torch.device,
+    name: str, key: str, value: object, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> torch.Tensor:
     """Return a copy on `device` of one entry, which must have a dtype and a shape.
 
@@ -134,19 +112,13 @@ def checked_tensor(
     """
     found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
     if not isinstance(value, torch.Tensor) or value.dtype != dtype:
-        raise OptimizerStateError(
-            f"The saved `{key}` of `{name}` is {found}, expected {dtype}."
-        )
+        raise OptimizerStateError(f"The saved `{key}` of `{name}` is {found}, expected {dtype}.")
     if value.shape != shape:
-        raise OptimizerStateError(
-            f"The saved `{key}` of `{name}` has shape {tuple(value.shape)}, expected {shape}."
-        )
+        raise OptimizerStateError(f"The saved `{key}` of `{name}` has shape {tuple(value.shape)}, expected {shape}.")
     return value.to(device, copy=True)
 
 
-def _check_group(
-    group: Mapping[str, Any], saved: Mapping[str, Any], names: list[str]
-) -> None:
+def _check_group(group: Mapping[str, Any], saved: Mapping[str, Any], names: list[str]) -> None:
     if saved.get("mask_fingerprint") != group["mask_fingerprint"]:
         raise OptimizerStateError(
             f"The saved state belongs to mask {str(saved.get('mask_fingerprint'))[:16]}, this optimizer trains mask "
@@ -171,8 +143,4 @@ def _check_group(
 
 def _kind(group: Mapping[str, Any]) -> str:
     wrapped = group.get("optimizer_class")
-    return (
-        "MaskedAdamW or MaskedSGD"
-        if wrapped is None
-        else f"MaskedOptimizer around `{wrapped}`"
-    )
+    return "MaskedAdamW or MaskedSGD" if wrapped is None else f"MaskedOptimizer around `{wrapped}`"

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from subnet_ft.recipe.loading import (
-    load_recipe,
-    recipe_to_dict,
-    save_recipe,
-    shipped_recipes,
-)
+from subnet_ft.recipe.loading import load_recipe, recipe_to_dict, save_recipe, shipped_recipes
 from subnet_ft.recipe.schema import (
     Control,
     Criterion,

@@ -49,14 +49,9 @@ def load_recipe(
         raise RecipeError(str(path), [f"cannot be read: {error}"]) from error
     tree, problems = read_yaml(text)
     if tree is None:
-        raise RecipeError(
-            str(path),
-            problems or ["the file is empty; see `recipes/README.md` for examples"],
-        )
+        raise RecipeError(str(path), problems or ["the file is empty; see `recipes/README.md` for examples"])
     if not isinstance(tree, dict):
-        raise RecipeError(
-            str(path), [*problems, f"must be a map of keys to values, got {show(tree)}"]
-        )
+        raise RecipeError(str(path), [*problems, f"must be a map of keys to values, got {show(tree)}"])
     for override in overrides:
         problems.extend(_apply_override(tree, override))
     recipe, found = _parse(tree, algorithms, check_config)
@@ -86,10 +81,7 @@ def shipped_recipes() -> list[tuple[str, str]]:
     folder = recipes_folder()
     paths = sorted(folder.rglob("*.yaml")) if folder.is_dir() else []
     return [
-        (
-            path.relative_to(folder).with_suffix("").as_posix(),
-            _first_paragraph(path.read_text(encoding="utf-8")),
-        )
+        (path.relative_to(folder).with_suffix("").as_posix(), _first_paragraph(path.read_text(encoding="utf-8")))
         for path in paths
     ]
 
@@ -114,35 +106,21 @@ def find_recipe(path: str | Path) -> Path:
     if name in names:
         return recipes_folder() / f"{name}.yaml"
     last = name.rsplit("/", 1)[-1]
-    close = difflib.get_close_matches(name, names, n=2) or [
-        known for known in names if known.endswith(f"/{last}")
-    ]
-    hint = (
-        f" Did you mean {' or '.join(f'`{known}`' for known in close)}?"
-        if close
-        else ""
-    )
+    close = difflib.get_close_matches(name, names, n=2) or [known for known in names if known.endswith(f"/{last}")]
+    hint = f" Did you mean {' or '.join(f'`{known}`' for known in close)}?" if close else ""
     raise RecipeError(
-        str(path),
-        [
-            f"no such file, and no shipped recipe has this name.{hint} Shipped: {', '.join(names) or 'none'}."
-        ],
+        str(path), [f"no such file, and no shipped recipe has this name.{hint} Shipped: {', '.join(names) or 'none'}."]
     )
 
 
 def _parse(
-    tree: dict[str, Any],
-    algorithms: Mapping[str, Mapping[str, Any]] | None,
-    check_config: ConfigCheck | None,
+    tree: dict[str, Any], algorithms: Mapping[str, Mapping[str, Any]] | None, check_config: ConfigCheck | None
 ) -> tuple[Recipe, list[str]]:
     parser = Parser()
     recipe: Recipe = parser.parse(Recipe, tree)
     known = algorithms if algorithms is not None else ALGORITHM_DATA
     if parser.is_usable("algorithm") and recipe.algorithm not in known:
-        parser.report(
-            "algorithm",
-            f"unknown, got {show(recipe.algorithm)}{did_you_mean(recipe.algorithm, known)}",
-        )
+        parser.report("algorithm", f"unknown, got {show(recipe.algorithm)}{did_you_mean(recipe.algorithm, known)}")
     if parser.is_usable("training"):
         fields = algorithms.get(recipe.algorithm) if algorithms is not None else None
         check_training(parser, recipe.training, recipe.algorithm, fields)
@@ -151,9 +129,7 @@ def _parse(
             parser.report(key, message)
     check_combinations(parser, recipe)
     if not parser.problems and "max_new_tokens" not in (tree.get("evaluation") or {}):
-        evaluation = dataclasses.replace(
-            recipe.evaluation, max_new_tokens=_longest_answer(recipe)
-        )
+        evaluation = dataclasses.replace(recipe.evaluation, max_new_tokens=_longest_answer(recipe))
         recipe = dataclasses.replace(recipe, evaluation=evaluation)
     return recipe, parser.problems
 
@@ -161,20 +137,14 @@ def _parse(
 def _longest_answer(recipe: Recipe) -> int:
     if "max_completion_length" in recipe.training:
         return int(recipe.training["max_completion_length"])
-    return (
-        recipe.task.pairs.max_new_tokens
-        if recipe.task.pairs
-        else recipe.evaluation.max_new_tokens
-    )
+    return recipe.task.pairs.max_new_tokens if recipe.task.pairs else recipe.evaluation.max_new_tokens
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> list[str]:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
-        return [
-            f"override `{override}`: must be `key=value`, such as `training.learning_rate=1e-6`"
-        ]
+        return [f"override `{override}`: must be `key=value`, such as `training.learning_rate=1e-6`"]
     value, problems = read_yaml(text)
     if problems:
         return [f"override `{override}`: {problem}" for problem in problems]

@@ -62,9 +62,7 @@ class Parser:
     def is_usable(self, *keys: str) -> bool:
         """Whether nothing at, above or below the dotted `keys` was bad."""
         return all(
-            self.has(key)
-            and not any(bad.startswith((f"{key}.", f"{key}[")) for bad in self.bad)
-            for key in keys
+            self.has(key) and not any(bad.startswith((f"{key}.", f"{key}[")) for bad in self.bad) for key in keys
         )
 
     def has(self, key: str) -> bool:
@@ -86,16 +84,8 @@ class Parser:
         known = {item.name: item for item in fields(spec)}
         for key in tree:
             if key not in known:
-                self._report_unknown(
-                    prefix,
-                    key,
-                    [name for name in known if name not in tree] or list(known),
-                    known,
-                )
-        values = {
-            name: self._field(item, annotations[name], tree, _join(prefix, name))
-            for name, item in known.items()
-        }
+                self._report_unknown(prefix, key, [name for name in known if name not in tree] or list(known), known)
+        values = {name: self._field(item, annotations[name], tree, _join(prefix, name)) for name, item in known.items()}
         return spec(**values)
 
     def check(self, key: str, value: Any, expected: Any) -> Any:
@@ -105,19 +95,14 @@ class Parser:
             return self.parse(spec, value, key)
         if typing.get_origin(expected) is list and isinstance(value, list):
             (element,) = typing.get_args(expected)
-            return [
-                self.check(f"{key}[{index}]", item, element)
-                for index, item in enumerate(value)
-            ]
+            return [self.check(f"{key}[{index}]", item, element) for index, item in enumerate(value)]
         try:
             return _convert(value, expected)
         except _Invalid as invalid:
             self.report(key, str(invalid))
             return None
 
-    def _field(
-        self, item: Field[Any], expected: Any, tree: Mapping[str, Any], key: str
-    ) -> Any:
+    def _field(self, item: Field[Any], expected: Any, tree: Mapping[str, Any], key: str) -> Any:
         if item.name in tree:
             return self.check(key, tree[item.name], expected)
         if item.default is not MISSING:
@@ -128,14 +113,10 @@ class Parser:
             self.report(key, "missing, and required")
         return None
 
-    def _report_unknown(
-        self, prefix: str, key: object, candidates: list[str], known: Iterable[str]
-    ) -> None:
+    def _report_unknown(self, prefix: str, key: object, candidates: list[str], known: Iterable[str]) -> None:
         hint = did_you_mean(key, candidates)
         close = "did you mean" in hint
-        self.problems.append(
-            f"{_join(prefix, str(key))}: unknown key{hint if close else did_you_mean(key, known)}"
-        )
+        self.problems.append(f"{_join(prefix, str(key))}: unknown key{hint if close else did_you_mean(key, known)}")
         if close:
             self.bad.add(_join(prefix, hint.split("`")[1]))
 
@@ -147,14 +128,7 @@ def _join(prefix: str, name: str) -> str:
 def _spec_in(expected: Any) -> type | None:
     """Return the dataclass that `expected` is, or that `expected` is an optional of."""
     options = typing.get_args(expected) if _is_union(expected) else (expected,)
-    return next(
-        (
-            option
-            for option in options
-            if isinstance(option, type) and is_dataclass(option)
-        ),
-        None,
-    )
+    return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def _is_union(expected: Any) -> bool:
@@ -192,9 +166,7 @@ def _convert(value: Any, expected: Any) -> Any:
 def _scalar(value: Any, expected: type) -> Any:
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, expected) or (
-        isinstance(value, bool) and expected is not bool
-    ):
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         _refuse(value, _WORDS[expected])
     return value
 
@@ -203,20 +175,14 @@ def _one_of(value: Any, words: Iterable[Any]) -> Any:
     words = list(words)
     if isinstance(value, str) and value in words:
         return value
-    close = (
-        difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
-    )
+    close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
     hint = f"; did you mean `{close[0]}`?" if close else ""
     raise _Invalid(f"must be one of {', '.join(words)}, got {show(value)}{hint}")
 
 
 def _convert_union(value: Any, options: tuple[Any, ...]) -> Any:
     # An enum beside `str` (as in TRL's configs) names the allowed words; the plain `str` would allow any.
-    enums = [
-        option
-        for option in options
-        if isinstance(option, type) and issubclass(option, Enum)
-    ]
+    enums = [option for option in options if isinstance(option, type) and issubclass(option, Enum)]
     if enums and isinstance(value, str):
         return _one_of(value, [member.value for option in enums for member in option])
     if isinstance(value, int) and not isinstance(value, bool) and int in options:
@@ -228,9 +194,7 @@ def _convert_union(value: Any, options: tuple[Any, ...]) -> Any:
         except _Invalid as invalid:
             messages.append(str(invalid))
     if len([option for option in options if option is not type(None)]) == 1:
-        raise _Invalid(
-            next(text for text in messages if not text.startswith("must be null"))
-        )
+        raise _Invalid(next(text for text in messages if not text.startswith("must be null")))
     words = [_describe(option) for option in options]
     return _refuse(value, " or ".join(words))
 

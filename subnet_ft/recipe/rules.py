@@ -25,10 +25,7 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
         (("controls",), _controls),
         (("algorithm", "task.pairs", "task.dataset", "task.name"), _learning_data),
         (("algorithm", "task.num_train", "task.pairs"), _amount_to_train),
-        (
-            ("evaluation", "task.num_eval", "task.dataset", "task.pairs", "algorithm"),
-            _evaluation,
-        ),
+        (("evaluation", "task.num_eval", "task.dataset", "task.pairs", "algorithm"), _evaluation),
         (("output",), _output),
     ]
     for keys, rule in rules:
@@ -45,21 +42,12 @@ def _mask_source(recipe: Recipe) -> Problems:
     source = recipe.subnet.source
     if source.kind == "file":
         if not source.path:
-            yield (
-                "subnet.source.path",
-                "missing; `kind: file` needs the path of a mask file",
-            )
+            yield "subnet.source.path", "missing; `kind: file` needs the path of a mask file"
         if source.criterion != "exact" or source.tolerance > 0:
-            yield (
-                "subnet.source.kind",
-                "a mask file fixes the mask; remove `criterion` and `tolerance`",
-            )
+            yield "subnet.source.kind", "a mask file fixes the mask; remove `criterion` and `tolerance`"
         return
     if source.path is not None:
-        yield (
-            "subnet.source.path",
-            f"only for `kind: file`, got {show(source.path)} with `kind: extract`",
-        )
+        yield "subnet.source.path", f"only for `kind: file`, got {show(source.path)} with `kind: extract`"
     if source.criterion == "exact" and source.tolerance > 0:
         yield (
             "subnet.source.tolerance",
@@ -68,10 +56,7 @@ def _mask_source(recipe: Recipe) -> Problems:
 
 
 def _optimizer(recipe: Recipe) -> Problems:
-    if (
-        recipe.subnet.optimizer.master == "remainder"
-        and recipe.model.dtype != "bfloat16"
-    ):
+    if recipe.subnet.optimizer.master == "remainder" and recipe.model.dtype != "bfloat16":
         yield (
             "subnet.optimizer.master",
             f"`remainder` completes a bfloat16 weight, but `model.dtype` is {recipe.model.dtype}; use `fp32`",
@@ -79,13 +64,8 @@ def _optimizer(recipe: Recipe) -> Problems:
 
 
 def _controls(recipe: Recipe) -> Problems:
-    for name in sorted(
-        {name for name in recipe.controls if recipe.controls.count(name) > 1}
-    ):
-        yield (
-            "controls",
-            f"`{name}` is listed {recipe.controls.count(name)} times; once is enough",
-        )
+    for name in sorted({name for name in recipe.controls if recipe.controls.count(name) > 1}):
+        yield "controls", f"`{name}` is listed {recipe.controls.count(name)} times; once is enough"
 
 
 def _learns_from(recipe: Recipe, data: LearnsFrom) -> bool:
@@ -93,29 +73,18 @@ def _learns_from(recipe: Recipe, data: LearnsFrom) -> bool:
 
 
 def _trains_on_preference_dataset(recipe: Recipe) -> bool:
-    return (
-        _learns_from(recipe, "preferences")
-        and recipe.task.dataset is not None
-        and recipe.task.pairs is None
-    )
+    return _learns_from(recipe, "preferences") and recipe.task.dataset is not None and recipe.task.pairs is None
 
 
 def _learning_data(recipe: Recipe) -> Problems:
-    if (
-        _learns_from(recipe, "preferences")
-        and recipe.task.pairs is None
-        and recipe.task.name != "dataset"
-    ):
+    if _learns_from(recipe, "preferences") and recipe.task.pairs is None and recipe.task.name != "dataset":
         yield (
             "task.pairs",
             f"missing; `{recipe.algorithm}` learns from preferences: sample them with `pairs`, or use "
             "`name: dataset` with a preference dataset",
         )
     if _learns_from(recipe, "prompts") and recipe.task.pairs is not None:
-        yield (
-            "task.pairs",
-            f"not used by `{recipe.algorithm}`, which samples and scores its own completions; remove it",
-        )
+        yield "task.pairs", f"not used by `{recipe.algorithm}`, which samples and scores its own completions; remove it"
 
 
 def _amount_to_train(recipe: Recipe) -> Problems:
@@ -145,10 +114,7 @@ def _evaluation(recipe: Recipe) -> Problems:
             "`evaluation.enabled: false` to compare weights only",
         )
     elif recipe.task.num_eval == 0:
-        yield (
-            "task.num_eval",
-            "missing, must be >= 1, or set `evaluation.enabled: false` to compare weights only",
-        )
+        yield "task.num_eval", "missing, must be >= 1, or set `evaluation.enabled: false` to compare weights only"
 
 
 def _output(recipe: Recipe) -> Problems:
@@ -177,19 +143,13 @@ def _task_data(task: TaskSpec) -> Problems:
         if task.dataset is None:
             yield "dataset", "missing; `name: dataset` needs `dataset: {path: ...}`"
         if task.params:
-            yield (
-                "params",
-                "only for `reasoning_gym/...`; describe a dataset under `dataset`",
-            )
+            yield "params", "only for `reasoning_gym/...`; describe a dataset under `dataset`"
         return
     if family != "reasoning_gym" or not name:
         choices = [f"reasoning_gym/{name or 'DATASET'}", "dataset"]
         close = difflib.get_close_matches(task.name, choices, n=1)
         hint = f"; did you mean `{close[0]}`?" if close else ""
-        yield (
-            "name",
-            f"must be `reasoning_gym/DATASET` or `dataset`, got {show(task.name)}{hint}",
-        )
+        yield "name", f"must be `reasoning_gym/DATASET` or `dataset`, got {show(task.name)}{hint}"
         return
     if task.dataset is not None:
         yield "dataset", f"only for `name: dataset`, but the name is {show(task.name)}"
@@ -199,20 +159,14 @@ def _task_data(task: TaskSpec) -> Problems:
 
 def _task_chat(task: TaskSpec) -> Problems:
     if task.system_prompt is not None and not task.chat:
-        yield (
-            "system_prompt",
-            "needs `chat: true`; a plain prompt has no system message",
-        )
+        yield "system_prompt", "needs `chat: true`; a plain prompt has no system message"
 
 
 def _template(name: str, template: str | None) -> Problems:
     try:
         list(string.Formatter().parse(template or ""))
     except ValueError as error:
-        yield (
-            name,
-            f"not a format template ({error}); write a literal brace twice, got {show(template)}",
-        )
+        yield name, f"not a format template ({error}); write a literal brace twice, got {show(template)}"
 
 
 def _answer_pattern(task: TaskSpec) -> Problems:
@@ -221,10 +175,7 @@ def _answer_pattern(task: TaskSpec) -> Problems:
     try:
         groups = re.compile(task.answer_pattern).groups
     except re.error as error:
-        yield (
-            "answer_pattern",
-            f"not a regular expression ({error}), got {show(task.answer_pattern)}",
-        )
+        yield "answer_pattern", f"not a regular expression ({error}), got {show(task.answer_pattern)}"
         return
     if groups != 1:
         yield (
@@ -241,7 +192,4 @@ def _rewards(task: TaskSpec) -> Problems:
         if not _REWARD.fullmatch(reward):
             close = difflib.get_close_matches(reward, ["correct", "score"], n=1)
             hint = f"; did you mean `{close[0]}`?" if close else ""
-            yield (
-                "rewards",
-                f"must be `correct`, `score` or `package.module:function`, got {show(reward)}{hint}",
-            )
+            yield "rewards", f"must be `correct`, `score` or `package.module:function`, got {show(reward)}{hint}"

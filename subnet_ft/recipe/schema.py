@@ -34,18 +34,8 @@ class Range:
         )
 
     def __str__(self) -> str:
-        signs = (
-            (">=", self.least),
-            (">", self.above),
-            ("<=", self.most),
-            ("<", self.below),
-        )
-        return (
-            " and ".join(
-                f"{sign} {bound:g}" for sign, bound in signs if bound is not None
-            )
-            or "finite"
-        )
+        signs = ((">=", self.least), (">", self.above), ("<=", self.most), ("<", self.below))
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None) or "finite"
 
 
 Count = Annotated[int, Range(least=1)]
@@ -232,9 +222,7 @@ class Recipe:
     subnet: SubnetSpec = field(default_factory=SubnetSpec)
     """The subnetwork run."""
 
-    controls: list[Control] = field(
-        default_factory=lambda: ["uniform", "magnitude_matched"]
-    )
+    controls: list[Control] = field(default_factory=lambda: ["uniform", "magnitude_matched"])
     """Random masks with as many trainable weights per tensor, each trained like the subnetwork."""
 
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)

@@ -44,9 +44,7 @@ _RANGES: dict[str, Any] = {
 }
 
 _OPTIMIZER = "the masked optimizer replaces it; choose one under `subnet.optimizer`"
-_PEFT = (
-    "PEFT trains added weights, a subnetwork is a part of the model's own; remove it"
-)
+_PEFT = "PEFT trains added weights, a subnetwork is a part of the model's own; remove it"
 _MODEL = "the model is loaded from `model`; set `model.dtype` or `model.attn_implementation` there"
 _REFUSED: dict[str, str] = {
     "output_dir": "every stage has its own folder; set `output` at the top level of the recipe",
@@ -65,9 +63,7 @@ _REFUSED: dict[str, str] = {
     "lora_alpha": _PEFT,
     "lora_target_modules": _PEFT,
 }
-_SHARDED = (
-    "shards have no mask per tensor, and this release trains in one process; remove it"
-)
+_SHARDED = "shards have no mask per tensor, and this release trains in one process; remove it"
 _EVALUATION = "the trainer gets no evaluation set; trained models are judged by `evaluation` at the top level"
 _REFUSED_WHEN_SET: dict[str, str] = {
     "bf16": "the weights already are in `model.dtype`; mixed precision would upcast what is trained to fp32",
@@ -90,10 +86,7 @@ _OFF = {"eval_strategy": "no"}
 
 
 def check_training(
-    parser: Parser,
-    training: Mapping[str, Any],
-    algorithm: str,
-    fields: Mapping[str, Any] | None,
+    parser: Parser, training: Mapping[str, Any], algorithm: str, fields: Mapping[str, Any] | None
 ) -> None:
     """Report every key of `training` that the recipe or the algorithm's config refuses.
 
@@ -109,12 +102,8 @@ def check_training(
         if refusal is not None:
             parser.report(key, f"not allowed here, got {show(value)}: {refusal}")
         elif fields is not None and name not in fields:
-            hint = did_you_mean(
-                name, [field for field in fields if field not in _REFUSED]
-            )
-            parser.report(
-                key, f"unknown key{hint or f'; `{algorithm}` has no such setting'}"
-            )
+            hint = did_you_mean(name, [field for field in fields if field not in _REFUSED])
+            parser.report(key, f"unknown key{hint or f'; `{algorithm}` has no such setting'}")
         elif name == "max_grad_norm" and value is None:
             parser.report(key, "must be a number, got null; 0 switches clipping off")
         elif name in _RANGES:
@@ -122,10 +111,7 @@ def check_training(
         elif fields is not None:
             parser.check(key, value, _annotation(fields[name]))
     if parser.is_usable("training.max_steps") and training.get("max_steps") == 0:
-        parser.report(
-            "training.max_steps",
-            "must be >= 1, or -1 to train for `num_train_epochs`, got 0",
-        )
+        parser.report("training.max_steps", "must be >= 1, or -1 to train for `num_train_epochs`, got 0")
 
 
 def _refusal(name: str, value: Any, algorithm: str) -> str | None:

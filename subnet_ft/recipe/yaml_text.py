@@ -40,9 +40,7 @@ for _tag, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
 # PyYAML would read 010 as octal.
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(str(node.value))
-)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
 
 
 def read_yaml(text: str) -> tuple[Any, list[str]]:
@@ -66,9 +64,7 @@ def read_yaml(text: str) -> tuple[Any, list[str]]:
 
 def write_yaml(tree: Any) -> str:
     """Write plain dicts, lists and scalars so that `read_yaml` gives them back."""
-    return yaml.dump(
-        tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
-    )
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _duplicates(node: yaml.Node, path: str, seen: set[int]) -> Iterator[str]:
@@ -76,10 +72,7 @@ def _duplicates(node: yaml.Node, path: str, seen: set[int]) -> Iterator[str]:
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
-        entries = [
-            (f"{path}.{key.value}" if path else str(key.value), key, value)
-            for key, value in node.value
-        ]
+        entries = [(f"{path}.{key.value}" if path else str(key.value), key, value) for key, value in node.value]
         lines: dict[str, list[int]] = {}
         for name, key, _ in entries:
             lines.setdefault(name, []).append(key.start_mark.line + 1)

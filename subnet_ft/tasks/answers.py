@@ -64,9 +64,7 @@ def is_same_answer(answer: str, reference: str) -> bool:
     if answer.strip() == reference.strip():
         return True
     numbers = [text.strip().replace(",", "") for text in (answer, reference)]
-    return all(map(_NUMBER.fullmatch, numbers)) and Decimal(numbers[0]) == Decimal(
-        numbers[1]
-    )
+    return all(map(_NUMBER.fullmatch, numbers)) and Decimal(numbers[0]) == Decimal(numbers[1])
 
 
 @contextmanager
@@ -77,10 +75,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     so it holds only in the main thread of a POSIX system, which is where trainers call their rewards; elsewhere the
     block runs without one.
     """
-    if (
-        not hasattr(signal, "setitimer")
-        or threading.current_thread() is not threading.main_thread()
-    ):
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 

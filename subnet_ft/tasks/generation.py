@@ -50,22 +50,16 @@ def generate(
         TaskError: A prompt without tokens, chat messages without a template, or several greedy samples.
     """
     if num_samples > 1 and temperature == 0:
-        raise TaskError(
-            f"{num_samples} samples at temperature 0 would all be the same. Set a temperature above 0."
-        )
+        raise TaskError(f"{num_samples} samples at temperature 0 would all be the same. Set a temperature above 0.")
     tokens = [_tokenize(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(tokens[index]))
     step = max(1, batch_size // num_samples)
-    config = _generation_config(
-        model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature
-    )
+    config = _generation_config(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
     completions: list[list[str]] = [[] for _ in prompts]
     with _generating(model, seed), _bar(len(prompts), enabled=progress) as bar:
         for start in range(0, len(order), step):
             batch = order[start : start + step]
-            rows = _generate_batch(
-                model, [tokens[index] for index in batch], config, num_samples
-            )
+            rows = _generate_batch(model, [tokens[index] for index in batch], config, num_samples)
             for position, row in enumerate(rows):
                 index = batch[position // num_samples]
                 completions[index].append(_decode(tokenizer, tokens[index], row))
@@ -83,22 +77,14 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
                 "The prompts are chat messages, but the model's tokenizer has no chat template. Set task.chat to "
                 "false, or use a model that was tuned for chat."
             )
-        tokens = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        tokens = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
     if not tokens:
-        raise TaskError(
-            f"The prompt {prompt!r} has no tokens, so there is nothing to continue. Check task.prompt."
-        )
+        raise TaskError(f"The prompt {prompt!r} has no tokens, so there is nothing to continue. Check task.prompt.")
     return list(tokens)
 
 
 def _generation_config(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_new_tokens: int,
-    temperature: float,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
     from transformers import GenerationConfig
 
@@ -107,13 +93,7 @@ def _generation_config(
     if tokenizer.eos_token_id is not None:
         ends.append(tokenizer.eos_token_id)
     # A value left out would be filled in from the model's own generation config; those of sampling warn when greedy.
-    sampling = {
-        "temperature": temperature,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "typical_p": 1.0,
-    }
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
     return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
@@ -136,14 +116,10 @@ def _pad_token(ends: list[int]) -> int:
 def _generating(model: Any, seed: int) -> Iterator[None]:
     training, device = model.training, model.device
     on_cpu = device.type == "cpu"
-    options: dict[str, Any] = (
-        {"devices": []} if on_cpu else {"devices": [device], "device_type": device.type}
-    )
+    options: dict[str, Any] = {"devices": []} if on_cpu else {"devices": [device], "device_type": device.type}
     with torch.random.fork_rng(**options), torch.no_grad():
         # torch.manual_seed would also reseed every other device, which nobody restores.
-        (
-            torch.default_generator if on_cpu else torch.get_device_module(device)
-        ).manual_seed(seed)
+        (torch.default_generator if on_cpu else torch.get_device_module(device)).manual_seed(seed)
         model.eval()
         try:
             yield
@@ -163,36 +139,21 @@ def _generate_batch(
     """Return the new tokens of every sample, prompt by prompt, each up to and without its end token."""
     length = max(map(len, prompts))
     pad = config.pad_token_id
-    input_ids = torch.tensor(
-        [[pad] * (length - len(row)) + row for row in prompts], device=model.device
-    )
-    attention_mask = torch.tensor(
-        [[0] * (length - len(row)) + [1] * len(row) for row in prompts],
-        device=model.device,
-    )
+    input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in prompts], device=model.device)
+    attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts], device=model.device)
     shared: dict[str, Any] = {}
     if num_samples > 1:
         if length > 1:
             shared = _prefill(model, input_ids, attention_mask, num_samples)
         input_ids = input_ids.repeat_interleave(num_samples, dim=0)
         attention_mask = attention_mask.repeat_interleave(num_samples, dim=0)
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=config,
-        **shared,
-    )
+    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **shared)
     ends = set(config.eos_token_id or ())
     rows: list[list[int]] = output[:, length:].tolist()
-    return [
-        row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
-        for row in rows
-    ]
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
-def _prefill(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_samples: int
-) -> dict[str, Any]:
+def _prefill(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_samples: int) -> dict[str, Any]:
     """Run all but the last prompt token once per prompt and repeat the cache for the samples of each.
 
     Returns:
@@ -201,11 +162,7 @@ def _prefill(
     from transformers import DynamicCache
 
     # transformers 5.24 renamed the argument and warns of the old name.
-    name = (
-        "cache"
-        if "cache" in inspect.signature(model.forward).parameters
-        else "past_key_values"
-    )
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
     output = model(
         input_ids=input_ids[:, :-1],
@@ -219,17 +176,11 @@ def _prefill(
     return {name: output[name]}
 
 
-def _decode(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]
-) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]) -> str:
     """Decode a completion after its prompt: some tokenizers drop the space of a text's first token."""
 
     def decode(tokens: list[int]) -> str:
-        return str(
-            tokenizer.decode(
-                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     before, whole = decode(prompt), decode(prompt + completion)
     return whole[len(before) :] if whole.startswith(before) else decode(completion)

@@ -35,24 +35,8 @@ def load_hub_task(spec: TaskSpec, *, seed: int, exclude: Collection[str] = ()) -
     dataset = require_dataset(spec)
     pattern = compile_answer_pattern(spec.answer_pattern)
     seen = set(exclude)
-    evaluation = _take(
-        spec,
-        dataset.eval_split,
-        spec.num_eval,
-        pattern,
-        seen,
-        seed=seed,
-        key="num_eval",
-    )
-    train = _take(
-        spec,
-        dataset.train_split,
-        spec.num_train,
-        pattern,
-        seen,
-        seed=seed,
-        key="num_train",
-    )
+    evaluation = _take(spec, dataset.eval_split, spec.num_eval, pattern, seen, seed=seed, key="num_eval")
+    train = _take(spec, dataset.train_split, spec.num_train, pattern, seen, seed=seed, key="num_train")
 
     def verify(example: Example, answer: str) -> float:
         return float(is_same_answer(answer, example.answer))
@@ -67,9 +51,7 @@ def require_dataset(spec: TaskSpec) -> DatasetSpec:
         TaskError: There is none.
     """
     if spec.dataset is None:
-        raise TaskError(
-            "The task `dataset` needs data. Set task.dataset.path to a Hub id, a folder or a file."
-        )
+        raise TaskError("The task `dataset` needs data. Set task.dataset.path to a Hub id, a folder or a file.")
     return spec.dataset
 
 
@@ -85,15 +67,9 @@ def read_split(dataset: DatasetSpec, split: str) -> Dataset:
     try:
         if path.suffix in _BUILDERS:
             if not path.is_file():
-                raise TaskError(
-                    f"task.dataset.path `{dataset.path}`: there is no such file. Correct the path."
-                )
-            return load_dataset(
-                _BUILDERS[path.suffix], data_files=str(path), split=split
-            )
-        return load_dataset(
-            str(path) if path.exists() else dataset.path, dataset.name, split=split
-        )
+                raise TaskError(f"task.dataset.path `{dataset.path}`: there is no such file. Correct the path.")
+            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split)
+        return load_dataset(str(path) if path.exists() else dataset.path, dataset.name, split=split)
     except TaskError:
         raise
     except Exception as error:  # datasets raises its own, fsspec's, pyarrow's and huggingface_hub's errors
@@ -113,14 +89,7 @@ def shuffled_rows(rows: Dataset, *, seed: int) -> Iterator[tuple[int, dict[str, 
 
 
 def _take(
-    spec: TaskSpec,
-    split: str,
-    count: int,
-    pattern: re.Pattern[str] | None,
-    seen: set[str],
-    *,
-    seed: int,
-    key: str,
+    spec: TaskSpec, split: str, count: int, pattern: re.Pattern[str] | None, seen: set[str], *, seed: int, key: str
 ) -> list[Example]:
     if count == 0:
         return []
@@ -128,9 +97,7 @@ def _take(
     rows = read_split(dataset, split)
     examples: list[Example] = []
     for index, row in shuffled_rows(rows, seed=seed):
-        example = _to_example(
-            spec, row, pattern, where=f"Row {index} of `{dataset.path}` ({split})"
-        )
+        example = _to_example(spec, row, pattern, where=f"Row {index} of `{dataset.path}` ({split})")
         identity = prompt_key(example.prompt)
         if identity in seen:
             continue
@@ -144,9 +111,7 @@ def _take(
     )
 
 
-def _to_example(
-    spec: TaskSpec, row: dict[str, Any], pattern: re.Pattern[str] | None, *, where: str
-) -> Example:
+def _to_example(spec: TaskSpec, row: dict[str, Any], pattern: re.Pattern[str] | None, *, where: str) -> Example:
     if spec.prompt is None and "prompt" not in row:
         raise TaskError(
             f"{where} has no column `prompt`; its columns are {', '.join(row)}. Set task.prompt to a template such as "
@@ -157,11 +122,7 @@ def _to_example(
             f"{where} has no column `answer`; its columns are {', '.join(row)}. Set task.answer to a template such as "
             f"'{{{list(row)[-1]}}}'."
         )
-    text = render_template(
-        "{answer}" if spec.answer is None else spec.answer,
-        row,
-        key=f"{where}: task.answer",
-    )
+    text = render_template("{answer}" if spec.answer is None else spec.answer, row, key=f"{where}: task.answer")
     answer = find_answer(pattern, text)
     if answer is None:
         raise TaskError(

@@ -46,8 +46,5 @@ def prompt_dataset(task: Task) -> Dataset:
     from datasets import Dataset
 
     return Dataset.from_dict(
-        {
-            "prompt": [example.prompt for example in task.train],
-            "example": list(range(len(task.train))),
-        }
+        {"prompt": [example.prompt for example in task.train], "example": list(range(len(task.train)))}
     )

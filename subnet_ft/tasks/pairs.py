@@ -89,22 +89,14 @@ def cut_after_answer(task: Task, example: Example, completion: str) -> str:
     if end is None:
         return completion
     cut = completion[:end] + completion[end:].partition("\n")[0]
-    return (
-        cut
-        if task.score(example, cut) == task.score(example, completion)
-        else completion
-    )
+    return cut if task.score(example, cut) == task.score(example, completion) else completion
 
 
-def _split(
-    task: Task, example: Example, completions: list[str]
-) -> tuple[list[str], list[str]]:
+def _split(task: Task, example: Example, completions: list[str]) -> tuple[list[str], list[str]]:
     right: list[str] = []
     wrong: list[str] = []
     for completion in completions:
-        (right if task.is_correct(example, completion) else wrong).append(
-            cut_after_answer(task, example, completion)
-        )
+        (right if task.is_correct(example, completion) else wrong).append(cut_after_answer(task, example, completion))
     # A stable sort: those with an answer first, both groups in the order in which they were sampled.
     wrong.sort(key=lambda text: task.answer_end(text) is None)
     return right, wrong
@@ -114,10 +106,4 @@ def _to_row(prompt: Prompt, chosen: str, rejected: str) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     texts = {"chosen": chosen, "rejected": rejected}
-    return {
-        "prompt": prompt,
-        **{
-            name: [{"role": "assistant", "content": text}]
-            for name, text in texts.items()
-        },
-    }
+    return {"prompt": prompt, **{name: [{"role": "assistant", "content": text}] for name, text in texts.items()}}

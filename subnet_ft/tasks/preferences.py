@@ -39,9 +39,7 @@ def preference_dataset(spec: TaskSpec, *, seed: int = 0) -> Dataset:
             f"{', '.join(rows.column_names)}. Preferences need `chosen` and `rejected`, and usually `prompt`."
         )
     if len(rows) < spec.num_train:
-        raise TaskError(
-            f"{where} has {len(rows)} rows, but task.num_train asks for {spec.num_train}. Ask for fewer."
-        )
+        raise TaskError(f"{where} has {len(rows)} rows, but task.num_train asks for {spec.num_train}. Ask for fewer.")
     pairs: list[dict[str, Any]] = []
     for index, row in shuffled_rows(rows, seed=seed):
         if len(pairs) == spec.num_train:
@@ -53,10 +51,7 @@ def preference_dataset(spec: TaskSpec, *, seed: int = 0) -> Dataset:
 def _to_pair(spec: TaskSpec, row: dict[str, Any], *, where: str) -> dict[str, Any]:
     pair = {name: row[name] for name in ("chosen", "rejected")}
     if spec.prompt is not None or "prompt" in row:
-        pair = {
-            "prompt": build_prompt(spec, row, default="prompt", where=where),
-            **pair,
-        }
+        pair = {"prompt": build_prompt(spec, row, default="prompt", where=where), **pair}
         if spec.chat:
             for name in ("chosen", "rejected"):
                 if isinstance(pair[name], str):

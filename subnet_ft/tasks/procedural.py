@@ -28,9 +28,7 @@ DRAW_SECONDS = 60.0
 """Longest time to draw one example; most take microseconds, and params that cannot be satisfied take for ever."""
 
 
-def load_procedural_task(
-    spec: TaskSpec, *, seed: int, exclude: Collection[str] = ()
-) -> Task:
+def load_procedural_task(spec: TaskSpec, *, seed: int, exclude: Collection[str] = ()) -> Task:
     """Draw `num_eval` held-out and `num_train` training examples with different prompts.
 
     The two are a random split of one draw: easy prompts repeat and run out first, so taking one set after the other
@@ -76,17 +74,13 @@ def load_procedural_task(
     def verify(example: Example, answer: str) -> float:
         return float(judge.score_answer(answer, example.fields))
 
-    return Task(
-        spec.name, examples[spec.num_eval :], examples[: spec.num_eval], verify, pattern
-    )
+    return Task(spec.name, examples[spec.num_eval :], examples[: spec.num_eval], verify, pattern)
 
 
 def _to_example(spec: TaskSpec, entry: dict[str, Any]) -> Example:
     answer = "" if entry["answer"] is None else str(entry["answer"])
     fields = {**entry["metadata"], "question": entry["question"], "answer": answer}
-    return Example(
-        build_prompt(spec, fields, default="question", where=spec.name), answer, entry
-    )
+    return Example(build_prompt(spec, fields, default="question", where=spec.name), answer, entry)
 
 
 class _Blocks:
@@ -96,9 +90,7 @@ class _Blocks:
         try:
             from reasoning_gym.factory import DATASETS
         except ImportError as error:
-            raise MissingDependencyError(
-                "reasoning_gym", f"for the task `{spec.name}`", "tasks"
-            ) from error
+            raise MissingDependencyError("reasoning_gym", f"for the task `{spec.name}`", "tasks") from error
         self.spec, self.seed = spec, seed
         name = spec.name.removeprefix(PREFIX)
         if name not in DATASETS:
@@ -136,11 +128,7 @@ class _Blocks:
                 f"task.params of `{self.spec.name}` sets {', '.join(sorted(own))}. Leave them out: the recipe's seed, "
                 "num_train and num_eval decide them."
             )
-        problems = [
-            f"`{name}`.{did_you_mean(name, known)}"
-            for name in self.spec.params
-            if name not in known
-        ]
+        problems = [f"`{name}`.{did_you_mean(name, known)}" for name in self.spec.params if name not in known]
         if problems:
             raise TaskError(
                 f"task.params of `{self.spec.name}` has no {' no '.join(problems)} "
@@ -149,15 +137,9 @@ class _Blocks:
 
     def _build(self, block: int) -> ProceduralDataset:
         # Entry i of a reasoning-gym dataset is drawn from Random(seed + i): neighbouring seeds would share entries.
-        digest = hashlib.sha256(
-            f"{self.spec.name}/{self.seed}/{block}".encode()
-        ).digest()
+        digest = hashlib.sha256(f"{self.spec.name}/{self.seed}/{block}".encode()).digest()
         try:
-            config = self.config_class(
-                **self.spec.params,
-                seed=int.from_bytes(digest[:4], "big") >> 1,
-                size=_BLOCK,
-            )
+            config = self.config_class(**self.spec.params, seed=int.from_bytes(digest[:4], "big") >> 1, size=_BLOCK)
             if hasattr(config, "validate"):
                 config.validate()
             dataset: ProceduralDataset = self.dataset_class(config=config)

@@ -32,15 +32,11 @@ def render_template(template: str, fields: Mapping[str, Any], *, key: str) -> st
         TaskError: A field that does not exist or is `None`, or a template that cannot be formatted.
     """
     try:
-        return template.format_map(
-            {name: value for name, value in fields.items() if value is not None}
-        )
+        return template.format_map({name: value for name, value in fields.items() if value is not None})
     except KeyError as error:
         name = str(error.args[0])
         if name in fields:
-            raise TaskError(
-                f"{key} asks for `{name}`, which is empty here. Remove the example or fill it."
-            ) from error
+            raise TaskError(f"{key} asks for `{name}`, which is empty here. Remove the example or fill it.") from error
         raise TaskError(
             f"{key} asks for `{name}`, but an example has {', '.join(map(str, fields))}.{did_you_mean(name, fields)} "
             "Use one of these, and write a literal brace as {{ or }}."
@@ -52,9 +48,7 @@ def render_template(template: str, fields: Mapping[str, Any], *, key: str) -> st
         ) from error
 
 
-def build_prompt(
-    spec: TaskSpec, fields: Mapping[str, Any], *, default: str, where: str
-) -> Prompt:
+def build_prompt(spec: TaskSpec, fields: Mapping[str, Any], *, default: str, where: str) -> Prompt:
     """Build the prompt of one example: its template, or the field `default`, as text or as chat messages.
 
     `where` names the example in messages. A field that already holds a list of messages is used as it is, after the
@@ -63,11 +57,7 @@ def build_prompt(
     Raises:
         TaskError: A missing field, a value that is neither text nor messages, or `system_prompt` without `chat`.
     """
-    system = (
-        []
-        if spec.system_prompt is None
-        else [{"role": "system", "content": spec.system_prompt}]
-    )
+    system = [] if spec.system_prompt is None else [{"role": "system", "content": spec.system_prompt}]
     if spec.prompt is None and isinstance(fields.get(default), list):
         return [*system, *fields[default]]
     template = "{" + default + "}" if spec.prompt is None else spec.prompt

@@ -42,24 +42,15 @@ def load_recipe_data(recipe: Recipe) -> RecipeData:
     Raises:
         TaskError: Data that cannot be had, or too little of it.
     """
-    from_dataset = (
-        ALGORITHM_DATA.get(recipe.algorithm) == "preferences"
-        and recipe.task.pairs is None
-    )
+    from_dataset = ALGORITHM_DATA.get(recipe.algorithm) == "preferences" and recipe.task.pairs is None
     task = None if from_dataset else load_task(recipe.task, seed=recipe.seed)
-    preferences = (
-        preference_dataset(recipe.task, seed=recipe.seed) if from_dataset else None
-    )
+    preferences = preference_dataset(recipe.task, seed=recipe.seed) if from_dataset else None
     if not recipe.evaluation.enabled:
         return RecipeData(task, preferences, None)
     if recipe.evaluation.task is None:
         return RecipeData(task, preferences, task)
     training = set(_training_keys(task, preferences))
-    return RecipeData(
-        task,
-        preferences,
-        load_task(recipe.evaluation.task, seed=recipe.seed, exclude=training),
-    )
+    return RecipeData(task, preferences, load_task(recipe.evaluation.task, seed=recipe.seed, exclude=training))
 
 
 def _training_keys(task: Task | None, preferences: Dataset | None) -> Iterator[str]:

@@ -32,31 +32,18 @@ def reward_functions(task: Task, spec: TaskSpec) -> list[RewardFunction]:
     Raises:
         TaskError: A name that is neither built in nor importable, or a function that TRL could not call.
     """
-    return [
-        _built_in(task, name) if name in _BUILT_IN else _with_columns(task, _load(name))
-        for name in spec.rewards
-    ]
+    return [_built_in(task, name) if name in _BUILT_IN else _with_columns(task, _load(name)) for name in spec.rewards]
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:
     """Return the text of a completion as TRL hands it over: a string, or messages, of which the last counts."""
-    return (
-        completion
-        if isinstance(completion, str)
-        else str(completion[-1]["content"] or "")
-    )
+    return completion if isinstance(completion, str) else str(completion[-1]["content"] or "")
 
 
 def _built_in(task: Task, name: str) -> RewardFunction:
     judge: Callable[..., float] = task.is_correct if name == "correct" else task.score
 
-    def reward(
-        prompts: list[Any],
-        completions: list[Any],
-        *,
-        example: list[int],
-        **columns: Any,
-    ) -> list[float]:
+    def reward(prompts: list[Any], completions: list[Any], *, example: list[int], **columns: Any) -> list[float]:
         return [
             float(judge(task.train[index], completion_text(completion)))
             for index, completion in zip(example, completions, strict=True)
@@ -71,15 +58,8 @@ def _with_columns(task: Task, function: RewardFunction) -> RewardFunction:
 
     def add_columns(columns: dict[str, Any]) -> dict[str, Any]:
         examples = [task.train[index] for index in columns["example"]]
-        shared = (
-            set.intersection(*(set(example.fields) for example in examples))
-            if examples
-            else set()
-        )
-        known = {
-            name: [example.fields[name] for example in examples]
-            for name in sorted(shared)
-        }
+        shared = set.intersection(*(set(example.fields) for example in examples)) if examples else set()
+        known = {name: [example.fields[name] for example in examples] for name in sorted(shared)}
         return {**known, "answer": [example.answer for example in examples], **columns}
 
     if inspect.iscoroutinefunction(function):
@@ -115,14 +95,8 @@ def _load(name: str) -> RewardFunction:
         ) from error
     function = getattr(module, function_name, None)
     if not inspect.isroutine(function):
-        functions = [
-            known for known, value in vars(module).items() if inspect.isfunction(value)
-        ]
-        what = (
-            "has no"
-            if function is None
-            else "has no function, but a " + type(function).__name__ + ","
-        )
+        functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
+        what = "has no" if function is None else "has no function, but a " + type(function).__name__ + ","
         raise TaskError(
             f"task.rewards: `{module_name}` {what} `{function_name}`.{did_you_mean(function_name, functions)} "
             f"Its functions are: {', '.join(functions) or 'none'}."
@@ -133,9 +107,9 @@ def _load(name: str) -> RewardFunction:
 
 def _check_signature(name: str, function: RewardFunction) -> None:
     parameters = inspect.signature(function).parameters.values()
-    if any(
-        parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters
-    ) or not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters) or not any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters
+    ):
         raise TaskError(
             f"task.rewards: `{name}` must take keyword arguments and `**kwargs`, because trainers pass prompts, "
             "completions, completion_ids and more. Write "

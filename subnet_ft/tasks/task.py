@@ -61,27 +61,14 @@ class Task:
                 answer = find_answer(self.answer_pattern, completion)
                 score = 0.0 if answer is None else float(self.verifier(example, answer))
         except TimeoutError:
-            logger.warning(
-                "%s: scoring took over %g s and counts as 0: %.80r",
-                self.name,
-                SCORE_SECONDS,
-                completion,
-            )
+            logger.warning("%s: scoring took over %g s and counts as 0: %.80r", self.name, SCORE_SECONDS, completion)
             return 0.0
-        except (
-            Exception
-        ) as error:  # a verifier parses what a model wrote and may fail in any way
+        except Exception as error:  # a verifier parses what a model wrote and may fail in any way
             # Once aloud for each kind of failure: a verifier that always fails would otherwise pass for a weak model.
             seen = (self.name, type(error))
             level = logging.DEBUG if seen in _FAILURES_SEEN else logging.WARNING
             _FAILURES_SEEN.add(seen)
-            logger.log(
-                level,
-                "%s: the verifier failed on %.80r, which counts as 0: %r",
-                self.name,
-                completion,
-                error,
-            )
+            logger.log(level, "%s: the verifier failed on %.80r, which counts as 0: %r", self.name, completion, error)
             return 0.0
         return min(max(score, 0.0), 1.0)
 

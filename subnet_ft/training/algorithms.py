@@ -55,14 +55,10 @@ def build_config(algorithm: Algorithm, arguments: Mapping[str, Any]) -> Any:
         arguments: Field name to value.
     """
     known = {field.name for field in fields(algorithm.config_class)}
-    return algorithm.config_class(
-        **{_name_in(known, name): value for name, value in arguments.items()}
-    )
+    return algorithm.config_class(**{_name_in(known, name): value for name, value in arguments.items()})
 
 
-def run_config(
-    algorithm: Algorithm, training: Mapping[str, Any], *, output_dir: str, seed: int
-) -> Any:
+def run_config(algorithm: Algorithm, training: Mapping[str, Any], *, output_dir: str, seed: int) -> Any:
     """Build the TRL config of a run: what every run sets, what a recipe may change, and what it may not.
 
     Args:
@@ -96,11 +92,7 @@ def config_fields() -> Mapping[str, Mapping[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for name, algorithm in ALGORITHMS.items():
         hints = typing.get_type_hints(algorithm.config_class)
-        known = {
-            field.name: hints[field.name]
-            for field in fields(algorithm.config_class)
-            if field.init
-        }
+        known = {field.name: hints[field.name] for field in fields(algorithm.config_class) if field.init}
         aliases = {new: known[old] for new, old in _OLD_NAMES.items() if old in known}
         table[name] = {**aliases, **known}
     return table

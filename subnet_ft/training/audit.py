@@ -6,12 +6,7 @@ import logging
 import time
 from typing import Any
 
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subnet_ft.optim import MaskedBase
 from subnet_ft.training.unwrap import unwrapped
@@ -37,40 +32,22 @@ class FrozenWeightAudit(TrainerCallback):
         self.seconds = 0.0
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the fingerprints that every later audit compares with; a resumed run has those of its start."""
         self._audit(unwrapped(kwargs["optimizer"]))
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Audit every `steps` steps, before anything of that step is saved."""
         if state.global_step % self.steps == 0:
             self._audit(unwrapped(kwargs["optimizer"]))
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Audit what training leaves, and say what the audits cost."""
         self._audit(unwrapped(kwargs["optimizer"]))
-        logger.info(
-            "%d audits of the weights outside the mask passed in %.2f s",
-            self.num_audits,
-            self.seconds,
-        )
+        logger.info("%d audits of the weights outside the mask passed in %.2f s", self.num_audits, self.seconds)
 
     def _audit(self, optimizer: MaskedBase) -> None:
         start = time.perf_counter()

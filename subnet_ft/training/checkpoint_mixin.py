@@ -13,18 +13,8 @@ from subnet_ft.optim import MaskedBase
 from subnet_ft.optim.frozen import frozen_fingerprints
 from subnet_ft.training.mask_schedule import MaskSchedule
 from subnet_ft.training.options import Stateful, SubnetOptions
-from subnet_ft.training.resume import (
-    newest_complete,
-    read_manifest,
-    replayed,
-    trained_epochs,
-)
-from subnet_ft.training.rollouts import (
-    load_extras,
-    load_rollouts,
-    save_extras,
-    save_rollouts,
-)
+from subnet_ft.training.resume import newest_complete, read_manifest, replayed, trained_epochs
+from subnet_ft.training.rollouts import load_extras, load_rollouts, save_extras, save_rollouts
 from subnet_ft.training.saving import clear_staging, publish, rotate, staging_folder
 
 if TYPE_CHECKING:
@@ -65,12 +55,7 @@ class CheckpointMixin(_Base):
             )
         return self._masked
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the trainer does; resume only from a checkpoint that is whole and belongs to mask and base.
 
         Args:
@@ -93,16 +78,10 @@ class CheckpointMixin(_Base):
         return super().train(str(checkpoint), *args, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return replayed(
-            super()._get_train_sampler(*args, **kwargs), self._finished_epochs
-        )
+        return replayed(super()._get_train_sampler(*args, **kwargs), self._finished_epochs)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return (
-            super()._get_output_dir(trial)
-            if self._staging is None
-            else str(self._staging)
-        )
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # pushed once it is in its place
@@ -129,11 +108,7 @@ class CheckpointMixin(_Base):
                 self.state.best_model_checkpoint = str(run_folder / name)
                 self.state.save_to_json(str(written / "trainer_state.json"))
             publish(written, run_folder / name, self._facts())
-            rotate(
-                run_folder,
-                limit=self.args.save_total_limit,
-                best=self.state.best_model_checkpoint,
-            )
+            rotate(run_folder, limit=self.args.save_total_limit, best=self.state.best_model_checkpoint)
             clear_staging(run_folder)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(run_folder / name))
@@ -174,11 +149,7 @@ class CheckpointMixin(_Base):
         if manifest["frozen_fingerprints"] is None or mask is not self.subnet_mask:
             return
         now = frozen_fingerprints(self._own_model, mask)
-        other = [
-            name
-            for name, found in now.items()
-            if manifest["frozen_fingerprints"].get(name) != found
-        ]
+        other = [name for name, found in now.items() if manifest["frozen_fingerprints"].get(name) != found]
         if other:
             raise OptimizerStateError(
                 f"`{checkpoint}` was trained from another base: outside the mask, `{other[0]}` has fingerprint "
@@ -203,25 +174,15 @@ class CheckpointMixin(_Base):
         }
 
     def _mask_at(self, step: int) -> SubnetMask:
-        due = [
-            mask
-            for schedule in self._callbacks(MaskSchedule)
-            if (mask := schedule.mask_at(step)) is not None
-        ]
+        due = [mask for schedule in self._callbacks(MaskSchedule) if (mask := schedule.mask_at(step)) is not None]
         return due[-1] if due else self.subnet_mask
 
     def _extras(self) -> dict[str, Stateful]:
         extras = dict(self.subnet_options.extras)
         reference = getattr(self, "ref_model", None)
         if reference is not None and getattr(self.args, "sync_ref_model", False):
-            extras["ref_model"] = self.accelerator.unwrap_model(
-                reference
-            )  # it moves along with the policy
+            extras["ref_model"] = self.accelerator.unwrap_model(reference)  # it moves along with the policy
         return extras
 
     def _callbacks(self, kind: type) -> list[Any]:
-        return [
-            callback
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, kind)
-        ]
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]

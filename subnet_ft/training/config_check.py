@@ -25,17 +25,7 @@ _SETTINGS = {
 _TRACKERS = {
     **{
         name: _Package(name, (name,))
-        for name in (
-            "clearml",
-            "codecarbon",
-            "dagshub",
-            "dvclive",
-            "mlflow",
-            "neptune",
-            "swanlab",
-            "trackio",
-            "wandb",
-        )
+        for name in ("clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "neptune", "swanlab", "trackio", "wandb")
     },
     "azure_ml": _Package("azureml-sdk", ("azureml",)),
     "comet_ml": _Package("comet-ml", ("comet_ml",)),
@@ -44,9 +34,7 @@ _TRACKERS = {
 }
 
 
-def config_problems(
-    algorithm: str, training: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
+def config_problems(algorithm: str, training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what would stop a run with these settings, or keep it from resuming to the same bits.
 
     Args:
@@ -58,20 +46,14 @@ def config_problems(
     """
     for name, package in _SETTINGS.items():
         if training.get(name) and not _is_installed(package):
-            yield (
-                f"training.{name}",
-                f"needs a package that is not installed; {_pip(package)}",
-            )
+            yield f"training.{name}", f"needs a package that is not installed; {_pip(package)}"
     known = ALGORITHMS[algorithm]
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = run_config(known, training, output_dir=folder, seed=0)
     except Exception as error:  # whatever its constructor raises, these values made it
         reason = " ".join(str(error).split()) or type(error).__name__
-        yield (
-            "training",
-            f"{known.config.rpartition(':')[2]} refuses these settings: {reason}",
-        )
+        yield "training", f"{known.config.rpartition(':')[2]} refuses these settings: {reason}"
         return
     yield from _report_to(config)
     yield from _save_steps(config)
@@ -93,10 +75,7 @@ def _report_to(config: Any) -> Iterator[tuple[str, str]]:
 
 def _save_steps(config: Any) -> Iterator[tuple[str, str]]:
     # Completions are not saved: between two generations there are none that a resumed run would have to sample again.
-    if (
-        getattr(config, "steps_per_generation", None) is None
-        or config.save_strategy != "steps"
-    ):
+    if getattr(config, "steps_per_generation", None) is None or config.save_strategy != "steps":
         return
     accumulated = config.gradient_accumulation_steps
     generation = config.steps_per_generation * config.num_iterations
@@ -107,10 +86,7 @@ def _save_steps(config: Any) -> Iterator[tuple[str, str]]:
     if step == 1 or every % step == 0 or 0 < config.max_steps <= every:
         return
     if every < 1:
-        yield (
-            "training.save_steps",
-            f"must be a number of steps, a multiple of {step}, got the fraction {every:g}",
-        )
+        yield "training.save_steps", f"must be a number of steps, a multiple of {step}, got the fraction {every:g}"
         return
     nearest = max(step, round(every / step) * step)
     yield (
@@ -123,14 +99,8 @@ def _save_steps(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _is_installed(package: _Package) -> bool:
-    return any(
-        importlib.util.find_spec(module) is not None for module in package.modules
-    )
+    return any(importlib.util.find_spec(module) is not None for module in package.modules)
 
 
 def _pip(package: _Package) -> str:
-    return (
-        f"`pip install '{package.install}'`"
-        if "[" in package.install
-        else f"`pip install {package.install}`"
-    )
+    return f"`pip install '{package.install}'`" if "[" in package.install else f"`pip install {package.install}`"

@@ -6,12 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask
@@ -38,9 +33,7 @@ class MaskSchedule(TrainerCallback):
 
     def __init__(self, masks: Mapping[int, SubnetMask]) -> None:
         if not masks or min(masks) < 0:
-            raise ValueError(
-                f"`masks` maps steps >= 0 to masks, got steps {sorted(masks)}"
-            )
+            raise ValueError(f"`masks` maps steps >= 0 to masks, got steps {sorted(masks)}")
         self.masks = dict(sorted(masks.items()))
 
     def mask_at(self, step: int) -> SubnetMask | None:
@@ -49,11 +42,7 @@ class MaskSchedule(TrainerCallback):
         return due[-1] if due else None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that training starts, or goes on, under the mask that the schedule says."""
         optimizer, due = unwrapped(kwargs["optimizer"]), self.mask_at(state.global_step)
@@ -64,19 +53,9 @@ class MaskSchedule(TrainerCallback):
                 "the schedule before training starts."
             )
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Change the mask where one is due, before anything of that step is saved."""
         mask = self.masks.get(state.global_step)
         if mask is not None:
             unwrapped(kwargs["optimizer"]).set_mask(mask)
-            logger.info(
-                "step %d: mask of density %.4g from here on",
-                state.global_step,
-                mask.density,
-            )
+            logger.info("step %d: mask of density %.4g from here on", state.global_step, mask.density)

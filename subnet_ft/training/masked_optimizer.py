@@ -19,9 +19,7 @@ _ADAMW = frozenset({"lr", "betas", "eps", "weight_decay", "fused"})
 _SGD = frozenset({"lr", "momentum", "weight_decay", "nesterov"})
 
 
-def build_optimizer(
-    trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, options: SubnetOptions
-) -> MaskedBase:
+def build_optimizer(trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, options: SubnetOptions) -> MaskedBase:
     """Build it on all parameters of `model`, with the trainer's groups: no decay where transformers exempts it.
 
     AdamW and SGD have kernels of their own; every other element-wise optimizer is wrapped.
@@ -29,19 +27,11 @@ def build_optimizer(
     Raises:
         TrainerError: An option of `restrict` exists only for optimizers with a kernel.
     """
-    decayed = {
-        canonical_name(name) for name in trainer.get_decay_parameter_names(model)
-    }
+    decayed = {canonical_name(name) for name in trainer.get_decay_parameter_names(model)}
     pairs = list(by_canonical_name(model.named_parameters()).items())
     groups: list[dict[str, Any]] = [
-        {
-            "params": [pair for pair in pairs if pair[0] in decayed],
-            "weight_decay": trainer.args.weight_decay,
-        },
-        {
-            "params": [pair for pair in pairs if pair[0] not in decayed],
-            "weight_decay": 0.0,
-        },
+        {"params": [pair for pair in pairs if pair[0] in decayed], "weight_decay": trainer.args.weight_decay},
+        {"params": [pair for pair in pairs if pair[0] not in decayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     optimizer_cls, keywords = wanted_optimizer(trainer)

@@ -38,11 +38,7 @@ class SubnetTrainerMixin(CheckpointMixin):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        subnet_mask: SubnetMask,
-        subnet_options: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, *args: Any, subnet_mask: SubnetMask, subnet_options: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         options = SubnetOptions(**(subnet_options or {}))
@@ -61,9 +57,7 @@ class SubnetTrainerMixin(CheckpointMixin):
         if options.audit_steps is not None:
             self.add_callback(FrozenWeightAudit(options.audit_steps))
 
-    def create_optimizer(
-        self, model: torch.nn.Module | None = None
-    ) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the masked optimizer, unless this trainer has trained before."""
         if self.model is not self._own_model:
             raise TrainerError(
@@ -79,15 +73,10 @@ class SubnetTrainerMixin(CheckpointMixin):
             if self._masked is not None:
                 self._masked.release()  # the trainer dropped it, as a retry with smaller batches does
             target: Any = self._own_model if model is None else model
-            self._masked = build_optimizer(
-                self, target, self.subnet_mask, self.subnet_options
-            )
+            self._masked = build_optimizer(self, target, self.subnet_mask, self.subnet_options)
             self.optimizer = self._masked
         # A second `train()` finds the optimizer of the first in the wrapper that accelerate put around it.
-        elif (
-            self._masked is None
-            or getattr(self.optimizer, "optimizer", self.optimizer) is not self._masked
-        ):
+        elif self._masked is None or getattr(self.optimizer, "optimizer", self.optimizer) is not self._masked:
             raise TrainerError(
                 f"The trainer got an optimizer, {type(self.optimizer).__name__}, after `restrict`, which builds its "
                 "own. Do not set `trainer.optimizer`."
@@ -97,30 +86,18 @@ class SubnetTrainerMixin(CheckpointMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the trainer does, with both norms if asked for, steps left out, and what the audits cost."""
         if "grad_norm" in logs and self.subnet_options.log_norms:
-            logs = {
-                **logs,
-                **{
-                    f"grad_norm_{kind}": float(norm)
-                    for kind, norm in self._norms.items()
-                },
-            }
+            logs = {**logs, **{f"grad_norm_{kind}": float(norm) for kind, norm in self._norms.items()}}
         if self._masked is not None and self._masked.num_skipped_steps:
             logs = {**logs, "skipped_steps": self._masked.num_skipped_steps}
         if "train_runtime" in logs:
             for audit in self._callbacks(FrozenWeightAudit):
-                logs = {
-                    **logs,
-                    "audits": audit.num_audits,
-                    "audit_seconds": round(audit.seconds, 3),
-                }
+                logs = {**logs, "audits": audit.num_audits, "audit_seconds": round(audit.seconds, 3)}
         super().log(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         return self.masked_optimizer.clip_grad_norm_(self.args.max_grad_norm)
 
-    def _get_grad_norm(
-        self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
         optimizer = self.masked_optimizer
         if not optimizer.has_gradients():
             raise TrainerError(

@@ -60,27 +60,15 @@ def check_options(trainer: Trainer, options: SubnetOptions) -> None:
     """
     check_master(options.master)
     if options.clip_norm not in CLIP_NORMS:
-        raise ValueError(
-            f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {options.clip_norm!r}"
-        )
+        raise ValueError(f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {options.clip_norm!r}")
     if options.nonfinite not in NONFINITE:
-        raise ValueError(
-            f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {options.nonfinite!r}"
-        )
+        raise ValueError(f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {options.nonfinite!r}")
     if options.audit_steps is not None and options.audit_steps < 1:
-        raise ValueError(
-            f"`audit_steps` must be >= 1, or None for no audits, got {options.audit_steps}"
-        )
+        raise ValueError(f"`audit_steps` must be >= 1, or None for no audits, got {options.audit_steps}")
     args = trainer.args
     wants_full = options.clip_norm == "full" or options.log_norms
-    if (
-        wants_full
-        and compacts(trainer, options)
-        and args.gradient_accumulation_steps > 1
-    ):
-        asked = (
-            "`clip_norm='full'`" if options.clip_norm == "full" else "`log_norms=True`"
-        )
+    if wants_full and compacts(trainer, options) and args.gradient_accumulation_steps > 1:
+        asked = "`clip_norm='full'`" if options.clip_norm == "full" else "`log_norms=True`"
         raise TrainerError(
             f"{asked} needs the dense gradient of the whole step, and with compact gradients only that of one "
             f"micro-batch ever stands whole; `gradient_accumulation_steps` is {args.gradient_accumulation_steps}. Pass "
@@ -90,11 +78,7 @@ def check_options(trainer: Trainer, options: SubnetOptions) -> None:
 
 def compacts(trainer: Trainer, options: SubnetOptions) -> bool:
     """Say whether gradients are compacted as soon as autograd has them."""
-    return (
-        trainer.args.world_size == 1
-        if options.compact_grads is None
-        else options.compact_grads
-    )
+    return trainer.args.world_size == 1 if options.compact_grads is None else options.compact_grads
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -125,11 +109,7 @@ def check_trainer(trainer: Trainer) -> None:
         )
     wanted = str(getattr(args.optim, "value", args.optim))
     optimizer_cls, keywords = wanted_optimizer(trainer)
-    reason = (
-        "it is built from the whole model"
-        if {"params", "model", "optimizer_dict"} & keywords.keys()
-        else None
-    )
+    reason = "it is built from the whole model" if {"params", "model", "optimizer_dict"} & keywords.keys() else None
     if not isinstance(optimizer_cls, type):
         reason = "it is made by a factory"
     if reason is not None:
@@ -140,16 +120,12 @@ def check_trainer(trainer: Trainer) -> None:
     try:
         check_elementwise(optimizer_cls)
     except OptimizerError as error:
-        raise TrainerError(
-            f"The trainer asks for the optimizer `{wanted}`. {error}"
-        ) from error
+        raise TrainerError(f"The trainer asks for the optimizer `{wanted}`. {error}") from error
 
 
 def wanted_optimizer(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
     """Return the class and the options of the optimizer that the trainer would build."""
     given = trainer.optimizer_cls_and_kwargs
     model: Any = trainer.model
-    optimizer_cls, keywords = given or trainer.get_optimizer_cls_and_kwargs(
-        trainer.args, model
-    )
+    optimizer_cls, keywords = given or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     return optimizer_cls, dict(keywords)

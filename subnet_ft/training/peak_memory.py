@@ -37,10 +37,7 @@ class PeakMemory:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if torch.cuda.is_available():
             self.measured = {"peak_device": torch.cuda.max_memory_allocated()}

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 _SHOWN = ("loss", "reward", "rewards/accuracies", "grad_norm")
 
@@ -29,11 +22,7 @@ class FiguresBesideBar(ProgressCallback):
     ) -> None:
         """Put the newest figures beside the bar."""
         if self.training_bar is not None and logs is not None:
-            figures = {
-                name.rpartition("/")[2]: f"{logs[name]:.3g}"
-                for name in _SHOWN
-                if name in logs
-            }
+            figures = {name.rpartition("/")[2]: f"{logs[name]:.3g}" for name in _SHOWN if name in logs}
             if figures:
                 self.training_bar.set_postfix(figures, refresh=True)
 

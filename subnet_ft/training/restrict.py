@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.training.mixin import SubnetTrainerMixin
-from subnet_ft.training.options import (
-    Stateful,
-    SubnetOptions,
-    check_options,
-    check_trainer,
-)
+from subnet_ft.training.options import Stateful, SubnetOptions, check_options, check_trainer
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subnet_ft.errors import CheckpointError
 from subnet_ft.training.saving import MANIFEST, remove
@@ -27,11 +22,7 @@ class NoSaveAtTheEnd(TrainerCallback):
     """Keeps the trainer from saving after its last step, where the whole model is saved anyway."""
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Take back a save at the last step."""
         if state.global_step >= state.max_steps:
@@ -43,12 +34,8 @@ class NoSaveAtTheEnd(TrainerCallback):
 
 def newest_complete(folder: Path) -> Path | None:
     """Return the newest checkpoint in a run's folder that is whole; those that are not are named in the log."""
-    numbered = [
-        (path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")
-    ]
-    for _, path in sorted(
-        ((int(step), path) for step, path in numbered if step.isdigit()), reverse=True
-    ):
+    numbered = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
+    for _, path in sorted(((int(step), path) for step, path in numbered if step.isdigit()), reverse=True):
         problem = _problem(path)
         if problem is None:
             return path
@@ -65,14 +52,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     problem = _problem(checkpoint)
     if problem is not None:
         other = newest_complete(checkpoint.parent)
-        instead = (
-            f"`{other}` is whole."
-            if other is not None
-            else "No checkpoint beside it is whole: start again."
-        )
-        raise CheckpointError(
-            f"Cannot resume from `{checkpoint}`: {problem}. {instead}"
-        )
+        instead = f"`{other}` is whole." if other is not None else "No checkpoint beside it is whole: start again."
+        raise CheckpointError(f"Cannot resume from `{checkpoint}`: {problem}. {instead}")
     manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
     return manifest
 
@@ -118,6 +99,4 @@ def _problem(path: Path) -> str | None:
             return f"`{name}` has {found} bytes, expected {size}"
     needed = {"optimizer.pt", "scheduler.pt", _STATE}
     missing = sorted(needed - sizes.keys())
-    return (
-        f"it was saved without `{missing[0]}` (`save_only_model`)" if missing else None
-    )
+    return f"it was saved without `{missing[0]}` (`save_only_model`)" if missing else None

@@ -32,9 +32,7 @@ def save_rollouts(trainer: Any, folder: Path) -> None:
             strange,
         )
         inputs = None
-    torch.save(
-        {"step": int(trainer._step), "inputs": inputs}, folder / _rollouts_name(trainer)
-    )
+    torch.save({"step": int(trainer._step), "inputs": inputs}, folder / _rollouts_name(trainer))
 
 
 def load_rollouts(trainer: Any, folder: Path) -> None:
@@ -48,18 +46,14 @@ def load_rollouts(trainer: Any, folder: Path) -> None:
             "run was started with."
         )
     device = trainer.args.device
-    saved = torch.load(
-        path, map_location="cpu" if device.type == "cpu" else device, weights_only=True
-    )
+    saved = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
     trainer._step, trainer._buffered_inputs = saved["step"], saved["inputs"]
 
 
 def save_extras(extras: dict[str, Stateful], folder: Path) -> None:
     """Save what is trained beside the model, by name."""
     if extras:
-        torch.save(
-            {name: part.state_dict() for name, part in extras.items()}, folder / _EXTRAS
-        )
+        torch.save({name: part.state_dict() for name, part in extras.items()}, folder / _EXTRAS)
 
 
 def load_extras(extras: dict[str, Stateful], folder: Path) -> None:
@@ -69,11 +63,7 @@ def load_extras(extras: dict[str, Stateful], folder: Path) -> None:
         TrainerError: The checkpoint holds other parts.
     """
     path = folder / _EXTRAS
-    saved = (
-        torch.load(path, map_location="cpu", weights_only=True)
-        if path.is_file()
-        else {}
-    )
+    saved = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
     if saved.keys() != extras.keys():
         raise TrainerError(
             f"`{folder}` holds {sorted(saved) or 'nothing'} beside the model, this trainer "
@@ -90,13 +80,7 @@ def _rollouts_name(trainer: Any) -> str:
 def _strange(value: object) -> str | None:
     """Return the type of the first part that `torch.load(weights_only=True)` would refuse, if any."""
     if isinstance(value, dict):
-        return next(
-            (found for item in value.values() if (found := _strange(item))), None
-        )
+        return next((found for item in value.values() if (found := _strange(item))), None)
     if isinstance(value, (list, tuple)):
         return next((found for item in value if (found := _strange(item))), None)
-    return (
-        None
-        if value is None or isinstance(value, (torch.Tensor, bool, int, float, str))
-        else type(value).__name__
-    )
+    return None if value is None or isinstance(value, (torch.Tensor, bool, int, float, str)) else type(value).__name__

@@ -54,9 +54,7 @@ class TrainingRun:
 
 def full_mask(model: PreTrainedModel) -> SubnetMask:
     """Return the mask of the full run: every weight of `model` trainable."""
-    return SubnetMask.full(
-        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    )
+    return SubnetMask.full({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
 
 def train(
@@ -89,20 +87,14 @@ def train(
     from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete
 
     spec = recipe.model
-    model, tokenizer = load_model(
-        base, dtype=spec.dtype, attn_implementation=spec.attn_implementation
-    )
+    model, tokenizer = load_model(base, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
     # All weights are trained, saved and compared in one dtype.
     undo_upcasts(model, dtype=spec.dtype)
     _refuse_other_dtypes(model, base, spec.dtype)
     trainer = _build_trainer(recipe, model, tokenizer, folder, dataset, task)
     trainer.add_callback(NoSaveAtTheEnd())
     show_progress(trainer, progress=progress)
-    restrict(
-        trainer,
-        full_mask(model) if mask is None else mask,
-        master=recipe.subnet.optimizer.master,
-    )
+    restrict(trainer, full_mask(model) if mask is None else mask, master=recipe.subnet.optimizer.master)
 
     last = newest_complete(folder / TRAINER)
     if last is not None:
@@ -118,21 +110,13 @@ def train(
         log_history=log_history,
         seconds=seconds,
         resumed_from=None if last is None else last.name,
-        memory={
-            **memory_ledger(model, trainer.masked_optimizer),
-            **_reference_memory(trainer),
-            **peak.measured,
-        },
+        memory={**memory_ledger(model, trainer.masked_optimizer), **_reference_memory(trainer), **peak.measured},
         num_steps=trainer.state.global_step,
     )
 
 
 def _refuse_other_dtypes(model: PreTrainedModel, base: Path, dtype: str) -> None:
-    others = [
-        name
-        for name, parameter in model.named_parameters()
-        if str(parameter.dtype) != f"torch.{dtype}"
-    ]
+    others = [name for name, parameter in model.named_parameters() if str(parameter.dtype) != f"torch.{dtype}"]
     if others:
         raise CheckpointError(
             f"`{base}` stores weights more precisely than `model.dtype: {dtype}`, and transformers does not round "
@@ -143,28 +127,17 @@ def _refuse_other_dtypes(model: PreTrainedModel, base: Path, dtype: str) -> None
 
 
 def _build_trainer(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    folder: Path,
-    dataset: Dataset,
-    task: Task | None,
+    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, folder: Path, dataset: Dataset, task: Task | None
 ) -> Any:
     algorithm = ALGORITHMS[recipe.algorithm]
-    args = run_config(
-        algorithm, recipe.training, output_dir=str(folder / TRAINER), seed=recipe.seed
-    )
+    args = run_config(algorithm, recipe.training, output_dir=str(folder / TRAINER), seed=recipe.seed)
     options: dict[str, Any] = {}
     if task is not None:
         from subnet_ft.tasks import reward_functions
 
         options["reward_funcs"] = reward_functions(task, recipe.task)
     trainer = algorithm.trainer_class(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        **options,
+        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options
     )
     reference = getattr(trainer, "ref_model", None)
     if reference is not None:
@@ -177,8 +150,4 @@ def _build_trainer(
 
 def _reference_memory(trainer: Any) -> dict[str, int]:
     reference = getattr(trainer, "ref_model", None)
-    return (
-        {}
-        if reference is None
-        else {"reference_model": sum(p.nbytes for p in reference.parameters())}
-    )
+    return {} if reference is None else {"reference_model": sum(p.nbytes for p in reference.parameters())}

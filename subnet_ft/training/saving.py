@@ -35,14 +35,10 @@ def publish(written: Path, checkpoint: Path, facts: Mapping[str, Any]) -> None:
         facts: What the manifest says besides the list of files.
     """
     files = {
-        str(path.relative_to(written)): path.stat().st_size
-        for path in sorted(written.rglob("*"))
-        if path.is_file()
+        str(path.relative_to(written)): path.stat().st_size for path in sorted(written.rglob("*")) if path.is_file()
     }
     manifest = written / MANIFEST
-    manifest.write_text(
-        json.dumps({"format": 1, **facts, "files": files}, indent=1) + "\n"
-    )
+    manifest.write_text(json.dumps({"format": 1, **facts, "files": files}, indent=1) + "\n")
     # Names must not reach the disk before the bytes behind them.
     for path in [*written.rglob("*"), written]:
         _sync(path)
@@ -67,14 +63,10 @@ def rotate(run_folder: Path, *, limit: int | None, best: str | None) -> None:
 
     if limit is None or limit <= 0:
         return
-    checkpoints = [
-        Path(path) for path in sort_checkpoints(str(run_folder), use_mtime=True)
-    ]
+    checkpoints = [Path(path) for path in sort_checkpoints(str(run_folder), use_mtime=True)]
     kept = {*checkpoints[-1:], *([Path(best)] if best is not None else [])}
     surplus = len(checkpoints) - max(limit, len(kept))
-    for checkpoint in [path for path in checkpoints if path not in kept][
-        : max(surplus, 0)
-    ]:
+    for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
         remove(checkpoint)
 
 

@@ -7,11 +7,4 @@ from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.summary import lines_for_terminal, summary_for_cli
 from subnet_ft.evidence.report.write import write_report
 
-__all__ = [
-    "Report",
-    "RunEvidence",
-    "build_report",
-    "lines_for_terminal",
-    "summary_for_cli",
-    "write_report",
-]
+__all__ = ["Report", "RunEvidence", "build_report", "lines_for_terminal", "summary_for_cli", "write_report"]

@@ -28,9 +28,7 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
-        share = (
-            (value - self.low) / (self.high - self.low) if self.high > self.low else 0.0
-        )
+        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.0
         return self.start + share * (self.end - self.start)
 
 
@@ -44,13 +42,7 @@ def css_class(report: Report, name: str) -> str:
 
 
 def rows_over_axis(
-    width: float,
-    count: int,
-    ticks: list[float],
-    write: Callable[[float], str],
-    title: str,
-    *,
-    right: float,
+    width: float, count: int, ticks: list[float], write: Callable[[float], str], title: str, *, right: float
 ) -> tuple[Svg, Scale]:
     """Start a drawing with one row per model over a horizontal axis."""
     bottom = bottom_of_rows(width, count)
@@ -63,11 +55,7 @@ def rows_over_axis(
 
 
 def upright(
-    width: float,
-    height: float,
-    ticks: list[float],
-    write: Callable[[float], str],
-    title: str,
+    width: float, height: float, ticks: list[float], write: Callable[[float], str], title: str
 ) -> tuple[Svg, Scale]:
     """Start a drawing with a vertical axis."""
     svg = Svg(width, height, title)

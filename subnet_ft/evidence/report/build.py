@@ -12,27 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subnet_ft.errors import TaskError
-from subnet_ft.evidence.report.schema import (
-    Accuracy,
-    Answered,
-    Density,
-    Difference,
-    MaskInfo,
-    Report,
-    Sample,
-)
-from subnet_ft.evidence.statistics import (
-    PairedDifference,
-    paired_difference,
-    wilson_interval,
-)
-from subnet_ft.evidence.verdict import (
-    Comparison,
-    Verdict,
-    above_control,
-    two_one_sided,
-    verdict,
-)
+from subnet_ft.evidence.report.schema import Accuracy, Answered, Density, Difference, MaskInfo, Report, Sample
+from subnet_ft.evidence.statistics import PairedDifference, paired_difference, wilson_interval
+from subnet_ft.evidence.verdict import Comparison, Verdict, above_control, two_one_sided, verdict
 from subnet_ft.evidence.weights import WeightComparison
 from subnet_ft.masks.density import layer_and_kind
 
@@ -105,9 +87,7 @@ def build_report(
     models = [base, full, subnet, *controls]
     names = [model.name for model in models]
     if len(set(names)) != len(names):
-        raise ValueError(
-            f"Every model of a report needs its own name, got {', '.join(names)}."
-        )
+        raise ValueError(f"Every model of a report needs its own name, got {', '.join(names)}.")
     _check_same_prompts(models)
     solved = {model.name: _solved(model) for model in models}
 
@@ -122,9 +102,7 @@ def build_report(
         outcomes, ours = solved[control.name], solved[subnet.name]
         control_verdicts[control.name] = judge(control.name, "control")
         if outcomes is not None and ours is not None:
-            comparisons[control.name] = above_control(
-                ours, outcomes, margin=margin, confidence=confidence
-            )
+            comparisons[control.name] = above_control(ours, outcomes, margin=margin, confidence=confidence)
 
     def against(name: str) -> tuple[int, int]:
         answer = comparisons[name].answer if name in comparisons else "undecided"
@@ -146,22 +124,12 @@ def build_report(
         margin=margin,
         confidence=confidence,
         num_prompts=len(measured[0]) if measured else 0,
-        accuracy={
-            name: _accuracy(values, confidence)
-            for name, values in solved.items()
-            if values is not None
-        },
+        accuracy={name: _accuracy(values, confidence) for name, values in solved.items() if values is not None},
         differences=_differences(solved, base.name, full.name, subnet.name, confidence),
-        weights={
-            model.name: model.weights for model in models if model.weights is not None
-        },
+        weights={model.name: model.weights for model in models if model.weights is not None},
         density=_density(mask) if mask is not None else None,
         mask=_mask_info(mask, mask_seconds) if mask is not None else None,
-        curves={
-            model.name: _curve(model.log_history)
-            for model in models
-            if model.log_history
-        },
+        curves={model.name: _curve(model.log_history) for model in models if model.log_history},
         seconds={model.name: dict(model.seconds) for model in models if model.seconds},
         memory={model.name: dict(model.memory) for model in models if model.memory},
         environment=_plain(environment),
@@ -175,18 +143,13 @@ def build_report(
 def _solved(model: RunEvidence) -> NDArray[np.bool_] | None:
     if not model.records:
         return None
-    return np.array(
-        [bool(record["correct"]) for record in model.records], dtype=np.bool_
-    )
+    return np.array([bool(record["correct"]) for record in model.records], dtype=np.bool_)
 
 
 def _check_same_prompts(models: Sequence[RunEvidence]) -> None:
     answered = [model for model in models if model.records]
     for model in answered[1:]:
-        ours, theirs = (
-            [text(record["prompt"]) for record in m.records or ()]
-            for m in (model, answered[0])
-        )
+        ours, theirs = ([text(record["prompt"]) for record in m.records or ()] for m in (model, answered[0]))
         if len(ours) != len(theirs):
             raise TaskError(
                 f"`{model.name}` answered {len(ours)} prompts and `{answered[0].name}` {len(theirs)}; a paired "
@@ -203,35 +166,23 @@ def _check_same_prompts(models: Sequence[RunEvidence]) -> None:
 def _accuracy(solved: NDArray[np.bool_], confidence: float) -> Accuracy:
     correct, n = int(solved.sum()), len(solved)
     low, high = wilson_interval(correct, n, confidence)
-    return Accuracy(
-        accuracy=correct / n, num_prompts=n, correct=correct, ci_low=low, ci_high=high
-    )
+    return Accuracy(accuracy=correct / n, num_prompts=n, correct=correct, ci_low=low, ci_high=high)
 
 
 def _differences(
-    solved: Mapping[str, NDArray[np.bool_] | None],
-    base: str,
-    full: str,
-    subnet: str,
-    confidence: float,
+    solved: Mapping[str, NDArray[np.bool_] | None], base: str, full: str, subnet: str, confidence: float
 ) -> list[Difference]:
     controls = [name for name in solved if name not in (base, full, subnet)]
     runs = [subnet, *controls]
     # The verdict's own interval, the two one-sided tests', stands beside the one at full confidence.
     wanted = [(full, base, confidence)]
-    wanted += [
-        (run, full, level)
-        for run in runs
-        for level in (two_one_sided(confidence), confidence)
-    ]
+    wanted += [(run, full, level) for run in runs for level in (two_one_sided(confidence), confidence)]
     wanted += [(subnet, control, confidence) for control in controls]
     found = []
     for first, second, level in wanted:
         a, b = solved[first], solved[second]
         if a is not None and b is not None:
-            found.append(
-                _difference(first, second, paired_difference(a, b, confidence=level))
-            )
+            found.append(_difference(first, second, paired_difference(a, b, confidence=level)))
     return found
 
 
@@ -252,9 +203,7 @@ def _density(mask: SubnetMask) -> Density:
     by_layer_and_kind: dict[str, dict[str, float]] = {}
     for name, tensor in mask.tensors.items():
         layer, kind = layer_and_kind(name)
-        by_layer_and_kind.setdefault(layer, {})[kind] = tensor.count / max(
-            tensor.num_elements, 1
-        )
+        by_layer_and_kind.setdefault(layer, {})[kind] = tensor.count / max(tensor.num_elements, 1)
     return Density(
         overall=mask.density,
         by_layer=mask.density_by_layer(),
@@ -286,14 +235,8 @@ def _curve(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     for entry in log_history:
         if "train_runtime" in entry or "step" not in entry:
             continue
-        numbers = {
-            key: value
-            for key, value in entry.items()
-            if isinstance(value, (int, float))
-        }
-        curve.append(
-            {key: value for key, value in numbers.items() if math.isfinite(value)}
-        )
+        numbers = {key: value for key, value in entry.items() if isinstance(value, (int, float))}
+        curve.append({key: value for key, value in numbers.items() if math.isfinite(value)})
     return curve
 
 
@@ -308,46 +251,27 @@ def _samples(models: Sequence[RunEvidence]) -> list[Sample]:
         answers = {}
         for model in answered:
             record = list(model.records or ())[index]
-            answers[model.name] = Answered(
-                text(record["completion"]), bool(record["correct"])
-            )
-        samples.append(
-            Sample(
-                text(first[index]["prompt"]),
-                text(first[index].get("answer", "")),
-                answers,
-            )
-        )
+            answers[model.name] = Answered(text(record["completion"]), bool(record["correct"]))
+        samples.append(Sample(text(first[index]["prompt"]), text(first[index].get("answer", "")), answers))
     return samples
 
 
 def text(value: Any) -> str:
     """Return a prompt or completion as text; a conversation becomes one line per message."""
     if isinstance(value, list):
-        return "\n".join(
-            f"{message.get('role', '')}: {message.get('content', '')}"
-            for message in value
-        )
+        return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in value)
     return str(value)
 
 
 def _title(recipe: Mapping[str, Any]) -> str:
-    parts = [
-        recipe.get("algorithm"),
-        recipe.get("task", {}).get("name"),
-        recipe.get("model", {}).get("name"),
-    ]
+    parts = [recipe.get("algorithm"), recipe.get("task", {}).get("name"), recipe.get("model", {}).get("name")]
     known = [str(part) for part in parts if part]
-    return " · ".join(
-        [known[0].upper(), *known[1:]] if recipe.get("algorithm") else known
-    )
+    return " · ".join([known[0].upper(), *known[1:]] if recipe.get("algorithm") else known)
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy that JSON can hold: what it has no form for becomes its string, NaN and infinity null."""
-    plain: dict[str, Any] = json.loads(
-        json.dumps(value, default=str), parse_constant=lambda _: None
-    )
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
     return plain
 
 
@@ -364,23 +288,15 @@ def _gaps(
         gaps.append(f"Accuracy of {', '.join(missing)}.")
     if len(set(seeds)) <= 1:
         known = f"every run has seed {seeds[0]}. Intervals" if seeds else "intervals"
-        gaps.append(
-            f"Variation between seeds: {known} cover the choice of prompts, not another training."
-        )
-    gaps.append(
-        "The floor: how far two full runs that differ only in their seed lie from each other."
-    )
+        gaps.append(f"Variation between seeds: {known} cover the choice of prompts, not another training.")
+    gaps.append("The floor: how far two full runs that differ only in their seed lie from each other.")
     if len(models) == 3:
         gaps.append(
             "A control: no mask of equal size was trained. Random masks can match full finetuning, so without one a "
             "recovery says nothing about this mask."
         )
-    gaps.append(
-        "The distance between the models' output distributions (KL), beyond whether answers are correct."
-    )
-    gaps.append(
-        "Other tasks than the one evaluated here, and sampled instead of greedy answers."
-    )
+    gaps.append("The distance between the models' output distributions (KL), beyond whether answers are correct.")
+    gaps.append("Other tasks than the one evaluated here, and sampled instead of greedy answers.")
     if not environment.get("gpu"):
         gaps.append("Speed and memory on a GPU.")
     return gaps

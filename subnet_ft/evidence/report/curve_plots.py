@@ -12,11 +12,7 @@ def curves_plot(report: Report, metric: str, width: float) -> str | None:
     """One logged quantity of every run over the steps: thin as logged, bold as a centred mean."""
     series = {}
     for name in report.runs:
-        values = [
-            (entry["step"], entry[metric])
-            for entry in report.curves.get(name, [])
-            if metric in entry
-        ]
+        values = [(entry["step"], entry[metric]) for entry in report.curves.get(name, []) if metric in entry]
         if len(values) >= 2:
             series[name] = values
     if not series:
@@ -29,15 +25,9 @@ def curves_plot(report: Report, metric: str, width: float) -> str | None:
     svg, y = upright(width, 240, ticks, _tick, f"{metric} of every run by step")
     x = Scale(min(steps), max(steps), 48, width - 10)
     for name, values in reversed(series.items()):
-        svg.path(
-            [(x(step), y(value)) for step, value in values],
-            f"raw {css_class(report, name)}",
-        )
+        svg.path([(x(step), y(value)) for step, value in values], f"raw {css_class(report, name)}")
     for name, values in reversed(smooth.items()):
-        svg.path(
-            [(x(step), y(value)) for step, value in values],
-            f"curve {css_class(report, name)}",
-        )
+        svg.path([(x(step), y(value)) for step, value in values], f"curve {css_class(report, name)}")
     for tick in nice_ticks(min(steps), max(steps), 4 if width < NARROW else 7):
         if min(steps) <= tick <= max(steps):
             svg.text(x(tick), 232, f"{tick:g}", "tick", anchor="middle")
@@ -46,16 +36,11 @@ def curves_plot(report: Report, metric: str, width: float) -> str | None:
 
 def smoothing(report: Report, metric: str) -> int:
     """Return the width of the centred mean: an eighth of the longest curve, at least one point."""
-    longest = max(
-        (sum(metric in entry for entry in curve) for curve in report.curves.values()),
-        default=0,
-    )
+    longest = max((sum(metric in entry for entry in curve) for curve in report.curves.values()), default=0)
     return max(1, longest // 8)
 
 
-def _centred_mean(
-    values: list[tuple[float, float]], window: int
-) -> list[tuple[float, float]]:
+def _centred_mean(values: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
     reach = window // 2
     means = []
     for index, (step, _) in enumerate(values):

@@ -75,16 +75,11 @@ def render_html(report: Report) -> str:
         },
         curves=_curves(report),
         curve_keys=[
-            Key(css_class(report, name), wording.label(report, name))
-            for name in report.runs
-            if name in report.curves
+            Key(css_class(report, name), wording.label(report, name)) for name in report.runs if name in report.curves
         ],
         memory_keys=_part_keys(plots.stack_parts(report.memory, report)),
         time_keys=_part_keys(plots.time_parts(report)),
-        sample_models=[
-            (name, wording.label(report, name))
-            for name in (report.base, report.full, report.subnet)
-        ],
+        sample_models=[(name, wording.label(report, name)) for name in (report.base, report.full, report.subnet)],
         conditions=wording.conditions(report),
         recipe=_json(report.recipe),
         environment=_json(report.environment),
@@ -92,9 +87,7 @@ def render_html(report: Report) -> str:
     return str(page)
 
 
-def _figure(
-    report: Report, draw: Callable[[Report, float], str | None]
-) -> Markup | None:
+def _figure(report: Report, draw: Callable[[Report, float], str | None]) -> Markup | None:
     """Draw for a page and for a phone; the style sheet shows the one that fits."""
     wide, phone = draw(report, _WIDE), draw(report, _PHONE)
     if wide is None or phone is None:
@@ -112,18 +105,13 @@ def _curves(report: Report) -> list[tuple[str, Markup, int]]:
 
         figure = _figure(report, draw)
         if figure is not None:
-            found.append(
-                (_METRIC_NAMES[metric], figure, curve_plots.smoothing(report, metric))
-            )
+            found.append((_METRIC_NAMES[metric], figure, curve_plots.smoothing(report, metric)))
     # The loss of an online algorithm measures no progress: a reward says all.
     return found[:1] if found and found[0][0] == "Reward" else found[:2]
 
 
 def _part_keys(parts: list[str]) -> list[Key]:
-    return [
-        Key(f"part-{index % 6 + 1}", tables.words(part))
-        for index, part in enumerate(parts)
-    ]
+    return [Key(f"part-{index % 6 + 1}", tables.words(part)) for index, part in enumerate(parts)]
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
@@ -132,24 +120,12 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.accuracy:
         for name in (report.base, report.full, report.subnet):
             if name in report.accuracy:
-                facts.append(
-                    (
-                        wording.label(report, name),
-                        wording.percent(report.accuracy[name].accuracy),
-                    )
-                )
+                facts.append((wording.label(report, name), wording.percent(report.accuracy[name].accuracy)))
     if report.density is not None:
-        facts.append(
-            ("of the weights trained", wording.percent(report.density.overall))
-        )
+        facts.append(("of the weights trained", wording.percent(report.density.overall)))
     weights = report.weights.get(report.subnet)
     if weights is not None and weights.in_mask_identical:
-        facts.append(
-            (
-                "of what the full run changed is identical",
-                wording.percent(weights.in_mask_identical["0"]),
-            )
-        )
+        facts.append(("of what the full run changed is identical", wording.percent(weights.in_mask_identical["0"])))
     return facts
 
 

@@ -12,19 +12,13 @@ def render_markdown(report: Report) -> str:
     """Return the report as GitHub-flavoured Markdown."""
     broken = wording.is_mask_broken(report)
     blocks = [f"# Verdict: {wording.headline(report).lower()}"]
-    blocks += [
-        f"**{_escape(wording.off_mask_sentence(report))}**"
-        if broken
-        else wording.claim(report)
-    ]
+    blocks += [f"**{_escape(wording.off_mask_sentence(report))}**" if broken else wording.claim(report)]
     blocks.append(report.verdict_reason)
     points = [None if broken else wording.off_mask_sentence(report)]
     points += [*wording.control_sentences(report), wording.cost_sentence(report)]
     blocks.append("\n".join(f"- {_escape(point)}" for point in points if point))
     if report.title:
-        blocks.append(
-            f"{_escape(report.title)}. Written by subnet-ft {report.version}."
-        )
+        blocks.append(f"{_escape(report.title)}. Written by subnet-ft {report.version}.")
 
     blocks.append("## Accuracy")
     accuracy = tables.accuracy_table(report)
@@ -40,9 +34,7 @@ def render_markdown(report: Report) -> str:
 
     blocks.append("## Controls")
     controls = tables.controls_table(report)
-    blocks.append(
-        _table(controls) if controls else wording.control_sentences(report)[0]
-    )
+    blocks.append(_table(controls) if controls else wording.control_sentences(report)[0])
 
     blocks.append("## Weights")
     identity, movement = tables.identity_table(report), tables.movement_table(report)
@@ -66,55 +58,28 @@ def render_markdown(report: Report) -> str:
 
     blocks.append("## Cost")
     costs = [wording.cost_sentence(report)]
-    costs += [
-        _table(content)
-        for content in (tables.memory_table(report), tables.time_table(report))
-        if content
-    ]
-    blocks += [cost for cost in costs if cost] or [
-        "Neither memory nor time was recorded."
-    ]
+    costs += [_table(content) for content in (tables.memory_table(report), tables.time_table(report)) if content]
+    blocks += [cost for cost in costs if cost] or ["Neither memory nor time was recorded."]
 
     if report.samples:
-        blocks += [
-            "## Five prompts",
-            "Evenly spaced over the held-out prompts, not chosen by their answers.",
-        ]
+        blocks += ["## Five prompts", "Evenly spaced over the held-out prompts, not chosen by their answers."]
         for sample in report.samples:
             blocks.append(_fenced(sample.prompt))
-            lines = (
-                [f"- reference: {_code(sample.reference)}"] if sample.reference else []
-            )
+            lines = [f"- reference: {_code(sample.reference)}"] if sample.reference else []
             for name in (report.base, report.full, report.subnet):
                 if (answer := sample.answers.get(name)) is not None:
                     mark = "correct" if answer.correct else "wrong"
-                    lines.append(
-                        f"- {wording.label(report, name)}, {mark}: {_code(answer.completion)}"
-                    )
+                    lines.append(f"- {wording.label(report, name)}, {mark}: {_code(answer.completion)}")
             blocks.append("\n".join(lines))
 
-    blocks += [
-        "## What this report does not show",
-        "\n".join(f"- {_escape(gap)}" for gap in report.not_measured),
-    ]
-    blocks += [
-        "## Conditions",
-        "\n".join(
-            f"- {name}: {_code(value)}" for name, value in wording.conditions(report)
-        ),
-    ]
+    blocks += ["## What this report does not show", "\n".join(f"- {_escape(gap)}" for gap in report.not_measured)]
+    blocks += ["## Conditions", "\n".join(f"- {name}: {_code(value)}" for name, value in wording.conditions(report))]
     return "\n\n".join(blocks) + "\n"
 
 
 def _table(content: tables.Table) -> str:
-    rows = [
-        content.header,
-        ["---", *["---:"] * (len(content.header) - 1)],
-        *content.rows,
-    ]
-    return "\n".join(
-        "| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows
-    )
+    rows = [content.header, ["---", *["---:"] * (len(content.header) - 1)], *content.rows]
+    return "\n".join("| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows)
 
 
 def _escape(text: str) -> str:

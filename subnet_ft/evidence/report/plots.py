@@ -20,15 +20,7 @@ from subnet_ft.evidence.report.axes import (
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.svg import Svg, nice_ticks
 from subnet_ft.evidence.report.tables import is_peak, words
-from subnet_ft.evidence.report.wording import (
-    duration,
-    label,
-    percent,
-    points,
-    size,
-    typographic,
-    whole_cost,
-)
+from subnet_ft.evidence.report.wording import duration, label, percent, points, size, typographic, whole_cost
 
 
 def accuracy_plot(report: Report, width: float) -> str | None:
@@ -38,57 +30,23 @@ def accuracy_plot(report: Report, width: float) -> str | None:
         return None
     entries = [report.accuracy[name] for name in names]
     full = report.accuracy.get(report.full)
-    low, high = (
-        min(entry.ci_low for entry in entries),
-        max(entry.ci_high for entry in entries),
-    )
+    low, high = min(entry.ci_low for entry in entries), max(entry.ci_high for entry in entries)
     if full is not None:
-        low, high = (
-            min(low, full.accuracy - report.margin),
-            max(high, full.accuracy + report.margin),
-        )
-    ticks = [
-        tick
-        for tick in nice_ticks(low, high, 4 if width < NARROW else 7)
-        if -1e-9 <= tick <= 1 + 1e-9
-    ]
+        low, high = min(low, full.accuracy - report.margin), max(high, full.accuracy + report.margin)
+    ticks = [tick for tick in nice_ticks(low, high, 4 if width < NARROW else 7) if -1e-9 <= tick <= 1 + 1e-9]
     svg, x = rows_over_axis(
-        width,
-        len(names),
-        ticks,
-        percent_tick,
-        "Accuracy of every model with its interval",
-        right=58,
+        width, len(names), ticks, percent_tick, "Accuracy of every model with its interval", right=58
     )
     if full is not None:
-        _band(
-            svg,
-            x,
-            full.accuracy - report.margin,
-            full.accuracy + report.margin,
-            len(names),
-        )
-        svg.line(
-            x(full.accuracy),
-            TOP,
-            x(full.accuracy),
-            bottom_of_rows(width, len(names)),
-            "reference",
-        )
+        _band(svg, x, full.accuracy - report.margin, full.accuracy + report.margin, len(names))
+        svg.line(x(full.accuracy), TOP, x(full.accuracy), bottom_of_rows(width, len(names)), "reference")
     for row, (name, entry) in enumerate(zip(names, entries, strict=True)):
         y = row_centre(width, row)
-        tip = f"{label(report, name)}: {percent(entry.accuracy)}, {entry.ci_low * 100:.1f} to {entry.ci_high * 100:.1f} %"
-        row_label(svg, label(report, name), y)
-        _interval(
-            svg,
-            x,
-            y,
-            entry.ci_low,
-            entry.accuracy,
-            entry.ci_high,
-            css_class(report, name),
-            tip,
+        tip = (
+            f"{label(report, name)}: {percent(entry.accuracy)}, {entry.ci_low * 100:.1f} to {entry.ci_high * 100:.1f} %"
         )
+        row_label(svg, label(report, name), y)
+        _interval(svg, x, y, entry.ci_low, entry.accuracy, entry.ci_high, css_class(report, name), tip)
         svg.text(width - 2, y + 4, percent(entry.accuracy), "value", anchor="end")
     return svg.render()
 
@@ -96,10 +54,7 @@ def accuracy_plot(report: Report, width: float) -> str | None:
 def difference_plot(report: Report, width: float) -> str | None:
     """Paired difference of every run to the full run: the interval and the band that the verdict looks at."""
     level = round(2 * report.confidence - 1, 12)
-    found = [
-        (name, report.difference(name, report.full, confidence=level))
-        for name in report.runs
-    ]
+    found = [(name, report.difference(name, report.full, confidence=level)) for name in report.runs]
     gaps = [(name, gap) for name, gap in found if gap is not None]
     if not gaps:
         return None
@@ -117,40 +72,23 @@ def difference_plot(report: Report, width: float) -> str | None:
             f"{label(report, name)}: {points(gap.difference)} points, {points(gap.low)} to {points(gap.high)}"
         )
         row_label(svg, label(report, name), y)
-        _interval(
-            svg, x, y, gap.low, gap.difference, gap.high, css_class(report, name), tip
-        )
-        svg.text(
-            width - 2, y + 4, typographic(points(gap.difference)), "value", anchor="end"
-        )
+        _interval(svg, x, y, gap.low, gap.difference, gap.high, css_class(report, name), tip)
+        svg.text(width - 2, y + 4, typographic(points(gap.difference)), "value", anchor="end")
     return svg.render()
 
 
 def identity_plot(report: Report, width: float) -> str | None:
     """Share of weights equal to the full run's: a bar over those whose bits it changed, a ring over all weights."""
-    entry = next(
-        (report.weights[name] for name in report.runs if name in report.weights), None
-    )
+    entry = next((report.weights[name] for name in report.runs if name in report.weights), None)
     if entry is None or entry.base_in_mask_identical is None:
         return None
     rows = [(report.base, entry.base_in_mask_identical["0"], entry.base_identical["0"])]
     for name in report.runs:
         weights = report.weights.get(name)
-        if (
-            weights is not None
-            and weights.in_mask_identical is not None
-            and name != report.full
-        ):
+        if weights is not None and weights.in_mask_identical is not None and name != report.full:
             rows.append((name, weights.in_mask_identical["0"], weights.identical["0"]))
     ticks = [0, 0.25, 0.5, 0.75, 1]
-    svg, x = rows_over_axis(
-        width,
-        len(rows),
-        ticks,
-        percent_tick,
-        "Share of weights equal to the full run's",
-        right=58,
-    )
+    svg, x = rows_over_axis(width, len(rows), ticks, percent_tick, "Share of weights equal to the full run's", right=58)
     for row, (name, inside, overall) in enumerate(rows):
         y = row_centre(width, row)
         style = css_class(report, name)
@@ -164,37 +102,21 @@ def identity_plot(report: Report, width: float) -> str | None:
             f"bar {style}",
             tip=f"where the full run changed the bits: {percent(inside)}",
         )
-        svg.circle(
-            x(overall),
-            y,
-            5.5,
-            f"ring {style}",
-            tip=f"over all weights: {percent(overall, 2)}",
-        )
+        svg.circle(x(overall), y, 5.5, f"ring {style}", tip=f"over all weights: {percent(overall, 2)}")
         svg.text(width - 2, y + 4, percent(inside), "value", anchor="end")
     return svg.render()
 
 
 def memory_plot(report: Report, width: float) -> str | None:
     """Bytes that live from step to step, stacked by component."""
-    runs = [
-        name
-        for name in report.runs
-        if any(not is_peak(key) for key in report.memory.get(name, {}))
-    ]
+    runs = [name for name in report.runs if any(not is_peak(key) for key in report.memory.get(name, {}))]
     if not runs:
         return None
     stacks = {
-        label(report, name): {
-            key: float(value)
-            for key, value in report.memory[name].items()
-            if not is_peak(key)
-        }
+        label(report, name): {key: float(value) for key, value in report.memory[name].items() if not is_peak(key)}
         for name in runs
     }
-    return _stacked(
-        stacks, stack_parts(report.memory, report), width, size, "Memory by component"
-    )
+    return _stacked(stacks, stack_parts(report.memory, report), width, size, "Memory by component")
 
 
 def time_plot(report: Report, width: float) -> str | None:
@@ -212,30 +134,17 @@ def time_plot(report: Report, width: float) -> str | None:
 
 def time_parts(report: Report) -> list[str]:
     """Return the stages in the order in which they are coloured, the mask's own last."""
-    return list(
-        dict.fromkeys(
-            [*stack_parts(report.seconds, report), *(whole_cost(report) or {})]
-        )
-    )
+    return list(dict.fromkeys([*stack_parts(report.seconds, report), *(whole_cost(report) or {})]))
 
 
 def stack_parts(source: Mapping[str, Mapping[str, float]], report: Report) -> list[str]:
     """Return the stages or components in the order in which they are coloured: those of trained runs first."""
-    keys = [
-        key
-        for name in (*report.runs, report.base)
-        for key in source.get(name, {})
-        if not is_peak(key)
-    ]
+    keys = [key for name in (*report.runs, report.base) for key in source.get(name, {}) if not is_peak(key)]
     return list(dict.fromkeys(keys))
 
 
 def _stacked(
-    stacks: dict[str, dict[str, float]],
-    parts: list[str],
-    width: float,
-    write: Callable[[float], str],
-    title: str,
+    stacks: dict[str, dict[str, float]], parts: list[str], width: float, write: Callable[[float], str], title: str
 ) -> str:
     most = max(sum(stack.values()) for stack in stacks.values()) or 1.0
     svg = Svg(width, bottom_of_rows(width, len(stacks)) + 4, title)
@@ -247,14 +156,7 @@ def _stacked(
         for part, value in stack.items():
             style = f"part part-{parts.index(part) % 6 + 1}"
             length = x(start + value) - x(start)
-            svg.rect(
-                x(start),
-                y - 9,
-                max(length - 1, 0.5),
-                18,
-                style,
-                tip=f"{name}, {words(part)}: {write(value)}",
-            )
+            svg.rect(x(start), y - 9, max(length - 1, 0.5), 18, style, tip=f"{name}, {words(part)}: {write(value)}")
             start += value
         svg.text(x(start) + 7, y + 4, write(start), "value")
     return svg.render()
@@ -265,15 +167,6 @@ def _band(svg: Svg, x: Scale, low: float, high: float, rows: int) -> None:
     svg.rect(start, TOP, end - start, bottom_of_rows(svg.width, rows) - TOP, "band")
 
 
-def _interval(
-    svg: Svg,
-    x: Scale,
-    y: float,
-    low: float,
-    value: float,
-    high: float,
-    style: str,
-    tip: str,
-) -> None:
+def _interval(svg: Svg, x: Scale, y: float, low: float, value: float, high: float, style: str, tip: str) -> None:
     svg.line(x(low), y, x(high), y, f"whisker {style}")
     svg.circle(x(value), y, 5, f"dot {style}", tip=tip)

@@ -172,15 +172,11 @@ class Report:
         """The base model and the runs."""
         return [self.base, *self.runs]
 
-    def difference(
-        self, first: str, second: str, *, confidence: float | None = None
-    ) -> Difference | None:
+    def difference(self, first: str, second: str, *, confidence: float | None = None) -> Difference | None:
         """Return the difference of two models at the given or the report's confidence, if it was measured."""
         wanted = self.confidence if confidence is None else confidence
         for entry in self.differences:
-            if (entry.first, entry.second) == (first, second) and abs(
-                entry.confidence - wanted
-            ) < 1e-9:
+            if (entry.first, entry.second) == (first, second) and abs(entry.confidence - wanted) < 1e-9:
                 return entry
         return None
 
@@ -195,19 +191,11 @@ class Report:
         Nothing here calls it: it is the reader of `report.json` for scripts that compare or redraw reports.
         """
         values = dict(fields)
-        values["control_verdicts"] = {
-            name: Verdict(**entry) for name, entry in values["control_verdicts"].items()
-        }
-        values["above_control"] = {
-            name: Comparison(**entry) for name, entry in values["above_control"].items()
-        }
-        values["accuracy"] = {
-            name: Accuracy(**entry) for name, entry in values["accuracy"].items()
-        }
+        values["control_verdicts"] = {name: Verdict(**entry) for name, entry in values["control_verdicts"].items()}
+        values["above_control"] = {name: Comparison(**entry) for name, entry in values["above_control"].items()}
+        values["accuracy"] = {name: Accuracy(**entry) for name, entry in values["accuracy"].items()}
         values["differences"] = [Difference(**entry) for entry in values["differences"]]
-        values["weights"] = {
-            name: WeightComparison(**entry) for name, entry in values["weights"].items()
-        }
+        values["weights"] = {name: WeightComparison(**entry) for name, entry in values["weights"].items()}
         values["density"] = Density(**values["density"]) if values["density"] else None
         values["mask"] = MaskInfo(**values["mask"]) if values["mask"] else None
         values["samples"] = [

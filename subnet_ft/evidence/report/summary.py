@@ -21,9 +21,7 @@ def summary_for_cli(report: Report) -> dict[str, Any]:
     first = report.controls[0] if report.controls else None
 
     def above(name: str | None) -> str | None:
-        return (
-            report.above_control[name].answer if name in report.above_control else None
-        )
+        return report.above_control[name].answer if name in report.above_control else None
 
     return {
         "version": report.version,
@@ -44,10 +42,7 @@ def summary_for_cli(report: Report) -> dict[str, Any]:
         "control_verdict": report.control_verdicts[first].name if first else None,
         "above_control": above(first),
         "controls": {
-            name: {
-                "verdict": report.control_verdicts[name].name,
-                "above_control": above(name),
-            }
+            name: {"verdict": report.control_verdicts[name].name, "above_control": above(name)}
             for name in report.controls
         },
     }
@@ -56,28 +51,11 @@ def summary_for_cli(report: Report) -> dict[str, Any]:
 def lines_for_terminal(report: Report) -> list[str]:
     """Return the report's main sentences and tables as lines of text."""
     lines = [f"Verdict: {wording.headline(report).lower()}"]
-    points = [
-        report.verdict_reason,
-        wording.off_mask_sentence(report),
-        *wording.control_sentences(report),
-    ]
-    points += [
-        sentence
-        for sentence in (
-            wording.identity_sentence(report),
-            wording.cost_sentence(report),
-        )
-        if sentence
-    ]
+    points = [report.verdict_reason, wording.off_mask_sentence(report), *wording.control_sentences(report)]
+    points += [sentence for sentence in (wording.identity_sentence(report), wording.cost_sentence(report)) if sentence]
     for point in points:
-        lines += textwrap.wrap(
-            point, _WIDTH, initial_indent="  ", subsequent_indent="  "
-        )
-    contents = [
-        tables.accuracy_table(report),
-        tables.controls_table(report),
-        tables.movement_table(report),
-    ]
+        lines += textwrap.wrap(point, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+    contents = [tables.accuracy_table(report), tables.controls_table(report), tables.movement_table(report)]
     for content in contents:
         if content is not None:
             lines += ["", *_aligned(content)]
@@ -85,13 +63,8 @@ def lines_for_terminal(report: Report) -> list[str]:
 
 
 def _aligned(content: tables.Table) -> list[str]:
-    rows = [
-        [cell.replace("\u2013", "-") for cell in row]
-        for row in (content.header, *content.rows)
-    ]
-    widths = [
-        max(len(row[column]) for row in rows) for column in range(len(content.header))
-    ]
+    rows = [[cell.replace("\u2013", "-") for cell in row] for row in (content.header, *content.rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(content.header))]
     lines = []
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]

@@ -45,48 +45,24 @@ class Svg:
             attributes["fill-opacity"] = opacity
         self._add("rect", attributes, tip=tip)
 
-    def circle(
-        self, x: float, y: float, radius: float, style: str, *, tip: str = ""
-    ) -> None:
+    def circle(self, x: float, y: float, radius: float, style: str, *, tip: str = "") -> None:
         self._add("circle", {"cx": x, "cy": y, "r": radius, "class": style}, tip=tip)
 
     def path(self, coordinates: list[tuple[float, float]], style: str) -> None:
-        steps = " ".join(
-            f"{'L' if index else 'M'}{x:.1f} {y:.1f}"
-            for index, (x, y) in enumerate(coordinates)
-        )
+        steps = " ".join(f"{'L' if index else 'M'}{x:.1f} {y:.1f}" for index, (x, y) in enumerate(coordinates))
         self._add("path", {"d": steps, "class": style})
 
-    def text(
-        self,
-        x: float,
-        y: float,
-        content: str,
-        style: str = "tick",
-        *,
-        anchor: str = "start",
-    ) -> None:
-        attributes: dict[str, str | float] = {
-            "x": x,
-            "y": y,
-            "class": style,
-            "text-anchor": anchor,
-        }
+    def text(self, x: float, y: float, content: str, style: str = "tick", *, anchor: str = "start") -> None:
+        attributes: dict[str, str | float] = {"x": x, "y": y, "class": style, "text-anchor": anchor}
         self._parts.append(f"<text{_attributes(attributes)}>{escape(content)}</text>")
 
     def render(self, style: str = "") -> str:
-        head = {
-            "viewBox": f"0 0 {self.width:g} {self._height:g}",
-            "class": style,
-            "role": "img",
-        }
+        head = {"viewBox": f"0 0 {self.width:g} {self._height:g}", "class": style, "role": "img"}
         body = "".join(self._parts)
         label = escape(self._title)
         return f'<svg{_attributes(head)} aria-label="{label}">{body}</svg>'
 
-    def _add(
-        self, tag: str, attributes: Mapping[str, str | float], *, tip: str = ""
-    ) -> None:
+    def _add(self, tag: str, attributes: Mapping[str, str | float], *, tip: str = "") -> None:
         inner = f"><title>{escape(tip)}</title></{tag}>" if tip else "/>"
         self._parts.append(f"<{tag}{_attributes(attributes)}{inner}")
 
@@ -104,10 +80,6 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
         low, high = low - 0.5, low + 0.5
     raw = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(
-        multiple * power
-        for multiple in (1, 2, 5, 10)
-        if multiple * power >= raw * 0.999
-    )
+    step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 10) for index in range(first, last + 1)]

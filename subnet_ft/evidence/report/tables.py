@@ -38,18 +38,11 @@ def accuracy_table(report: Report) -> Table | None:
         if entry is None:
             continue
         gap = report.difference(name, report.full, confidence=narrow)
-        if (
-            name == report.base
-            and (gain := report.difference(report.full, name)) is not None
-        ):
+        if name == report.base and (gain := report.difference(report.full, name)) is not None:
             # The base model is compared at full confidence: that is the test of whether there is a gain at all.
             against = f"{points(-gain.difference)} [{points(-gain.high)}, {points(-gain.low)}] *"
         else:
-            against = (
-                f"{points(gap.difference)} [{points(gap.low)}, {points(gap.high)}]"
-                if gap
-                else _NONE
-            )
+            against = f"{points(gap.difference)} [{points(gap.low)}, {points(gap.high)}]" if gap else _NONE
         rows.append(
             [
                 label(report, name),
@@ -59,13 +52,7 @@ def accuracy_table(report: Report) -> Table | None:
                 against,
             ]
         )
-    header = [
-        "",
-        "correct",
-        "accuracy",
-        f"{level * 100:g} % interval",
-        f"minus full run, points [{narrow * 100:g} %]",
-    ]
+    header = ["", "correct", "accuracy", f"{level * 100:g} % interval", f"minus full run, points [{narrow * 100:g} %]"]
     return Table(header, rows)
 
 
@@ -81,9 +68,7 @@ def controls_table(report: Report) -> Table | None:
             [
                 label(report, name),
                 VERDICTS[report.control_verdicts[name].name].lower(),
-                f"{points(lead.difference)} [{points(lead.low)}, {points(lead.high)}]"
-                if lead
-                else _NONE,
+                f"{points(lead.difference)} [{points(lead.low)}, {points(lead.high)}]" if lead else _NONE,
                 above.answer if above else "not assessed",
             ]
         )
@@ -93,16 +78,12 @@ def controls_table(report: Report) -> Table | None:
 
 def identity_table(report: Report) -> Table | None:
     """Shares of weights within a tolerance of the full run's, over those whose bits it changed and over all."""
-    entry = next(
-        (report.weights[name] for name in report.runs if name in report.weights), None
-    )
+    entry = next((report.weights[name] for name in report.runs if name in report.weights), None)
     if entry is None:
         return None
     tolerances = list(entry.identical)
     rows = []
-    compared = [
-        name for name in report.runs if name in report.weights and name != report.full
-    ]
+    compared = [name for name in report.runs if name in report.weights and name != report.full]
     if entry.base_in_mask_identical:
         shares = entry.base_in_mask_identical
         rows.append(
@@ -120,22 +101,12 @@ def identity_table(report: Report) -> Table | None:
                 ]
             )
     rows.append(
-        [
-            f"{label(report, report.base)}, all weights",
-            *(percent(entry.base_identical[key], 2) for key in tolerances),
-        ]
+        [f"{label(report, report.base)}, all weights", *(percent(entry.base_identical[key], 2) for key in tolerances)]
     )
     for name in compared:
         shares = report.weights[name].identical
-        rows.append(
-            [
-                f"{label(report, name)}, all weights",
-                *(percent(shares[key], 2) for key in tolerances),
-            ]
-        )
-    return Table(
-        ["within", *(tolerance_text(key, "same bits") for key in tolerances)], rows
-    )
+        rows.append([f"{label(report, name)}, all weights", *(percent(shares[key], 2) for key in tolerances)])
+    return Table(["within", *(tolerance_text(key, "same bits") for key in tolerances)], rows)
 
 
 def movement_table(report: Report) -> Table | None:
@@ -149,21 +120,12 @@ def movement_table(report: Report) -> Table | None:
         rows.append(
             [
                 label(report, name),
-                percent(weights.mask_changed_share)
-                if weights.mask_changed_share is not None
-                else _NONE,
-                f"{weights.off_mask_changed:,}"
-                if weights.off_mask_changed is not None
-                else _NONE,
+                percent(weights.mask_changed_share) if weights.mask_changed_share is not None else _NONE,
+                f"{weights.off_mask_changed:,}" if weights.off_mask_changed is not None else _NONE,
                 f"{distance:.2f}" if distance is not None else _NONE,
             ]
         )
-    header = [
-        "",
-        "share of its mask that changed",
-        "changed outside it",
-        "distance to full / base's",
-    ]
+    header = ["", "share of its mask that changed", "changed outside it", "distance to full / base's"]
     return Table(header, rows) if rows else None
 
 
@@ -172,34 +134,14 @@ def memory_table(report: Report) -> Table | None:
     runs = [name for name in report.runs if name in report.memory]
     if not runs:
         return None
-    components = list(
-        dict.fromkeys(
-            key for name in runs for key in report.memory[name] if not is_peak(key)
-        )
-    )
-    peaks = list(
-        dict.fromkeys(
-            key for name in runs for key in report.memory[name] if is_peak(key)
-        )
-    )
+    components = list(dict.fromkeys(key for name in runs for key in report.memory[name] if not is_peak(key)))
+    peaks = list(dict.fromkeys(key for name in runs for key in report.memory[name] if is_peak(key)))
     rows = [
         [
             label(report, name),
-            *(
-                size(report.memory[name][key]) if key in report.memory[name] else _NONE
-                for key in components
-            ),
-            size(
-                sum(
-                    value
-                    for key, value in report.memory[name].items()
-                    if not is_peak(key)
-                )
-            ),
-            *(
-                size(report.memory[name][key]) if key in report.memory[name] else _NONE
-                for key in peaks
-            ),
+            *(size(report.memory[name][key]) if key in report.memory[name] else _NONE for key in components),
+            size(sum(value for key, value in report.memory[name].items() if not is_peak(key))),
+            *(size(report.memory[name][key]) if key in report.memory[name] else _NONE for key in peaks),
         ]
         for name in runs
     ]
@@ -208,27 +150,16 @@ def memory_table(report: Report) -> Table | None:
 
 def time_table(report: Report) -> Table | None:
     """Time by stage and run, and what the subnetwork cost with the run that made its mask."""
-    entries = [
-        (label(report, name), report.seconds[name])
-        for name in report.models
-        if name in report.seconds
-    ]
+    entries = [(label(report, name), report.seconds[name]) for name in report.models if name in report.seconds]
     if not entries:
         return None
     if (whole := whole_cost(report)) is not None:
         entries.append(("subnetwork with its mask and the full run's training", whole))
-    stages = list(
-        dict.fromkeys(
-            stage for _, seconds in (*entries[1:], entries[0]) for stage in seconds
-        )
-    )
+    stages = list(dict.fromkeys(stage for _, seconds in (*entries[1:], entries[0]) for stage in seconds))
     rows = [
         [
             name,
-            *(
-                duration(seconds[stage]) if stage in seconds else _NONE
-                for stage in stages
-            ),
+            *(duration(seconds[stage]) if stage in seconds else _NONE for stage in stages),
             duration(sum(seconds.values())),
         ]
         for name, seconds in entries
@@ -241,11 +172,7 @@ def density_table(report: Report) -> Table | None:
     if report.density is None:
         return None
     return Table(
-        ["", "density"],
-        [
-            [short_kind(kind), percent(share)]
-            for kind, share in report.density.by_kind.items()
-        ],
+        ["", "density"], [[short_kind(kind), percent(share)] for kind, share in report.density.by_kind.items()]
     )
 
 

@@ -43,11 +43,7 @@ def size(num_bytes: float) -> str:
     """Write bytes in decimal units, three digits."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= scale:
-            return (
-                f"{num_bytes / scale:.3g} {unit}"
-                if num_bytes / scale < 1000
-                else f"{num_bytes / scale:,.0f} {unit}"
-            )
+            return f"{num_bytes / scale:.3g} {unit}" if num_bytes / scale < 1000 else f"{num_bytes / scale:,.0f} {unit}"
     return f"{num_bytes:.0f} B"
 
 
@@ -78,18 +74,11 @@ def tolerance_text(key: str, exact: str) -> str:
 
 def label(report: Report, name: str) -> str:
     """Return what a reader calls a model."""
-    roles = {
-        report.base: "base model",
-        report.full: "full run",
-        report.subnet: "subnetwork",
-    }
+    roles = {report.base: "base model", report.full: "full run", report.subnet: "subnetwork"}
     if name in roles:
         return roles[name]
     return (
-        name.removeprefix("control-")
-        .replace("magnitude_matched", "magnitude-matched")
-        .replace("_", " ")
-        + " control"
+        name.removeprefix("control-").replace("magnitude_matched", "magnitude-matched").replace("_", " ") + " control"
     )
 
 
@@ -101,18 +90,13 @@ def is_mask_broken(report: Report) -> bool:
 
 def headline(report: Report) -> str:
     """Return the verdict, and with it what voids it."""
-    return VERDICTS[report.verdict] + (
-        ", but the mask was broken" if is_mask_broken(report) else ""
-    )
+    return VERDICTS[report.verdict] + (", but the mask was broken" if is_mask_broken(report) else "")
 
 
 def claim(report: Report) -> str:
     """Say in one sentence what the verdict means, before any number."""
     if report.verdict == "recovered":
-        return (
-            "Training only the subnetwork reached the full run's accuracy"
-            + _reservation(report)
-        )
+        return "Training only the subnetwork reached the full run's accuracy" + _reservation(report)
     return {
         "not_recovered": "Training only the subnetwork did not reach the full run's accuracy.",
         "undecided": "It is not settled whether the subnetwork recovered what the full run gained.",
@@ -156,26 +140,16 @@ def control_sentences(report: Report) -> list[str]:
         weights = report.weights.get(name)
         changed = weights.off_mask_changed if weights else None
         broken = (
-            f" It changed {changed:,} weights outside its mask, so it is no control of equal size."
-            if changed
-            else ""
+            f" It changed {changed:,} weights outside its mask, so it is no control of equal size." if changed else ""
         )
-        sentences.append(
-            f"The {label(report, name)}, judged by the same rule: {result}.{comparison}{broken}"
-        )
-    recovered = [
-        label(report, name)
-        for name in report.controls
-        if report.control_verdicts[name].name == "recovered"
-    ]
+        sentences.append(f"The {label(report, name)}, judged by the same rule: {result}.{comparison}{broken}")
+    recovered = [label(report, name) for name in report.controls if report.control_verdicts[name].name == "recovered"]
     if recovered and report.verdict == "recovered":
         sentences.append(
             f"The {' and the '.join(recovered)} recovered too: on this task accuracy alone does not show that these "
             "weights are the ones that matter."
         )
-    return sentences or [
-        "No control of equal size was trained: random masks can match full finetuning too."
-    ]
+    return sentences or ["No control of equal size was trained: random masks can match full finetuning too."]
 
 
 def identity_sentence(report: Report) -> str | None:
@@ -216,18 +190,9 @@ def whole_cost(report: Report) -> dict[str, float] | None:
     `None` also for a mask that needed no full run: then the subnetwork's own time is all.
     """
     own, full = report.seconds.get(report.subnet), report.seconds.get(report.full)
-    if (
-        own is None
-        or full is None
-        or report.mask is None
-        or not report.mask.needs_full_run
-    ):
+    if own is None or full is None or report.mask is None or not report.mask.needs_full_run:
         return None
-    whole = {
-        stage: seconds
-        for stage, seconds in full.items()
-        if not stage.startswith("eval")
-    }
+    whole = {stage: seconds for stage, seconds in full.items() if not stage.startswith("eval")}
     if report.mask.seconds is not None:
         whole["extract"] = report.mask.seconds
     for stage, seconds in own.items():
@@ -242,11 +207,7 @@ def cost_sentence(report: Report) -> str | None:
     if not report.mask.needs_full_run:
         return "The mask was made without a full run; its own cost is small."
     whole = whole_cost(report)
-    known = (
-        f" With that run the subnetwork took {duration(sum(whole.values()))}."
-        if whole
-        else ""
-    )
+    known = f" With that run the subnetwork took {duration(sum(whole.values()))}." if whole else ""
     return (
         "The mask was extracted from the finished full run, so that run's time and peak memory were spent first. "
         f"This is evidence about a subnetwork, not a saving.{known}"
@@ -262,23 +223,11 @@ def conditions(report: Report) -> list[tuple[str, str]]:
             ("base", mask.base),
             ("tuned", mask.tuned),
             ("criterion", mask.criterion),
-            (
-                "tolerance",
-                f"{mask.tolerance:g}" if mask.tolerance is not None else None,
-            ),
-            (
-                "compared in",
-                mask.compare_dtype or ("the stored dtype" if mask.criterion else None),
-            ),
-            (
-                "source of the mask",
-                ", ".join(f"{key} {value}" for key, value in mask.source.items()),
-            ),
+            ("tolerance", f"{mask.tolerance:g}" if mask.tolerance is not None else None),
+            ("compared in", mask.compare_dtype or ("the stored dtype" if mask.criterion else None)),
+            ("source of the mask", ", ".join(f"{key} {value}" for key, value in mask.source.items())),
             ("fingerprint", mask.fingerprint),
-            (
-                "time to make it",
-                duration(mask.seconds) if mask.seconds is not None else None,
-            ),
+            ("time to make it", duration(mask.seconds) if mask.seconds is not None else None),
         ]
     entries.append(("training seeds", ", ".join(map(str, report.seeds))))
     entries.append(("subnet-ft", report.version))

@@ -23,17 +23,11 @@ def write_report(report: Report, folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
-        "json": json.dumps(
-            report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False
-        )
-        + "\n",
+        "json": json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "md": render_markdown(report),
         "html": render_html(report),
     }
-    return {
-        kind: _replace(folder / f"report.{kind}", content)
-        for kind, content in contents.items()
-    }
+    return {kind: _replace(folder / f"report.{kind}", content) for kind, content in contents.items()}
 
 
 def _replace(path: Path, content: str) -> Path:
