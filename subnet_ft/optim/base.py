@@ -16,7 +16,7 @@ from subnet_ft.optim.clipping import Clipping
 from subnet_ft.optim.dense_gradients import DenseGradients
 from subnet_ft.optim.frozen import FrozenWeights
 from subnet_ft.optim.gradients import CompactGradients
-from subnet_ft.optim.ledger import cache_nbytes
+from subnet_ft.optim.ledger import cache_nbytes, state_nbytes
 from subnet_ft.optim.masters import Roundings
 from subnet_ft.optim.parameters import NamedParameters, ParameterGroups, check_parameters, named_groups
 from subnet_ft.optim.remap import check_successor
@@ -27,13 +27,11 @@ class MaskedBase(torch.optim.Optimizer):
     """An optimizer that trains the weights of a mask; a weight outside it keeps its bits, whatever happens.
 
     The mask alone says what is trained, so building the optimizer sets `requires_grad` of every tensor: False without a
-    trainable weight, and autograd never computes its gradient; True with one, whoever froze it before. Where the norm
-    of the whole gradient is wanted, tensors without a trainable weight keep theirs.
+    trainable weight, True with one. Where the norm of the whole gradient is wanted, those without one keep theirs.
 
-    With compact gradients, a dense gradient lives only until autograd has accumulated it: its part on the mask is added
-    to a float32 buffer, and `.grad` is `None` again. `step` consumes the buffers and `zero_grad` clears them. A tensor
-    that got no gradient since the last step is skipped whole: no decay, no momentum, no step count. Gradients outside
-    the mask, NaN included, are never read.
+    With compact gradients, a dense gradient lives only until autograd has accumulated it (see `CompactGradients`).
+    `step` consumes what arrived and `zero_grad` clears it. A tensor that got no gradient since the last step is skipped
+    whole: no decay, no momentum, no step count. Gradients outside the mask, NaN included, are never read.
     """
 
     def __init__(
@@ -65,12 +63,8 @@ class MaskedBase(torch.optim.Optimizer):
         super().__init__(self._groups.trained(mask), defaults)
         self._prepare()
         # Nothing of the model was changed so far: what is refused leaves it as it was.
-        trained, full = self._binding.trained, self._clipping.measure_full
-        self._gradients: CompactGradients | DenseGradients = (
-            CompactGradients(parameters, trained, measure_full=full)
-            if compact_grads
-            else DenseGradients(parameters, trained)
-        )
+        kind = CompactGradients if compact_grads else DenseGradients
+        self._gradients = kind(parameters, self._binding.trained, measure_full=self._clipping.measure_full)
         self._bind()
         self._is_built = True
 
@@ -96,11 +90,7 @@ class MaskedBase(torch.optim.Optimizer):
     def _remapped_entries(
         self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
     ) -> dict[str, Any]:
-        """Return a parameter's state under another mask of it.
-
-        Raises:
-            OptimizerError: An entry cannot be taken over.
-        """
+        """Return a parameter's state under another mask of it, or raise OptimizerError if an entry cannot be kept."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -223,9 +213,9 @@ class MaskedBase(torch.optim.Optimizer):
     def set_mask(self, mask: SubnetMask) -> None:
         """Train the weights of another mask from the next step on; call it between two steps.
 
-        State is kept where both masks agree and dropped elsewhere: a weight that leaves the mask stops at once, one
-        that enters it starts from its value with moments of zero and the step count of its tensor. The weights outside
-        the old mask are audited first, those outside the new one from then on.
+        State is kept where both masks agree and dropped elsewhere: a weight that leaves stops at once, one that enters
+        starts from its value, with moments of zero and the step count of its tensor. The weights outside the old mask
+        are audited first.
 
         Raises:
             MaskMismatchError: Names, shapes or dtypes are not those of the mask, or it was made for another base.
@@ -244,19 +234,27 @@ class MaskedBase(torch.optim.Optimizer):
         new = {p: self._binding.under(mask, p) for p in old if mask.tensors[self._names[p]].count}
         remapped = {p: self._remapped_entries(p, self.state[p], old[p], new[p]) for p in new}
         # From here on nothing can be refused.
-        self._binding.mask = mask
-        for group, trained in zip(self.param_groups, self._groups.trained(mask), strict=True):
-            group["params"] = [parameter for _, parameter in trained["params"]]
-            group["param_names"] = [name for name, _ in trained["params"]]
-        self._adopt(remapped)
-        self._bind()
+        self._change_mask(mask, remapped)
         self._frozen.take()
+
+    def start_over(self, mask: SubnetMask) -> None:
+        """Train a mask from the beginning, without state or gradients, on whatever weights the model has now.
+
+        What follows is `load_state_dict`, or a first step. Names and shapes are checked; base and frozen weights are
+        not, because they are those of another moment.
+
+        Raises:
+            MaskMismatchError: Names, shapes or dtypes are not those of the mask.
+        """
+        check_parameters({name: p for p, name in self._names.items()}, mask, check_base=False)
+        self._forget_gradients()
+        self._change_mask(mask, {})
+        self._frozen.taken = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state keyed by parameter name: tensors, numbers and strings only.
 
-        The first group carries the fingerprints of the weights outside the mask, as they were at the first step, so
-        that the state is never loaded beside another base.
+        The first group carries the fingerprints of the frozen weights, so that it is never loaded beside another base.
         """
         names = [self._names[parameter] for parameter in self._trained()]
         saved = state.keyed_by_name(super().state_dict(), names)
@@ -299,14 +297,8 @@ class MaskedBase(torch.optim.Optimizer):
 
     def memory(self) -> dict[str, int]:
         """Return bytes that live from one step to the next: `gradients` (compact), `moments`, `masters` and `mask`."""
-        entries = [item for values in self.state.values() for item in values.items()]
-        kept = [item for item in entries if isinstance(item[1], torch.Tensor)]
-        return {
-            "gradients": self._gradients.nbytes,
-            "moments": sum(value.nbytes for key, value in kept if key not in ("step", "master")),
-            "masters": sum(value.nbytes for key, value in kept if key == "master"),
-            "mask": self._binding.nbytes + cache_nbytes(self._cache),
-        }
+        mask = self._binding.nbytes + cache_nbytes(self._cache)
+        return {"gradients": self._gradients.nbytes, **state_nbytes(self.state), "mask": mask}
 
     def _adopt(self, loaded: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
         """Make loaded entries the state; the options of the groups are loaded already."""
@@ -322,12 +314,7 @@ class MaskedBase(torch.optim.Optimizer):
     def _grads(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Return the gradient of every parameter that got one: compact (K,), or dense (N,) without compaction."""
         trained = self._trained()
-        for parameter in trained:
-            if parameter not in self._names:
-                raise OptimizerError(
-                    f"A parameter of shape {tuple(parameter.shape)} took the place of one that has a name and a mask. "
-                    "Build the optimizer after whatever replaces parameters."
-                )
+        self._binding.check_known(trained)
         self._gradients.collect()
         found = ((parameter, self._gradients.get(parameter)) for parameter in trained)
         return {parameter: grad for parameter, grad in found if grad is not None}
@@ -335,6 +322,14 @@ class MaskedBase(torch.optim.Optimizer):
     def _forget_gradients(self) -> None:
         self._gradients.clear()
         self._clipping.forget()
+
+    def _change_mask(self, mask: SubnetMask, entries: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
+        self._binding.mask = mask
+        for group, trained in zip(self.param_groups, self._groups.trained(mask), strict=True):
+            group["params"] = [parameter for _, parameter in trained["params"]]
+            group["param_names"] = [name for name, _ in trained["params"]]
+        self._adopt(entries)
+        self._bind()
 
     def _bind(self) -> None:
         """Make the mask the one that groups, parameters and gradients go by."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from subnet_ft.errors import OptimizerError
 from subnet_ft.masks import SubnetMask
 from subnet_kernels import BitMask
 
@@ -37,6 +38,15 @@ class Binding:
     def nbytes(self) -> int:
         """Bytes of the masks on their devices."""
         return sum(mask.nbytes for mask in self._bit_masks.values())
+
+    def check_known(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Raise OptimizerError if other parameters took the place of those that have a name and a mask."""
+        for parameter in parameters:
+            if parameter not in self.names:
+                raise OptimizerError(
+                    f"A parameter of shape {tuple(parameter.shape)} took the place of one that has a name and a mask. "
+                    "Build the optimizer after whatever replaces parameters."
+                )
 
     def bit_mask(self, parameter: torch.nn.Parameter) -> BitMask:
         """Return the mask of a parameter in which something is trained, on its device."""

@@ -27,6 +27,9 @@ _LARGE_CHUNK = 1 << 24
 class Gradients(Protocol):
     """What is measured here: compact or dense gradients."""
 
+    keeps_squares: bool
+    """Whether sums of squares are at hand; otherwise each time is a pass over the gradients."""
+
     def squares(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Return the sum of squares () on the mask of every gradient that arrived."""
 
@@ -97,8 +100,8 @@ class Clipping:
         """Say what keeps a step from taking the gradients: NaN or infinite values, and where; `None` if nothing."""
         if self.nonfinite == "ignore":
             return None
-        # What was clipped was measured then; dense gradients are not read twice.
-        norm = self.norms(gradients)[self.clip_norm] if self._clipped_norm is None else self._clipped_norm
+        norm = None if gradients.keeps_squares else self._clipped_norm  # dense gradients are not read twice
+        norm = self.norms(gradients)[self.clip_norm] if norm is None else norm
         if bool(torch.isfinite(norm)):
             return None
         found = [names[p] for p, square in gradients.squares().items() if not torch.isfinite(square)]

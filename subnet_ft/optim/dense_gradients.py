@@ -19,16 +19,22 @@ class DenseGradients:
     Args:
         parameters: Name to parameter, also those in which nothing is trained.
         trained: Returns a parameter's mask on its device, `None` where nothing is trained.
+        measure_full: As in `CompactGradients`; here the whole gradient always stands.
 
     Raises:
         GradientError: Another masked optimizer that is still alive was built on one of the parameters.
     """
 
+    keeps_squares = False
     nbytes = 0
     """Bytes of buffers of its own."""
 
     def __init__(
-        self, parameters: Mapping[str, torch.nn.Parameter], trained: Callable[[torch.nn.Parameter], BitMask | None]
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        trained: Callable[[torch.nn.Parameter], BitMask | None],
+        *,
+        measure_full: bool,
     ) -> None:
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._trained = trained

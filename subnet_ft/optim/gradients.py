@@ -33,6 +33,8 @@ class CompactGradients:
         GradientError: Another masked optimizer that is still alive was built on one of the parameters.
     """
 
+    keeps_squares = True
+
     def __init__(
         self,
         parameters: Mapping[str, torch.nn.Parameter],

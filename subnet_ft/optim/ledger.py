@@ -31,6 +31,15 @@ def memory_ledger(model: torch.nn.Module, optimizer: MaskedBase) -> dict[str, in
     return ledger
 
 
+def state_nbytes(state: Mapping[Any, Mapping[str, Any]]) -> dict[str, int]:
+    """Count the bytes of an optimizer's `moments` and `masters`."""
+    entries = [item for values in state.values() for item in values.items() if isinstance(item[1], torch.Tensor)]
+    return {
+        "moments": sum(value.nbytes for key, value in entries if key not in ("step", "master")),
+        "masters": sum(value.nbytes for key, value in entries if key == "master"),
+    }
+
+
 def cache_nbytes(cache: Mapping[Any, Any]) -> int:
     """Count the bytes of the tensors and arrays anywhere in a cache; the masks it names are counted elsewhere."""
     total = 0

@@ -29,6 +29,10 @@ def check_successor(
         GradientError: A tensor starts to train that DDP took for frozen.
     """
     before, after = old.provenance.base, new.provenance.base
+    for name, dtype in ({} if after is None else after.dtypes).items():
+        found = str(parameters[name].dtype).removeprefix("torch.")
+        if found != dtype:
+            raise MaskMismatchError(f"`{name}` is {found} but the new mask was compared in {dtype}.")
     if before is not None and after is not None:
         for name, fingerprint in before.fingerprints.items():
             if after.fingerprints.get(name, fingerprint) != fingerprint:

@@ -30,27 +30,36 @@ class FrozenWeightAudit(TrainerCallback):
         self.steps = steps
         self.num_audits = 0
         self.seconds = 0.0
+        self._last = -1  # step of the last audit
+        self._first_mask = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the fingerprints that every later audit compares with; a resumed run has those of its start."""
-        self._audit(unwrapped(kwargs["optimizer"]))
+        optimizer = unwrapped(kwargs["optimizer"])
+        self._first_mask = optimizer.mask.fingerprint
+        self._audit(optimizer, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Audit every `steps` steps, before anything of that step is saved."""
-        if state.global_step % self.steps == 0:
-            self._audit(unwrapped(kwargs["optimizer"]))
+        """Audit every `steps` steps and after the last, before anything of that step is saved."""
+        if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
+            self._audit(unwrapped(kwargs["optimizer"]), state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Audit what training leaves, and say what the audits cost."""
-        self._audit(unwrapped(kwargs["optimizer"]))
+        optimizer = unwrapped(kwargs["optimizer"])
+        # The best model may have been trained under an earlier mask of a schedule: its frozen weights are others.
+        is_other = args.load_best_model_at_end and optimizer.mask.fingerprint != self._first_mask
+        if not is_other and (args.load_best_model_at_end or self._last != state.global_step):
+            self._audit(optimizer, state.global_step)
         logger.info("%d audits of the weights outside the mask passed in %.2f s", self.num_audits, self.seconds)
 
-    def _audit(self, optimizer: MaskedBase) -> None:
+    def _audit(self, optimizer: MaskedBase, step: int) -> None:
         start = time.perf_counter()
         optimizer.audit()
         self.seconds += time.perf_counter() - start
         self.num_audits += 1
+        self._last = step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,12 +67,11 @@ class CheckpointMixin(_Base):
         """
         self._finished_epochs = 0
         if not resume_from_checkpoint:
+            self._check_schedule_starts()
             return super().train(None, *args, **kwargs)
         checkpoint = self._checkpoint(resume_from_checkpoint)
         manifest = read_manifest(checkpoint)
         self._check_origin(checkpoint, manifest)
-        if 0 < self.args.max_steps <= manifest["global_step"]:
-            return self._finished(checkpoint)
         self._finished_epochs = trained_epochs(checkpoint)
         return super().train(str(checkpoint), *args, **kwargs)
 
@@ -116,13 +114,25 @@ class CheckpointMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            mask = self._mask_at(self.state.global_step)
-            if mask.fingerprint != self.masked_optimizer.mask.fingerprint:
-                self.masked_optimizer.set_mask(mask)
+            self.masked_optimizer.start_over(self._mask_at(self.state.global_step))
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_rollouts(self, Path(checkpoint))
             load_extras(self._extras(), Path(checkpoint))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a finished run was resumed, and would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # upstream has no types here
+
+    def _check_schedule_starts(self) -> None:
+        first = self._mask_at(0)
+        if self._masked is not None and self._masked.mask.fingerprint != first.fingerprint:
+            raise TrainerError(
+                f"The trainer has trained before and ended under mask {self._masked.mask.fingerprint[:16]}; its "
+                f"schedule starts with {first.fingerprint[:16]}. Build a new trainer, or resume from a checkpoint."
+            )
 
     def _checkpoint(self, asked: str | bool) -> Path:
         if not isinstance(asked, bool):
@@ -156,15 +166,6 @@ class CheckpointMixin(_Base):
                 f"{now[other[0]]} in this model and {manifest['frozen_fingerprints'].get(other[0])} there "
                 f"({len(other)} tensors differ). Resume with the base that the run was started from."
             )
-
-    def _finished(self, checkpoint: Path) -> TrainOutput:
-        """Load a run that has taken all its steps; the trainer would take one more."""
-        from transformers import TrainerState
-        from transformers.trainer_utils import TrainOutput
-
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        return TrainOutput(self.state.global_step, math.nan, {})
 
     def _facts(self) -> dict[str, Any]:
         return {

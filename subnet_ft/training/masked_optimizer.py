@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,8 +47,10 @@ def build_optimizer(trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, 
     }
     if optimizer_cls is torch.optim.AdamW and keywords.keys() <= _ADAMW:
         keywords.pop("fused", None)
+        keywords = {**_defaults(optimizer_cls, "lr", "betas", "eps"), **keywords}
         return MaskedAdamW(groups, mask, master=options.master, **keywords, **shared)
     if optimizer_cls is torch.optim.SGD and keywords.keys() <= _SGD:
+        keywords = {**_defaults(optimizer_cls, "lr", "momentum"), **keywords}
         return MaskedSGD(groups, mask, master=options.master, **keywords, **shared)
     if options.master != "fp32":
         raise TrainerError(
@@ -55,3 +58,9 @@ def build_optimizer(trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, 
             f"for `{optimizer_cls.__name__}`, which is wrapped around fp32 masters. Leave `master` at `fp32`."
         )
     return MaskedOptimizer(optimizer_cls, groups, mask, **keywords, **shared)
+
+
+def _defaults(optimizer_cls: type, *names: str) -> dict[str, Any]:
+    """Return what torch's own class would take where an option is left open."""
+    parameters = inspect.signature(optimizer_cls).parameters
+    return {name: parameters[name].default for name in names}

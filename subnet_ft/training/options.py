@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from subnet_ft.errors import OptimizerError, TrainerError
+from subnet_ft.optim import MaskedBase
 from subnet_ft.optim.clipping import CLIP_NORMS, NONFINITE
 from subnet_ft.optim.elementwise import check_elementwise
 from subnet_ft.optim.masters import check_master
@@ -112,6 +113,8 @@ def check_trainer(trainer: Trainer) -> None:
     reason = "it is built from the whole model" if {"params", "model", "optimizer_dict"} & keywords.keys() else None
     if not isinstance(optimizer_cls, type):
         reason = "it is made by a factory"
+    elif issubclass(optimizer_cls, MaskedBase):
+        reason = "it is masked already, and `restrict` builds its own"
     if reason is not None:
         raise TrainerError(
             f"The trainer asks for the optimizer `{wanted}`, which cannot run on the weights of a mask: {reason}. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subnet_ft.errors import CheckpointError
-from subnet_ft.training.saving import MANIFEST, remove
+from subnet_ft.training.saving import FORMAT, MANIFEST, remove
 
 logger = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-\d+")  # as transformers has it
 
 
 class NoSaveAtTheEnd(TrainerCallback):
@@ -34,8 +36,7 @@ class NoSaveAtTheEnd(TrainerCallback):
 
 def newest_complete(folder: Path) -> Path | None:
     """Return the newest checkpoint in a run's folder that is whole; those that are not are named in the log."""
-    numbered = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
-    for _, path in sorted(((int(step), path) for step, path in numbered if step.isdigit()), reverse=True):
+    for path in sorted(_checkpoints(folder), key=_step, reverse=True):
         problem = _problem(path)
         if problem is None:
             return path
@@ -77,19 +78,37 @@ def replayed(sampler: Any, epochs: int) -> Any:
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove the trainer checkpoints of a finished run; the logs of `report_to` stay."""
-    for path in folder.glob("checkpoint-*"):
+    for path in _checkpoints(folder):
         remove(path)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _check_facts(manifest: dict[str, Any]) -> None:
+    """Raise TypeError or KeyError where a fact is missing or of another type."""
+    for key, kinds in (("global_step", int), ("mask_fingerprint", str), ("frozen_fingerprints", (dict, type(None)))):
+        if not isinstance(manifest[key], kinds):
+            raise TypeError(f"`{key}` is {manifest[key]!r}")
 
 
 def _problem(path: Path) -> str | None:
     """Say why a checkpoint cannot be resumed from, or `None` where it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        sizes = {name: int(size) for name, size in manifest["files"].items()}
+        if manifest["format"] != FORMAT:
+            return f"its `{MANIFEST}` has format {manifest['format']}, this release reads {FORMAT}"
+        sizes = {str(name): int(size) for name, size in manifest["files"].items()}
+        _check_facts(manifest)
     except FileNotFoundError:
         return f"it has no `{MANIFEST}`, so it was not written by a restricted trainer, or not to its end"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its `{MANIFEST}` cannot be read ({error})"
+        return f"its `{MANIFEST}` cannot be read ({type(error).__name__}: {error})"
     for name, size in sizes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None

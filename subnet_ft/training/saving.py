@@ -15,6 +15,9 @@ STAGING = ".unfinished"
 MANIFEST = "subnet_ft.json"
 """File of a checkpoint that is written last: its other files with their sizes, and what it belongs to."""
 
+FORMAT = 1
+"""Version of the manifest."""
+
 
 def staging_folder(run_folder: Path) -> Path:
     """Return the folder in which the checkpoints of a run are written before they are whole."""
@@ -38,7 +41,7 @@ def publish(written: Path, checkpoint: Path, facts: Mapping[str, Any]) -> None:
         str(path.relative_to(written)): path.stat().st_size for path in sorted(written.rglob("*")) if path.is_file()
     }
     manifest = written / MANIFEST
-    manifest.write_text(json.dumps({"format": 1, **facts, "files": files}, indent=1) + "\n")
+    manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n")
     # Names must not reach the disk before the bytes behind them.
     for path in [*written.rglob("*"), written]:
         _sync(path)
