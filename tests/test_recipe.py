@@ -247,7 +247,12 @@ def test_recipe_to_dict_spells_out_every_default(tmp_path: Path) -> None:
         "max_new_tokens": 7,
         "batch_size": 64,
     }
-    assert tree["subnet"]["optimizer"] == {"name": "adamw", "master": "fp32"}
+    assert tree["subnet"]["optimizer"] == {
+        "name": "adamw",
+        "master": "fp32",
+        "clip_norm": "masked",
+        "nonfinite": "raise",
+    }
 
 
 def test_import_of_recipe_needs_no_torch() -> None:

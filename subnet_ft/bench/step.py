@@ -196,7 +196,13 @@ def _ours(
 ) -> Method:
     parameters = _parameters(start, grads)
     optimizer = MaskedAdamW(
-        parameters.items(), mask, max_grad_norm=None, compact_grads=compact_grads, check_base=False, **_OPTIONS
+        parameters.items(),
+        mask,
+        max_grad_norm=None,
+        nonfinite="ignore",  # none of the others looks for NaN
+        compact_grads=compact_grads,
+        check_base=False,
+        **_OPTIONS,
     )
 
     def put_gradients() -> None:

@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, bench, "bench", "times and bytes of our kernels beside torch's own, in one table"
     )
     bench_command.add_argument(
-        "--only", metavar="PART", action="append", help="step, extract or memory; may be repeated"
+        "--only", metavar="PART", action="append", help="step, extract, memory or overhead; may be repeated"
     )
     bench_command.add_argument("--densities", type=densities, help="of the masks of `step`, such as 0.1,0.2")
     bench_command.add_argument(

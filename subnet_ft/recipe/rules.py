@@ -22,6 +22,8 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
     rules: list[tuple[tuple[str, ...], Callable[[Recipe], Problems]]] = [
         (("subnet.source",), _mask_source),
         (("subnet.optimizer.master", "model.dtype"), _optimizer),
+        (("subnet.optimizer.clip_norm", "subnet.log_norms", "training"), _whole_norm),
+        (("subnet.audit_steps",), _audits),
         (("controls",), _controls),
         (("algorithm", "task.pairs", "task.dataset", "task.name"), _learning_data),
         (("algorithm", "task.num_train", "task.pairs"), _amount_to_train),
@@ -61,6 +63,26 @@ def _optimizer(recipe: Recipe) -> Problems:
             "subnet.optimizer.master",
             f"`remainder` completes a bfloat16 weight, but `model.dtype` is {recipe.model.dtype}; use `fp32`",
         )
+
+
+def _whole_norm(recipe: Recipe) -> Problems:
+    micro_batches = recipe.training.get("gradient_accumulation_steps", 1)
+    wanted = {
+        "subnet.optimizer.clip_norm": recipe.subnet.optimizer.clip_norm == "full",
+        "subnet.log_norms": recipe.subnet.log_norms,
+    }
+    for key in (key for key, is_wanted in wanted.items() if is_wanted and micro_batches != 1):
+        yield (
+            key,
+            "needs the whole gradient of a step, which is gone when the next micro-batch comes; "
+            f"`training.gradient_accumulation_steps` is {micro_batches}, set it to 1",
+        )
+
+
+def _audits(recipe: Recipe) -> Problems:
+    steps = recipe.subnet.audit_steps
+    if steps is not None and steps < 1:
+        yield "subnet.audit_steps", f"must be >= 1, or null for no audits, got {steps}"
 
 
 def _controls(recipe: Recipe) -> Problems:

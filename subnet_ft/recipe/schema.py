@@ -161,11 +161,18 @@ class SourceSpec:
 class OptimizerSpec:
     """The optimizer of every run; the full run uses it with a full mask."""
 
-    name: Literal["adamw"] = "adamw"
-    """`adamw`: MaskedAdamW; learning rate, betas, epsilon, decay and clipping come from `training`."""
+    name: Literal["adamw", "sgd"] = "adamw"
+    """`adamw`: MaskedAdamW; `sgd`: MaskedSGD without momentum. Learning rate, betas, epsilon, decay and clipping come
+    from `training`."""
 
     master: Literal["fp32", "remainder"] = "fp32"
     """Exact fp32 master weights as 4 bytes each, or as a 2-byte remainder beside a bfloat16 weight."""
+
+    clip_norm: Literal["masked", "full"] = "masked"
+    """`max_grad_norm` clips on the norm of the gradient on the mask, or on that of the whole one, as the paper did."""
+
+    nonfinite: Literal["raise", "skip"] = "raise"
+    """Stop at a NaN or infinite gradient, or leave the step out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +184,12 @@ class SubnetSpec:
 
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     """How the masked weights are updated."""
+
+    audit_steps: int | None = None
+    """Compare the weights outside the mask bit by bit every so many steps, and at the end of every run."""
+
+    log_norms: bool = False
+    """Log the norm on the mask and that of the whole gradient beside the one that clipping goes by."""
 
 
 @dataclass(frozen=True, kw_only=True)

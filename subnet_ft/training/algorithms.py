@@ -58,7 +58,9 @@ def build_config(algorithm: Algorithm, arguments: Mapping[str, Any]) -> Any:
     return algorithm.config_class(**{_name_in(known, name): value for name, value in arguments.items()})
 
 
-def run_config(algorithm: Algorithm, training: Mapping[str, Any], *, output_dir: str, seed: int) -> Any:
+def run_config(
+    algorithm: Algorithm, training: Mapping[str, Any], *, output_dir: str, seed: int, optim: str = "adamw_torch"
+) -> Any:
     """Build the TRL config of a run: what every run sets, what a recipe may change, and what it may not.
 
     Args:
@@ -66,6 +68,7 @@ def run_config(algorithm: Algorithm, training: Mapping[str, Any], *, output_dir:
         training: The recipe's section.
         output_dir: The trainer's folder.
         seed: The recipe's seed.
+        optim: transformers' name of the optimizer, of which the masked form is used.
     """
     import torch
 
@@ -79,6 +82,7 @@ def run_config(algorithm: Algorithm, training: Mapping[str, Any], *, output_dir:
             **training,
             "output_dir": output_dir,
             "seed": seed,
+            "optim": optim,
         },
     )
 

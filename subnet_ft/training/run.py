@@ -31,6 +31,9 @@ TRAINER = "trainer"
 """What the trainer writes by itself: checkpoints to resume from, and the logs of `report_to`."""
 LOG = "log.json"
 
+# transformers' names of the optimizers of `subnet.optimizer.name`.
+_OPTIM = {"adamw": "adamw_torch", "sgd": "sgd"}
+
 
 @dataclass(frozen=True)
 class TrainingRun:
@@ -94,7 +97,15 @@ def train(
     trainer = _build_trainer(recipe, model, tokenizer, folder, dataset, task)
     trainer.add_callback(NoSaveAtTheEnd())
     show_progress(trainer, progress=progress)
-    restrict(trainer, full_mask(model) if mask is None else mask, master=recipe.subnet.optimizer.master)
+    restrict(
+        trainer,
+        full_mask(model) if mask is None else mask,
+        master=recipe.subnet.optimizer.master,
+        clip_norm=recipe.subnet.optimizer.clip_norm,
+        nonfinite=recipe.subnet.optimizer.nonfinite,
+        audit_steps=recipe.subnet.audit_steps,
+        log_norms=recipe.subnet.log_norms,
+    )
 
     last = newest_complete(folder / TRAINER)
     if last is not None:
@@ -130,7 +141,13 @@ def _build_trainer(
     recipe: Recipe, model: PreTrainedModel, tokenizer: Any, folder: Path, dataset: Dataset, task: Task | None
 ) -> Any:
     algorithm = ALGORITHMS[recipe.algorithm]
-    args = run_config(algorithm, recipe.training, output_dir=str(folder / TRAINER), seed=recipe.seed)
+    args = run_config(
+        algorithm,
+        recipe.training,
+        output_dir=str(folder / TRAINER),
+        seed=recipe.seed,
+        optim=_OPTIM[recipe.subnet.optimizer.name],
+    )
     options: dict[str, Any] = {}
     if task is not None:
         from subnet_ft.tasks import reward_functions
