@@ -11,10 +11,10 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -Im pytest --import-mode=importlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench gpu-check clean distclean
+.PHONY: help demo test test-slow feature-table lint bench gpu-check clean distclean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-smollm2  ## Run a whole recipe on a real 135M model on the CPU and write its report.
 	HF_HUB_OFFLINE=1 $(VENV)/bin/subnet-ft run $(DEMO) $(OVERRIDES) || [ $$? -eq 1 ]  # 1: an honest "not recovered"
@@ -24,6 +24,9 @@ test: $(VENV)/.stamp-dev  ## Run the tests that need neither minutes nor a pretr
 
 test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2  ## Run the slow tests: real model, builds, whole runs.
 	$(PYTEST) -m slow
+
+feature-table: $(VENV)/.stamp-dev  ## Test every feature on every trainer, and write the results to docs/trainers.md.
+	$(PYTEST) tests/training/test_trainer_features.py -k restrict_on --write-feature-table docs/trainers.md
 
 lint: $(VENV)/.stamp-dev  ## Check style, format and types.
 	$(PY) -m ruff check

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from feature_table import FeatureTable
 
 # Read when transformers, datasets and tokenizers are first imported, so set before any test file is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +28,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in wanted:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch.cuda.is_available() is False"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-feature-table",
+        metavar="PAGE",
+        type=Path,
+        help="write the results of this session's cells (trainer x feature) between the marks of this page",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect the table where all reports arrive: under xdist not in the workers."""
+    page = config.getoption("--write-feature-table")
+    if page and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FeatureTable(page), "feature-table")
 
 
 @pytest.fixture(scope="session", autouse=True)
