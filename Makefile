@@ -4,9 +4,11 @@ VENV ?= .venv
 WORKERS ?= 2
 DEMO ?= recipes/smollm2_135m/grpo_arithmetic.yaml
 OVERRIDES ?=
+# A file of requirements/ that fixes versions; give it a VENV of its own.
+CONSTRAINTS ?=
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --disable-pip-version-check --quiet
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 # Offline, and one thread per worker: the tests compare bits, and two workers share the cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -Im pytest --import-mode=importlib
 
@@ -61,12 +63,12 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv scripts/install_torch.sh
 	scripts/install_torch.sh $(PY)
 	@touch $@
 
-$(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml setup.py
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml setup.py $(CONSTRAINTS)
 	@echo "Installing subnet-ft and what the demo needs (minutes the first time)."
 	$(PIP) --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml setup.py
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml setup.py $(CONSTRAINTS)
 	@echo "Installing subnet-ft with its test and lint tools (minutes the first time)."
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.stamp-demo

@@ -73,7 +73,7 @@ def test_wheel_says_what_it_is(wheel: Path) -> None:
         about = [name for name in archive.namelist() if ".dist-info/" in name]
         read = {name.split("/", 1)[1]: archive.read(name).decode() for name in about}
     assert "License-Expression: Apache-2.0\n" in read["METADATA"]
-    assert 'Requires-Dist: triton>=3.2; platform_system == "Linux"\n' in read["METADATA"]
+    assert 'Requires-Dist: triton>=3.4; platform_system == "Linux"\n' in read["METADATA"]
     assert "subnet-ft = subnet_ft.cli:main" in read["entry_points.txt"]
     assert "Apache License" in read["licenses/LICENSE"]
 

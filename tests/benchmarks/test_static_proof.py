@@ -23,6 +23,9 @@ AGAIN = "If the change is meant, write the table again: python kernels/benchmark
 )
 EXPECTED: dict[str, Any] = json.loads((RESULTS / "static.json").read_text(encoding="utf-8"))
 
+OLDEST = (3, 7)
+"""The first Triton for which the proof holds."""
+
 Rows = dict[tuple[str, str], dict[str, Any]]
 
 
@@ -51,6 +54,9 @@ def expected() -> Rows:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     pytest.importorskip("triton", reason="needs triton, which exists for Linux only")
+    installed = importlib.metadata.version("triton")
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST:
+        pytest.skip(f"triton {installed} fuses operations of AMD kernels, or cannot compile them without ROCm")
     done = run(tmp_path_factory.mktemp("triton"), interpret=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return by_name(json.loads(done.stdout))
@@ -93,7 +99,7 @@ def test_kernels_take_no_more_registers_than_in_the_table(compiled: Rows, expect
             assert compiled[name][count] <= row[count], f"{name}: {count}. {AGAIN}"
 
 
-def test_a_full_mask_moves_weights_in_vectors_of_16_bytes(compiled: Rows) -> None:
+def test_a_full_mask_moves_weights_in_vectors_of_16_bytes(compiled: Rows, expected: Rows) -> None:
     for (kernel, target), row in compiled.items():
         if kernel.startswith("step_full"):
             assert row["loads"]["128"] >= 4, (kernel, target)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import same_bits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaModel, conversion_mapping
@@ -74,7 +75,10 @@ def test_open_checkpoint_keeps_the_stored_dtype(dtype: torch.dtype, tmp_path: Pa
     ],
 )
 def test_open_checkpoint_names_tensors_as_in_memory(family: str, on_disk: str, in_memory: str, tmp_path: Path) -> None:
-    tiny_model(family).save_pretrained(tmp_path)
+    model = tiny_model(family)
+    if on_disk in model.state_dict():
+        pytest.skip(f"transformers {transformers.__version__} has `{on_disk}` under that name in memory, too")
+    model.save_pretrained(tmp_path)
     assert on_disk in load_file(tmp_path / "model.safetensors")
     specs = open_checkpoint(tmp_path).specs
     assert in_memory in specs
@@ -246,7 +250,10 @@ def test_open_checkpoint_refuses_a_resized_tensor(llama: Path) -> None:
 
 
 def test_open_checkpoint_refuses_two_tensors_for_one_parameter(tmp_path: Path) -> None:
-    tiny_model("gpt_neox").save_pretrained(tmp_path)
+    model = tiny_model("gpt_neox")
+    if HEAD not in model.state_dict():
+        pytest.skip(f"transformers {transformers.__version__} renames no tensor of this architecture")
+    model.save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: {**tensors, HEAD: tensors["embed_out.weight"].clone()})
     with pytest.raises(CheckpointError, match=r"both stand for `lm_head\.weight`"):
         open_checkpoint(tmp_path)
