@@ -118,3 +118,16 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.end:
             self.end(state.global_step)
+
+
+def each_step(trainer: Trainer) -> list[tuple[Weights, State]]:
+    """Return a list that gets the weights and the state at the end of every step."""
+    seen: list[tuple[Weights, State]] = []
+    trainer.add_callback(Watch(end=lambda step: seen.append((weights_of(trainer.model), state_of(trainer)))))
+    return seen
+
+
+def losses_of(trainer: Trainer) -> list[tuple[Any, ...]]:
+    """Return what the logs say about every step, without times."""
+    keys = ("step", "loss", "grad_norm", "learning_rate")
+    return [tuple(entry[key] for key in keys) for entry in trainer.state.log_history if "loss" in entry]
