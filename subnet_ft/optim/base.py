@@ -190,9 +190,10 @@ class MaskedBase(torch.optim.Optimizer):
         """
         return self._clipping.clip(self._gradients, max_norm)
 
-    def has_gradients(self) -> bool:
-        """Whether any trained tensor got a gradient since the last step."""
-        return bool(self._grads())
+    def names_without_gradient(self) -> list[str]:
+        """Return the tensors that the next step would skip: the mask trains them, and they got no gradient."""
+        grads = self._grads()
+        return [self._names[parameter] for parameter in self._trained() if parameter not in grads]
 
     @property
     def frozen_fingerprints(self) -> dict[str, str] | None:
@@ -226,7 +227,8 @@ class MaskedBase(torch.optim.Optimizer):
         """
         parameters = {name: parameter for parameter, name in self._names.items()}
         check_parameters(parameters, mask, check_base=False)
-        check_successor(self.mask, mask, parameters, compact_grads=self.compact_grads)
+        untouched = self._binding.untouched
+        check_successor(self.mask, mask, parameters, untouched=untouched, compact_grads=self.compact_grads)
         if self.compact_grads and self._gradients.squares():
             raise GradientError("Gradients wait for their step under the old mask. Change it after `step()`.")
         self._frozen.check()
@@ -249,6 +251,7 @@ class MaskedBase(torch.optim.Optimizer):
         check_parameters({name: p for p, name in self._names.items()}, mask, check_base=False)
         self._forget_gradients()
         self._change_mask(mask, {})
+        self._binding.untouched.clear()
         self._frozen.taken = None
 
     def state_dict(self) -> dict[str, Any]:

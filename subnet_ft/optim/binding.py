@@ -23,6 +23,8 @@ class Binding:
         self.names: dict[torch.nn.Parameter, str] = {parameter: name for name, parameter in parameters.items()}
         self._mask = mask
         self._bit_masks: dict[str, BitMask] = {}
+        self.untouched = {name for name in parameters if not mask.tensors[name].count}
+        """Names of the tensors in which no mask has trained anything, so that they are still the base's."""
 
     @property
     def mask(self) -> SubnetMask:
@@ -33,6 +35,7 @@ class Binding:
     def mask(self, mask: SubnetMask) -> None:
         self._mask = mask
         self._bit_masks.clear()
+        self.untouched -= {name for name, tensor in mask.tensors.items() if tensor.count}
 
     @property
     def nbytes(self) -> int:

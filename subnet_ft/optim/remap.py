@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 
@@ -17,7 +17,12 @@ _CHUNK = 1 << 22
 
 
 def check_successor(
-    old: SubnetMask, new: SubnetMask, parameters: Mapping[str, torch.nn.Parameter], *, compact_grads: bool
+    old: SubnetMask,
+    new: SubnetMask,
+    parameters: Mapping[str, torch.nn.Parameter],
+    *,
+    untouched: Container[str],
+    compact_grads: bool,
 ) -> None:
     """Check that a mask may follow another on a model in training; names and shapes were checked before.
 
@@ -30,7 +35,7 @@ def check_successor(
     """
     before, after = old.provenance.base, new.provenance.base
     for name, dtype in ({} if after is None else after.dtypes).items():
-        found = str(parameters[name].dtype).removeprefix("torch.")
+        found = str(parameters[name].dtype).removeprefix("torch.") if name in parameters else dtype
         if found != dtype:
             raise MaskMismatchError(f"`{name}` is {found} but the new mask was compared in {dtype}.")
     if before is not None and after is not None:
@@ -41,7 +46,7 @@ def check_successor(
                     f"the old mask ({before.name}) and {after.fingerprints[name]} in that of the new one "
                     f"({after.name}). Take masks of one base."
                 )
-    new.check_weights((name, p.detach()) for name, p in parameters.items() if not old.tensors[name].count)
+    new.check_weights((name, p.detach()) for name, p in parameters.items() if name in untouched)
     entering = [name for name in parameters if new.tensors[name].count and not old.tensors[name].count]
     if entering and not compact_grads and num_processes() > 1:
         raise GradientError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subnet_ft.optim import MaskedBase
+from subnet_ft.training.resume import read_manifest
 from subnet_ft.training.unwrap import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -31,15 +33,12 @@ class FrozenWeightAudit(TrainerCallback):
         self.num_audits = 0
         self.seconds = 0.0
         self._last = -1  # step of the last audit
-        self._first_mask = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the fingerprints that every later audit compares with; a resumed run has those of its start."""
-        optimizer = unwrapped(kwargs["optimizer"])
-        self._first_mask = optimizer.mask.fingerprint
-        self._audit(optimizer, state.global_step)
+        self._audit(unwrapped(kwargs["optimizer"]), state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Audit every `steps` steps and after the last, before anything of that step is saved."""
@@ -51,9 +50,12 @@ class FrozenWeightAudit(TrainerCallback):
     ) -> None:
         """Audit what training leaves, and say what the audits cost."""
         optimizer = unwrapped(kwargs["optimizer"])
+        best = (
+            Path(state.best_model_checkpoint) if state.best_model_checkpoint and args.load_best_model_at_end else None
+        )
         # The best model may have been trained under an earlier mask of a schedule: its frozen weights are others.
-        is_other = args.load_best_model_at_end and optimizer.mask.fingerprint != self._first_mask
-        if not is_other and (args.load_best_model_at_end or self._last != state.global_step):
+        is_last_mask = best is None or read_manifest(best)["mask_fingerprint"] == optimizer.mask.fingerprint
+        if is_last_mask and (best is not None or self._last != state.global_step):
             self._audit(optimizer, state.global_step)
         logger.info("%d audits of the weights outside the mask passed in %.2f s", self.num_audits, self.seconds)
 

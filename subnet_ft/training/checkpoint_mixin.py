@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from subnet_ft.errors import CheckpointError, OptimizerStateError, TrainerError
 from subnet_ft.masks import SubnetMask
@@ -12,18 +15,20 @@ from subnet_ft.optim import MaskedBase
 from subnet_ft.optim.frozen import frozen_fingerprints
 from subnet_ft.training.mask_schedule import MaskSchedule
 from subnet_ft.training.options import Stateful, SubnetOptions
-from subnet_ft.training.resume import newest_complete, read_manifest, replayed, trained_epochs
-from subnet_ft.training.rollouts import load_extras, load_rollouts, save_extras, save_rollouts
+from subnet_ft.training.resume import newest_complete, problems, read_manifest, replayed, trained_epochs
+from subnet_ft.training.rollouts import load_extras, load_rollouts, load_start, save_extras, save_rollouts, save_start
 from subnet_ft.training.saving import clear_staging, publish, rotate, staging_folder
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Trainer
     from transformers.trainer_utils import TrainOutput
 
     _Base = Trainer
 else:
     _Base = object
+
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointMixin(_Base):
@@ -39,6 +44,8 @@ class CheckpointMixin(_Base):
     _masked: MaskedBase | None
     _staging: Path | None = None
     _finished_epochs = 0
+    _start: torch.Tensor
+    """Torch's random state when training began, from which samplers draw their seeds."""
 
     @property
     def masked_optimizer(self) -> MaskedBase:
@@ -68,11 +75,17 @@ class CheckpointMixin(_Base):
         self._finished_epochs = 0
         if not resume_from_checkpoint:
             self._check_schedule_starts()
+            self._start = torch.get_rng_state()
             return super().train(None, *args, **kwargs)
         checkpoint = self._checkpoint(resume_from_checkpoint)
         manifest = read_manifest(checkpoint)
         self._check_origin(checkpoint, manifest)
         self._finished_epochs = trained_epochs(checkpoint)
+        # The order of the data comes from here; what was drawn before `train` must not change it.
+        self._start = load_start(self, checkpoint)
+        torch.set_rng_state(self._start)
+        if self.args.ignore_data_skip:
+            logger.warning("`ignore_data_skip` is on: this run sees other data than one that was not interrupted")
         return super().train(str(checkpoint), *args, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,6 +110,7 @@ class CheckpointMixin(_Base):
         try:
             super()._save_checkpoint(model, trial)
             save_rollouts(self, written)
+            save_start(self._start, self, written)
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
@@ -141,8 +155,7 @@ class CheckpointMixin(_Base):
         found = newest_complete(run_folder)
         if found is None:
             raise CheckpointError(
-                f"`{run_folder}` holds no checkpoint that is whole, so there is nothing to resume from. Call `train()` "
-                "to start from the beginning."
+                f"`{run_folder}` holds nothing to resume from: {problems(run_folder)}. Call `train()` to start anew."
             )
         return found
 
@@ -156,7 +169,9 @@ class CheckpointMixin(_Base):
                 "started with."
             )
         # Under another mask than the first, weights were trained that are frozen now.
-        if manifest["frozen_fingerprints"] is None or mask is not self.subnet_mask:
+        is_first = mask.fingerprint == self.subnet_mask.fingerprint
+        has_moved_on = self._masked is not None and self._masked.mask.fingerprint != mask.fingerprint
+        if manifest["frozen_fingerprints"] is None or not is_first or has_moved_on:
             return
         now = frozen_fingerprints(self._own_model, mask)
         other = [name for name, found in now.items() if manifest["frozen_fingerprints"].get(name) != found]

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask, by_canonical_name, canonical_name
 from subnet_ft.optim import MaskedAdamW, MaskedBase, MaskedOptimizer, MaskedSGD
-from subnet_ft.training.options import SubnetOptions, compacts, wanted_optimizer
+from subnet_ft.training.options import SubnetOptions, compacts, kernel_of, wanted_optimizer
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-# Options of torch's optimizers that the kernels have; others go to the wrapped optimizer itself.
-_ADAMW = frozenset({"lr", "betas", "eps", "weight_decay", "fused"})
-_SGD = frozenset({"lr", "momentum", "weight_decay", "nesterov"})
+_HYPER_PARAMETERS: dict[type, tuple[str, ...]] = {MaskedAdamW: ("lr", "betas", "eps"), MaskedSGD: ("lr", "momentum")}
 
 
 def build_optimizer(trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, options: SubnetOptions) -> MaskedBase:
     """Build it on all parameters of `model`, with the trainer's groups: no decay where transformers exempts it.
 
     AdamW and SGD have kernels of their own; every other element-wise optimizer is wrapped.
-
-    Raises:
-        TrainerError: An option of `restrict` exists only for optimizers with a kernel.
     """
     decayed = {canonical_name(name) for name in trainer.get_decay_parameter_names(model)}
     pairs = list(by_canonical_name(model.named_parameters()).items())
@@ -45,22 +40,15 @@ def build_optimizer(trainer: Trainer, model: torch.nn.Module, mask: SubnetMask, 
         # A resumed run already holds trained weights; the base was checked when the trainer was restricted.
         "check_base": False,
     }
-    if optimizer_cls is torch.optim.AdamW and keywords.keys() <= _ADAMW:
+    kernel = kernel_of(optimizer_cls, keywords)
+    if kernel is not None:
         keywords.pop("fused", None)
-        keywords = {**_defaults(optimizer_cls, "lr", "betas", "eps"), **keywords}
-        return MaskedAdamW(groups, mask, master=options.master, **keywords, **shared)
-    if optimizer_cls is torch.optim.SGD and keywords.keys() <= _SGD:
-        keywords = {**_defaults(optimizer_cls, "lr", "momentum"), **keywords}
-        return MaskedSGD(groups, mask, master=options.master, **keywords, **shared)
-    if options.master != "fp32":
-        raise TrainerError(
-            f"`master={options.master!r}` needs an optimizer with a kernel of its own (AdamW, SGD); the trainer asks "
-            f"for `{optimizer_cls.__name__}`, which is wrapped around fp32 masters. Leave `master` at `fp32`."
-        )
+        keywords = {**_defaults(optimizer_cls, _HYPER_PARAMETERS[kernel]), **keywords}
+        return kernel(groups, mask, master=options.master, **keywords, **shared)
     return MaskedOptimizer(optimizer_cls, groups, mask, **keywords, **shared)
 
 
-def _defaults(optimizer_cls: type, *names: str) -> dict[str, Any]:
+def _defaults(optimizer_cls: type, names: Iterable[str]) -> dict[str, Any]:
     """Return what torch's own class would take where an option is left open."""
     parameters = inspect.signature(optimizer_cls).parameters
     return {name: parameters[name].default for name in names}

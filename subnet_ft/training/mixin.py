@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from subnet_ft.checkpoints.listing import listing
 from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.training.audit import FrozenWeightAudit
 from subnet_ft.training.checkpoint_mixin import CheckpointMixin
 from subnet_ft.training.masked_optimizer import build_optimizer
-from subnet_ft.training.options import SubnetOptions, check_options, check_trainer
+from subnet_ft.training.options import SubnetOptions, check
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 class SubnetTrainerMixin(CheckpointMixin):
@@ -42,10 +46,7 @@ class SubnetTrainerMixin(CheckpointMixin):
     ) -> None:
         super().__init__(*args, **kwargs)
         options = SubnetOptions(**(subnet_options or {}))
-        check_trainer(self)
-        check_options(self, options)
-        own_model: Any = self.model
-        subnet_mask.check(own_model)
+        check(self, subnet_mask, options)
         self._begin_subnet(subnet_mask, options)
 
     def _begin_subnet(self, mask: SubnetMask, options: SubnetOptions) -> None:
@@ -99,7 +100,16 @@ class SubnetTrainerMixin(CheckpointMixin):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
         optimizer = self.masked_optimizer
-        if not optimizer.has_gradients():
+        missing, total = (
+            optimizer.names_without_gradient(),
+            sum(len(group["params"]) for group in optimizer.param_groups),
+        )
+        if missing and not optimizer.state:
+            logger.warning(
+                "%d of the %d tensors that the mask trains got no gradient in the first step: %s",
+                *(len(missing), total, listing(missing)),
+            )
+        if len(missing) == total:
             raise TrainerError(
                 "No gradient reached any tensor of the mask in this step, so nothing would be trained. Under "
                 "re-entrant activation checkpointing the embeddings must train, or call "

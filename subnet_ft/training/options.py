@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 from subnet_ft.errors import OptimizerError, TrainerError
-from subnet_ft.optim import MaskedBase
+from subnet_ft.masks import SubnetMask
+from subnet_ft.optim import MaskedAdamW, MaskedBase, MaskedSGD
 from subnet_ft.optim.clipping import CLIP_NORMS, NONFINITE
 from subnet_ft.optim.elementwise import check_elementwise
 from subnet_ft.optim.masters import check_master
@@ -52,13 +55,21 @@ class SubnetOptions:
     """What else is trained beside the model, by name: saved with every checkpoint, and loaded again."""
 
 
-def check_options(trainer: Trainer, options: SubnetOptions) -> None:
-    """Refuse options that are out of range, or that the trainer's arguments cannot go with.
+def check(trainer: Trainer, mask: SubnetMask, options: SubnetOptions) -> None:
+    """Refuse what cannot go together, before anything is changed.
 
     Raises:
         ValueError: An option is out of range.
-        TrainerError: It does not go with the trainer's arguments.
+        TrainerError: The trainer cannot be served, or not with these options.
+        MaskMismatchError: The mask belongs to another model, or to another base.
     """
+    _check_trainer(trainer)
+    _check_options(trainer, options)
+    model: Any = trainer.model
+    mask.check(model)
+
+
+def _check_options(trainer: Trainer, options: SubnetOptions) -> None:
     check_master(options.master)
     if options.clip_norm not in CLIP_NORMS:
         raise ValueError(f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {options.clip_norm!r}")
@@ -66,6 +77,12 @@ def check_options(trainer: Trainer, options: SubnetOptions) -> None:
         raise ValueError(f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {options.nonfinite!r}")
     if options.audit_steps is not None and options.audit_steps < 1:
         raise ValueError(f"`audit_steps` must be >= 1, or None for no audits, got {options.audit_steps}")
+    optimizer_cls, keywords = wanted_optimizer(trainer)
+    if options.master != "fp32" and kernel_of(optimizer_cls, keywords) is None:
+        raise TrainerError(
+            f"`master={options.master!r}` needs an optimizer with a kernel of its own (AdamW, SGD); the trainer asks "
+            f"for `{optimizer_cls.__name__}`, which is wrapped around fp32 masters. Leave `master` at `fp32`."
+        )
     args = trainer.args
     wants_full = options.clip_norm == "full" or options.log_norms
     if wants_full and compacts(trainer, options) and args.gradient_accumulation_steps > 1:
@@ -77,17 +94,21 @@ def check_options(trainer: Trainer, options: SubnetOptions) -> None:
         )
 
 
+def kernel_of(optimizer_cls: type, keywords: Mapping[str, Any]) -> type[MaskedAdamW] | type[MaskedSGD] | None:
+    """Return the masked class whose kernel does what an optimizer with these options does, if there is one."""
+    if optimizer_cls is torch.optim.AdamW and keywords.keys() <= {"lr", "betas", "eps", "weight_decay", "fused"}:
+        return MaskedAdamW
+    if optimizer_cls is torch.optim.SGD and keywords.keys() <= {"lr", "momentum", "weight_decay", "nesterov"}:
+        return MaskedSGD
+    return None
+
+
 def compacts(trainer: Trainer, options: SubnetOptions) -> bool:
     """Say whether gradients are compacted as soon as autograd has them."""
     return trainer.args.world_size == 1 if options.compact_grads is None else options.compact_grads
 
 
-def check_trainer(trainer: Trainer) -> None:
-    """Refuse a trainer that a masked optimizer cannot serve.
-
-    Raises:
-        TrainerError: The message says what and why.
-    """
+def _check_trainer(trainer: Trainer) -> None:
     args = trainer.args
     if trainer.model_init is not None:
         raise TrainerError(
@@ -108,6 +129,12 @@ def check_trainer(trainer: Trainer) -> None:
             "This release restricts trainers on one process or under DDP; DeepSpeed flattens parameters, and sharded "
             "parameters need sharded masks."
         )
+    own = _own_create_optimizer(type(trainer))
+    if own is not None:
+        raise TrainerError(
+            f"`{own.__name__}` builds an optimizer of its own in `create_optimizer`, and the masked one would replace "
+            "it. Build a masked one there yourself, without `restrict`, or leave the method out."
+        )
     wanted = str(getattr(args.optim, "value", args.optim))
     optimizer_cls, keywords = wanted_optimizer(trainer)
     reason = "it is built from the whole model" if {"params", "model", "optimizer_dict"} & keywords.keys() else None
@@ -124,6 +151,16 @@ def check_trainer(trainer: Trainer) -> None:
         check_elementwise(optimizer_cls)
     except OptimizerError as error:
         raise TrainerError(f"The trainer asks for the optimizer `{wanted}`. {error}") from error
+
+
+def _own_create_optimizer(trainer_class: type) -> type | None:
+    """Return the class whose `create_optimizer` would be passed over, if it is neither transformers' nor TRL's."""
+    from subnet_ft.training.checkpoint_mixin import CheckpointMixin
+
+    # What a class does after the mixin is in force, and calls it by `super()`.
+    passed_over = [base for base in trainer_class.__mro__ if not issubclass(base, CheckpointMixin)]
+    first = next(base for base in passed_over if "create_optimizer" in vars(base))
+    return None if first.__module__.partition(".")[0] in ("transformers", "trl") else first
 
 
 def wanted_optimizer(trainer: Trainer) -> tuple[Any, dict[str, Any]]:

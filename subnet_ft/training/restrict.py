@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.training.mixin import SubnetTrainerMixin
-from subnet_ft.training.options import Stateful, SubnetOptions, check_options, check_trainer
+from subnet_ft.training.options import Stateful, SubnetOptions, check
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -73,10 +73,7 @@ def restrict(
         audit_steps=audit_steps,
         extras=dict(extras or {}),
     )
-    check_trainer(trainer)
-    check_options(trainer, options)
-    model: Any = trainer.model
-    mask.check(model)
+    check(trainer, mask, options)
     swapped: Any = trainer
     own_class: Any = type(trainer)
     swapped.__class__ = _subnet_class(own_class)

@@ -44,6 +44,12 @@ def newest_complete(folder: Path) -> Path | None:
     return None
 
 
+def problems(folder: Path) -> str:
+    """Say why a run's folder has no checkpoint that is whole."""
+    found = [f"`{path.name}`: {_problem(path)}" for path in sorted(_checkpoints(folder), key=_step)]
+    return "; ".join(found) or "it has no checkpoint"
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint says about itself.
 

@@ -1,4 +1,5 @@
-"""The part of a trainer's state that transformers does not save: completions in use, and what is trained beside.
+"""The part of a trainer's state that transformers does not save: completions in use, what is trained beside, and the
+random numbers that the order of the data came from.
 
 Trainers that sample (GRPO, RLOO, Distillation) use a batch of completions over several steps. A resumed run must go on
 with the same completions: others, from weights that have moved on, are another run.
@@ -39,15 +40,20 @@ def load_rollouts(trainer: Any, folder: Path) -> None:
     """Take the completions in use back."""
     if not hasattr(trainer, "_buffered_inputs"):
         return
-    path = folder / _rollouts_name(trainer)
-    if not path.is_file():
-        raise TrainerError(
-            f"`{folder}` has no `{path.name}`, the completions that were in use. Resume with as many processes as the "
-            "run was started with."
-        )
     device = trainer.args.device
-    saved = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+    saved = _load_own(folder / _rollouts_name(trainer), "cpu" if device.type == "cpu" else device)
     trainer._step, trainer._buffered_inputs = saved["step"], saved["inputs"]
+
+
+def save_start(state: torch.Tensor, trainer: Any, folder: Path) -> None:
+    """Save torch's random state at the start of training, where samplers draw their seeds; each process its own."""
+    torch.save(state, folder / _start_name(trainer))
+
+
+def load_start(trainer: Any, folder: Path) -> torch.Tensor:
+    """Return torch's random state at the start of the run."""
+    state: torch.Tensor = _load_own(folder / _start_name(trainer))
+    return state
 
 
 def save_extras(extras: dict[str, Stateful], folder: Path) -> None:
@@ -75,6 +81,20 @@ def load_extras(extras: dict[str, Stateful], folder: Path) -> None:
 
 def _rollouts_name(trainer: Any) -> str:
     return f"subnet_rollouts_{trainer.args.process_index}.pt"
+
+
+def _start_name(trainer: Any) -> str:
+    return f"subnet_start_{trainer.args.process_index}.pt"
+
+
+def _load_own(path: Path, device: str | torch.device = "cpu") -> Any:
+    """Load what this process saved."""
+    if not path.is_file():
+        raise TrainerError(
+            f"`{path.parent}` has no `{path.name}`: fewer processes wrote it. Resume with as many processes as the run "
+            "was started with."
+        )
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def _strange(value: object) -> str | None:
