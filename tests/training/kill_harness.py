@@ -28,6 +28,7 @@ from subnet_ft.training.resume import newest_complete, read_manifest
 from subnet_ft.training.saving import STAGING
 
 STEPS = 8
+KILLS_PER_RUN = 3  # more would come one after another in the last step
 SETTINGS: dict[str, dict[str, Any]] = {
     # 12 pairs in batches of 4: the run crosses the ends of two epochs.
     "DPO": {},
@@ -184,12 +185,13 @@ def main() -> None:
     while sum(kills.values()) < options.kills:
         runs += 1
         folder = options.folder / f"run-{runs}"
+        killed = 0
         while True:
             child = Child(options.name, folder)
             if child.first_step:
                 resumed_from[child.first_step] = resumed_from.get(child.first_step, 0) + 1
             left = STEPS - child.first_step
-            if sum(kills.values()) == options.kills or not left:
+            if killed == KILLS_PER_RUN or sum(kills.values()) == options.kills or not left:
                 child.wait()
                 break
             if chance.random() < 0.5:
@@ -199,6 +201,7 @@ def main() -> None:
             if found is None:
                 break
             kills[found] += 1
+            killed += 1
             unfinished += (folder / STAGING).exists() and any((folder / STAGING).iterdir())
             for checkpoint in folder.glob("checkpoint-*"):
                 read_manifest(checkpoint)  # raises where a kill left a part of one
