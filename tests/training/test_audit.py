@@ -13,7 +13,9 @@ from small_runs import FIRST_IS_BEST, FROZEN, SAVES, SubnetTrainer, cut_off, pla
 from training.masked_runs import Watch, same_weights, weights_of
 from transformers import Trainer
 
+from subnet_ft.checkpoints.tiny import tiny_model
 from subnet_ft.errors import FrozenWeightError, TrainerError
+from subnet_ft.optim import MaskedAdamW
 from subnet_ft.optim.frozen import FrozenWeights
 from subnet_ft.training.audit import FrozenWeightAudit
 from subnet_ft.training.resume import newest_complete
@@ -157,6 +159,20 @@ def test_the_class_form_audits(tmp_path: Path) -> None:
     trainer.add_callback(at(2, lambda: write(trainer, FROZEN)))
     with pytest.raises(FrozenWeightError, match=FROZEN):
         trainer.train()
+
+
+def test_an_audit_on_a_trainer_of_ones_own_with_a_best_model(tmp_path: Path) -> None:
+    """A plain trainer that was given a masked optimizer writes plain checkpoints."""
+    model = tiny_model("llama")
+    optimizer = MaskedAdamW(model.named_parameters(), usual_mask(), lr=1e-2, max_grad_norm=1.0)
+    audit = FrozenWeightAudit(1)
+    trainer = plain(
+        tmp_path, model=model, callbacks=[audit], arguments={"optimizers": (optimizer, None)}, max_grad_norm=0.0,
+        **FIRST_IS_BEST,
+    )  # fmt: skip
+    trainer.train()
+    assert audit.num_audits >= 5
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
 def test_an_audit_needs_a_masked_optimizer_and_a_step(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,27 @@ def test_a_step_in_which_no_gradient_reaches_the_mask_is_an_error(tmp_path: Path
     else:
         trainer.train()
         check_weights(model, trainer.subnet_mask, start)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+def test_tensors_without_a_gradient_in_the_first_step_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    all_but_embeddings = {n: torch.rand(p.shape) < 0.3 for n, p in model.named_parameters() if "embed" not in n}
+    for hides in (True, False):
+        trainer = restricted(
+            tmp_path, mask=only(model, all_but_embeddings), activation_checkpointing=True,
+            activation_checkpointing_kwargs={"use_reentrant": True},
+        )  # fmt: skip
+        if hides:
+            trainer.model.enable_input_require_grads = lambda: None
+            trainer.add_callback(Begin(trainer.model.disable_input_require_grads))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="subnet_ft"):
+            trainer.train()
+        found = [message for message in caplog.messages if "got no gradient" in message]
+        assert len(found) == hides
+        if hides:
+            assert "18 of the 19 tensors that the mask trains got no gradient in the first step" in found[0]
+            assert "model.layers.0.self_attn.q_proj.weight" in found[0]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_runs import plain, restricted, usual_mask
 from training.masked_runs import Watch, check_weights, same_weights, weights_of
+from transformers import Trainer
 from wrapped_optimizers import Lion
 
 from subnet_ft.checkpoints.tiny import tiny_model
@@ -152,9 +153,9 @@ def test_optim_adafactor_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("master", ["remainder", "stochastic"])
 def test_masters_of_a_kernel_are_refused_for_a_wrapped_optimizer(tmp_path: Path, master: str) -> None:
-    trainer = restricted(tmp_path, optim="rmsprop", subnet={"master": master})
+    trainer = plain(tmp_path, optim="rmsprop")
     with pytest.raises(TrainerError, match=f"`master='{master}'` needs an optimizer with a kernel of its own"):
-        trainer.train()
+        restrict(trainer, usual_mask(), master=master)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,28 @@ def test_under_ddp_dense_gradients_are_the_default(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
     restrict(trainer, usual_mask(), clip_norm="full")  # no compaction, so accumulation is allowed
     assert not trainer.create_optimizer().compact_grads
+
+
+class OwnOptimizer(Trainer):
+    """Builds its optimizer by itself."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-2)
+        return self.optimizer
+
+
+class OwnLoss(Trainer):
+    """Leaves the optimizer alone."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_trainer_that_builds_an_optimizer_of_its_own_is_refused(tmp_path: Path) -> None:
+    trainer = plain(tmp_path, trainer_class=OwnOptimizer)
+    with pytest.raises(TrainerError, match="`OwnOptimizer` builds an optimizer of its own in `create_optimizer`"):
+        restrict(trainer, usual_mask())
+    restrict(plain(tmp_path, trainer_class=OwnLoss), usual_mask()).train()
 
 
 def test_fp16_is_refused(tmp_path: Path) -> None:

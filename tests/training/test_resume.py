@@ -80,7 +80,15 @@ def missing(name: str) -> Callable[[Path], None]:
     return lambda checkpoint: (checkpoint / name).unlink()
 
 
-FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json")
+FILES = (
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "config.json",
+    "subnet_start_0.pt",
+)
 BROKEN: list[tuple[Callable[[Path], None], str]] = [
     *((missing(name), f"`{name}` is missing") for name in FILES),
     *((truncated(name), rf"`{name}` has \d+ bytes, expected \d+") for name in FILES),
@@ -142,7 +150,7 @@ def test_where_nothing_is_whole_both_ways_say_so(run: Path) -> None:
         (run / f"checkpoint-{step}" / "optimizer.pt").unlink()
     trainer = restricted(run)
     start = weights_of(trainer.model)
-    with pytest.raises(CheckpointError, match="holds no checkpoint that is whole"):
+    with pytest.raises(CheckpointError, match=r"nothing to resume from: .*`checkpoint-3`: `optimizer\.pt` is missing"):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match=r"`optimizer\.pt` is missing.*No checkpoint beside it is whole"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
@@ -169,6 +177,30 @@ def test_resume_goes_on_from_the_newest_that_is_whole(run: Path, straight: Any) 
     assert steps == [3, 4]
     same_weights(weights_of(trainer.model), weights_of(straight.model))
     same_state(state_of(trainer), state_of(straight))
+
+
+def test_a_folder_without_checkpoints_has_nothing_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"`{tmp_path}` holds nothing to resume from"):
+        restricted(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_what_is_drawn_before_a_run_resumes_does_not_change_it(tmp_path: Path) -> None:
+    """The order of the data comes from torch's own generator, which anybody may have seeded."""
+    trainers = []
+    for name, seed in (("one", 1), ("one again", 1), ("two", 2)):
+        trainer = restricted(tmp_path / name, **SAVES)
+        torch.manual_seed(seed)
+        trainer.train()
+        trainers.append(trainer)
+    one, again, two = (weights_of(trainer.model) for trainer in trainers)
+    same_weights(one, again)
+    assert any(not same_bits(one[name], two[name]) for name in one)  # other data, or the test shows nothing
+    for step in (1, 3):
+        resumed = restricted(tmp_path / "two")
+        torch.manual_seed(5)
+        torch.rand(5)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "two" / f"checkpoint-{step}"))
+        same_weights(weights_of(resumed.model), two)
 
 
 @pytest.mark.parametrize("step", [1, 3])

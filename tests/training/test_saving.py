@@ -178,7 +178,7 @@ def test_a_trainer_publishes_checkpoints_that_transformers_finds(tmp_path: Path)
     # The files are those of a plain trainer, under the very names.
     other = plain(tmp_path / "plain", max_steps=1, **SAVES)
     other.train()
-    assert contents(tmp_path / "plain/checkpoint-1").keys() == manifest["files"].keys()
+    assert contents(tmp_path / "plain/checkpoint-1").keys() == manifest["files"].keys() - {"subnet_start_0.pt"}
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
