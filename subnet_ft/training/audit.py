@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from subnet_ft.optim import MaskedBase
 from subnet_ft.training.resume import read_manifest
+from subnet_ft.training.saving import MANIFEST
 from subnet_ft.training.unwrap import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -50,12 +51,8 @@ class FrozenWeightAudit(TrainerCallback):
     ) -> None:
         """Audit what training leaves, and say what the audits cost."""
         optimizer = unwrapped(kwargs["optimizer"])
-        best = (
-            Path(state.best_model_checkpoint) if state.best_model_checkpoint and args.load_best_model_at_end else None
-        )
-        # The best model may have been trained under an earlier mask of a schedule: its frozen weights are others.
-        is_last_mask = best is None or read_manifest(best)["mask_fingerprint"] == optimizer.mask.fingerprint
-        if is_last_mask and (best is not None or self._last != state.global_step):
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if (best is not None or self._last != state.global_step) and _fits(best, optimizer):
             self._audit(optimizer, state.global_step)
         logger.info("%d audits of the weights outside the mask passed in %.2f s", self.num_audits, self.seconds)
 
@@ -65,3 +62,10 @@ class FrozenWeightAudit(TrainerCallback):
         self.seconds += time.perf_counter() - start
         self.num_audits += 1
         self._last = step
+
+
+def _fits(best: str | None, optimizer: MaskedBase) -> bool:
+    """Whether what was loaded at the end was trained under the optimizer's mask, not an earlier one of a schedule."""
+    if best is None or not (Path(best) / MANIFEST).is_file():  # a trainer that is not restricted has one mask
+        return True
+    return bool(read_manifest(Path(best))["mask_fingerprint"] == optimizer.mask.fingerprint)
