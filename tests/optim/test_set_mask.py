@@ -221,6 +221,29 @@ def test_set_mask_there_and_back_forgets_what_left(kind: str) -> None:
     assert same_bits(model.matrix.detach(), twin.matrix.detach())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_over_is_as_if_built_on_that_mask(kind: str) -> None:
+    """Nothing of the run before is left but the weights, whoever wrote them in the meantime."""
+    model, optimizer, _ = start(kind, trains_head=False)
+    mask = SubnetMask.from_dense(drawn(2))
+    set_gradients(model, 99)
+    for parameter in model.parameters():
+        parameter.data.mul_(2.0)  # off the first mask, too: an audit by it would fail
+    optimizer.start_over(mask)
+    assert state_of(optimizer) == {}
+    assert optimizer.frozen_fingerprints is None
+    model.zero_grad()
+    twin = Stack(KINDS[kind][2])
+    twin.load_state_dict(model.state_dict())
+    build, options, _ = KINDS[kind]
+    fresh = build(twin.named_parameters(), mask, **options)
+    for each, its in ((model, optimizer), (twin, fresh)):
+        train(each, its, range(5, 7))
+    assert differing(weights_of(model), weights_of(twin)) == []
+    assert differing(state_of(optimizer), state_of(fresh)) == []
+    optimizer.audit()
+
+
 @pytest.mark.parametrize("compact_grads", [True, False])
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_set_mask_moves_gradients_to_what_trains_now(kind: str, compact_grads: bool) -> None:
