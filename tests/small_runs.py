@@ -11,11 +11,12 @@ import torch
 from masked_optimizers import only
 from training.every_trainer import TRAINERS
 from training.masked_runs import Watch, third_of
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from subnet_ft.checkpoints.tiny import tiny_model
 from subnet_ft.masks import SubnetMask
 from subnet_ft.training import SubnetTrainerMixin, restrict
+from subnet_ft.training.algorithms import Algorithm, build_config
 
 FROZEN = "model.layers.0.self_attn.q_proj.weight"
 """A tensor of which the usual mask trains nothing."""
@@ -69,10 +70,11 @@ def plain(
         "disable_tqdm": True,
         **config,
     }
-    data = TRAINERS["Trainer"].data()
+    kind = TRAINERS["Trainer"]
+    data = kind.data()
     return trainer_class(
         model=tiny_model("llama") if model is None else model,
-        args=TrainingArguments(**known),
+        args=build_config(Algorithm("Trainer", kind.trainer, kind.config), known),
         train_dataset=data,
         eval_dataset=data if known.get("eval_strategy") else None,
         callbacks=list(callbacks),
