@@ -132,6 +132,27 @@ def test_a_second_run_of_one_trainer_does_not_start_under_the_last_mask(tmp_path
     same_weights(weights_of(trainer.model), before)
 
 
+def test_a_retry_with_smaller_batches_does_not_start_under_the_last_mask(tmp_path: Path) -> None:
+    """`auto_find_batch_size` begins again at step 0 where memory ran out, with the optimizer that is there."""
+    trainer = scheduled(tmp_path, auto_find_batch_size=True)
+    compute, calls = trainer.compute_loss, [0]
+
+    def runs_out_once(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return compute(*args, **kwargs)
+
+    trainer.compute_loss = runs_out_once
+    used: list[tuple[int, str]] = []
+    trainer.add_callback(Watch(before=lambda step: used.append((step, trainer.masked_optimizer.mask.fingerprint))))
+    try:
+        trainer.train()
+    except TrainerError:
+        return  # a refusal is as good
+    assert used[3:] == [(step, mask.fingerprint) for step, mask in enumerate([early()] * 2 + [final()] * 2, start=1)]
+
+
 def test_a_schedule_that_comes_with_the_constructor_is_the_same(tmp_path: Path) -> None:
     added = scheduled(tmp_path / "added")
     added.train()
