@@ -151,11 +151,11 @@ class MaskedBase(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What torch's GradScaler asks before its step; it has unscaled `.grad` only, which compaction empties."""
-        if self.compact_grads:
+        """What torch's GradScaler asks before its step; it has unscaled `.grad` only, and only where weights train."""
+        if self.compact_grads or self._clipping.measure_full:
             raise GradientError(
-                "A GradScaler unscales `.grad`, and compact gradients were taken from there before. Train in bfloat16, "
-                "or build the optimizer with `compact_grads=False`."
+                "A GradScaler unscales what stands in `.grad` of trained tensors, and misses compact gradients and the "
+                "rest of a full norm. Train in bfloat16, or with `compact_grads=False` and the masked norm alone."
             )
         return False
 

@@ -44,7 +44,10 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 # TRL before 1.16, the newest for Python 3.10, knows this field by its old name.
-_OLD_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
+_OLD_NAMES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
 
 
 def build_config(algorithm: Algorithm, arguments: Mapping[str, Any]) -> Any:

@@ -74,7 +74,6 @@ class CheckpointMixin(_Base):
         """
         self._finished_epochs = 0
         if not resume_from_checkpoint:
-            self._check_schedule_starts()
             self._start = torch.get_rng_state()
             return super().train(None, *args, **kwargs)
         checkpoint = self._checkpoint(resume_from_checkpoint)

@@ -65,6 +65,8 @@ class SubnetTrainerMixin(CheckpointMixin):
                 "The trainer got another model after `restrict`, which would stay untrained. Give the trainer its "
                 "model first, and call `restrict` last."
             )
+        if self.state.global_step == 0:
+            self._check_schedule_starts()
         if self._masked is not None:
             # A run that was broken off leaves the gradients of its last micro-batches; the trainer drops only `.grad`.
             self._masked.zero_grad()

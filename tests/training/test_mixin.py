@@ -239,8 +239,11 @@ def test_a_step_in_which_no_gradient_reaches_the_mask_is_an_error(tmp_path: Path
     if hides:  # as in models whose code does not call `enable_input_require_grads`
         model.enable_input_require_grads = lambda: None
         trainer.add_callback(Begin(model.disable_input_require_grads))
-        # Under the whole norm the final norm outside the mask gets a gradient.
-        with pytest.raises(TrainerError, match="No gradient reached any tensor of the mask"):
+        # Under the whole norm the final norm outside the mask gets a gradient; otherwise torch has nothing to compute.
+        silent = clip_norm == "full"
+        error: type[Exception] = TrainerError if silent else RuntimeError
+        message = "No gradient reached any tensor of the mask" if silent else "does not require grad"
+        with pytest.raises(error, match=message):
             trainer.train()
         same_weights(weights_of(model), start)
     else:
