@@ -194,6 +194,9 @@ class CheckpointMixin(_Base):
 
     def _extras(self) -> dict[str, Stateful]:
         extras = dict(self.subnet_options.extras)
+        own = getattr(self, "checkpoint_extras", None)  # of a trainer that trains more than its model, such as PPO
+        if own is not None:
+            extras.update(own())
         reference = getattr(self, "ref_model", None)
         if reference is not None and getattr(self.args, "sync_ref_model", False):
             extras["ref_model"] = self.accelerator.unwrap_model(reference)  # it moves along with the policy
