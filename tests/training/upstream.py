@@ -20,6 +20,7 @@ SAVING = "subnet_ft/training/saving.py"
 ROLLOUTS = "subnet_ft/training/rollouts.py"
 RESUME = "subnet_ft/training/resume.py"
 OPTIMIZER = "subnet_ft/optim/base.py"
+PPO = "subnet_ft/training/ppo/trainer.py"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,20 @@ TAKEN = [
     Taken("torch.optim:Optimizer.add_param_group", "self, param_group", OPTIMIZER),
     Taken("torch.autograd.graph:increment_version", "tensor", OPTIMIZER),
     Taken("torch:Tensor.register_post_accumulate_grad_hook", "self, hook", "subnet_ft/optim/gradients.py"),
+    *(
+        Taken(f"trl.trainer.grpo_trainer:GRPOTrainer.{name}", takes, PPO)
+        for name, takes in (
+            ("_calculate_rewards", "self, inputs, prompts, completions, completion_ids_list"),
+            ("_generate_and_score_completions", "self, inputs"),
+            ("_compute_loss", "self, model, inputs"),
+            (
+                "_get_per_token_logps_and_entropies",
+                # the second in TRL 1.14, which passes `args` and `kwargs` on
+                "self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, ... | "
+                "self, model, args, batch_size=None, ...",
+            ),
+        )
+    ),
 ]
 
 
