@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from subnet_ft.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -41,6 +42,28 @@ def load_model(
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Overwrite the parameters of a model in memory by those of a checkpoint, whatever names they have on disk.
+
+    Args:
+        model: In-out; keeps its parameter objects, their dtypes and devices. Buffers are left alone.
+        folder: A checkpoint of the same architecture.
+
+    Raises:
+        CheckpointError: The checkpoint lacks a parameter, or cannot be read.
+    """
+    import torch
+
+    from subnet_ft.checkpoints import open_checkpoint
+
+    stored = dict(open_checkpoint(str(folder)).tensors())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in stored:
+                raise CheckpointError(f"`{folder}` has no weights for `{name}` of this model.")
+            parameter.copy_(stored[name])
 
 
 def undo_upcasts(model: PreTrainedModel, *, dtype: str) -> None:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from subnet_ft.errors import GradientError, OptimizerError
 from subnet_ft.masks import SubnetMask, by_canonical_name
-from subnet_ft.optim import state
-from subnet_ft.optim.binding import Binding
+from subnet_ft.optim import mask_change, state
+from subnet_ft.optim.binding import Binding, set_requires_grad
 from subnet_ft.optim.clipping import Clipping
 from subnet_ft.optim.dense_gradients import DenseGradients
 from subnet_ft.optim.frozen import FrozenWeights
-from subnet_ft.optim.gradients import CompactGradients
+from subnet_ft.optim.gradients import CompactGradients, num_processes
 from subnet_ft.optim.ledger import cache_nbytes, state_nbytes
 from subnet_ft.optim.masters import Roundings
 from subnet_ft.optim.parameters import NamedParameters, ParameterGroups, check_parameters, named_groups
-from subnet_ft.optim.remap import check_successor
 from subnet_kernels import BitMask
 
 
@@ -33,6 +33,8 @@ class MaskedBase(torch.optim.Optimizer):
     `step` consumes what arrived and `zero_grad` clears it. A tensor that got no gradient since the last step is skipped
     whole: no decay, no momentum, no step count. Gradients outside the mask, NaN included, are never read.
     """
+
+    _is_built = False
 
     def __init__(
         self,
@@ -65,6 +67,9 @@ class MaskedBase(torch.optim.Optimizer):
         # Nothing of the model was changed so far: what is refused leaves it as it was.
         kind = CompactGradients if compact_grads else DenseGradients
         self._gradients = kind(parameters, self._binding.trained, measure_full=self._clipping.measure_full)
+        found = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
+        self._give_back = weakref.finalize(self, set_requires_grad, found)
+        self._give_back.atexit = False
         self._bind()
         self._is_built = True
 
@@ -91,6 +96,10 @@ class MaskedBase(torch.optim.Optimizer):
         self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
     ) -> dict[str, Any]:
         """Return a parameter's state under another mask of it, or raise OptimizerError if an entry cannot be kept."""
+
+    @abstractmethod
+    def _new_master(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """Return masters (K,) of a parameter's weights as they are; `None` where there are none."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -123,7 +132,7 @@ class MaskedBase(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a group while the optimizer is built; afterwards the mask is bound, and a group is refused."""
-        if getattr(self, "_is_built", False):
+        if self._is_built:
             raise OptimizerError(f"{type(self).__name__} takes no further parameters. Build a new one on all of them.")
         super().add_param_group(param_group)
 
@@ -167,7 +176,7 @@ class MaskedBase(torch.optim.Optimizer):
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
         """Return the 2-norm () float32 of the accumulated gradient that clipping goes by, before any, on its device."""
-        return self.grad_norms()[self._clipping.clip_norm]
+        return self._clipping.norm(self._gradients)
 
     @torch.no_grad()
     def grad_norms(self) -> dict[str, torch.Tensor]:
@@ -225,34 +234,32 @@ class MaskedBase(torch.optim.Optimizer):
             OptimizerError: A wrapped optimizer keeps state that cannot be taken over.
             FrozenWeightError: A weight outside the old mask changed.
         """
-        parameters = {name: parameter for parameter, name in self._names.items()}
-        check_parameters(parameters, mask, check_base=False)
-        untouched = self._binding.untouched
-        check_successor(self.mask, mask, parameters, untouched=untouched, compact_grads=self.compact_grads)
-        if self.compact_grads and self._gradients.squares():
-            raise GradientError("Gradients wait for their step under the old mask. Change it after `step()`.")
-        self._frozen.check()
-        old = {p: self.bit_mask(p) for p in self._trained() if self.state.get(p)}
-        new = {p: self._binding.under(mask, p) for p in old if mask.tensors[self._names[p]].count}
-        remapped = {p: self._remapped_entries(p, self.state[p], old[p], new[p]) for p in new}
-        # From here on nothing can be refused.
-        self._change_mask(mask, remapped)
-        self._frozen.take()
+        mask_change.set_mask(self, mask)
 
-    def start_over(self, mask: SubnetMask) -> None:
+    def start_over(self, mask: SubnetMask, *, earlier: Sequence[SubnetMask] | None = None) -> None:
         """Train a mask from the beginning, without state or gradients, on whatever weights the model has now.
 
         What follows is `load_state_dict`, or a first step. Names and shapes are checked; base and frozen weights are
         not, because they are those of another moment.
 
+        Args:
+            mask: The mask.
+            earlier: The masks that these weights were trained under before; `None` if that is not known.
+
         Raises:
             MaskMismatchError: Names, shapes or dtypes are not those of the mask.
         """
-        check_parameters({name: p for p, name in self._names.items()}, mask, check_base=False)
-        self._forget_gradients()
-        self._change_mask(mask, {})
-        self._binding.untouched.clear()
-        self._frozen.taken = None
+        mask_change.start_over(self, mask, earlier)
+
+    def adopt_weights(self) -> None:
+        """Take the weights that somebody else wrote since the last step as their own masters; moments stay."""
+        for parameter in self._trained():
+            entries = self.state.get(parameter)
+            if entries and not self._roundings.has(parameter, entries.get("master")):
+                master = self._new_master(parameter)
+                if master is not None:
+                    entries["master"] = master
+                self._roundings.mark(parameter, master)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state keyed by parameter name: tensors, numbers and strings only.
@@ -274,21 +281,15 @@ class MaskedBase(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, dict(state_dict)) or state_dict
-        loaded = state.checked_state(self.param_groups, self._names, state_dict, self._checked_entries)
-        frozen = state_dict["param_groups"][0].get(state.FROZEN)
-        if frozen is not None:
-            state.check_frozen(frozen, self._frozen.now())
-        self._frozen.taken = None if frozen is None else dict(frozen)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key not in ("params", state.FROZEN)})
-        self._adopt(loaded)
+        state.load(self, state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def release(self) -> None:
-        """Let the model go: remove the gradient hooks and free the gradients. The optimizer trains no longer."""
+        """Let the model go: remove the hooks, free the gradients, and give tensors the `requires_grad` they had."""
         self._gradients.release()
         self._cache.clear()
+        self._give_back()
 
     def bit_mask(self, parameter: torch.nn.Parameter) -> BitMask:
         """Return a parameter's mask on its device, brought there once."""
@@ -341,7 +342,8 @@ class MaskedBase(torch.optim.Optimizer):
         for parameter in self._names:
             if self._binding.is_trained(parameter):
                 parameter.requires_grad_(True)
-            elif not self._clipping.measure_full:
+            elif not (self._clipping.measure_full or (self._is_built and num_processes() > 1)):
+                # DDP waits for the gradients of all tensors that required one when it wrapped the model.
                 parameter.requires_grad_(False)
             if not parameter.requires_grad:
                 parameter.grad = None

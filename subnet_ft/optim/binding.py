@@ -23,7 +23,7 @@ class Binding:
         self.names: dict[torch.nn.Parameter, str] = {parameter: name for name, parameter in parameters.items()}
         self._mask = mask
         self._bit_masks: dict[str, BitMask] = {}
-        self.untouched = {name for name in parameters if not mask.tensors[name].count}
+        self.untouched = self.untouched_by([mask])
         """Names of the tensors in which no mask has trained anything, so that they are still the base's."""
 
     @property
@@ -35,12 +35,16 @@ class Binding:
     def mask(self, mask: SubnetMask) -> None:
         self._mask = mask
         self._bit_masks.clear()
-        self.untouched -= {name for name, tensor in mask.tensors.items() if tensor.count}
+        self.untouched &= self.untouched_by([mask])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the masks on their devices."""
         return sum(mask.nbytes for mask in self._bit_masks.values())
+
+    def untouched_by(self, masks: Iterable[SubnetMask]) -> set[str]:
+        """Return the names of the tensors in which none of these masks trains anything."""
+        return set(self.names.values()) - {n for mask in masks for n, tensor in mask.tensors.items() if tensor.count}
 
     def check_known(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Raise OptimizerError if other parameters took the place of those that have a name and a mask."""
@@ -70,3 +74,9 @@ class Binding:
         """Return what another mask says of a parameter, on its device."""
         tensor = mask.tensors[self.names[parameter]]
         return BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device)
+
+
+def set_requires_grad(found: Iterable[tuple[torch.nn.Parameter, bool]]) -> None:
+    """Give parameters the `requires_grad` that was found on them."""
+    for parameter, requires_grad in found:
+        parameter.requires_grad_(requires_grad)

@@ -19,9 +19,8 @@ NONFINITE = ("raise", "skip", "ignore")
 """`raise`: NonFiniteGradientError, and no weight changed. `skip`: the step is left out whole, and a warning says so.
 `ignore`: nobody looks; NaN reaches the weights as in `torch.optim`, and the host never waits for the norm."""
 
-# Elements at a time, for torch's norm in another dtype makes a copy; a GPU wants few launches.
-_CHUNK = {"cpu": 1 << 20}
-_LARGE_CHUNK = 1 << 24
+# Elements at a time, for torch's norm in another dtype makes a copy.
+_CHUNK = 1 << 20
 
 
 class Gradients(Protocol):
@@ -66,6 +65,11 @@ class Clipping:
         self._clipped_norm: torch.Tensor | None = None
         self.num_skipped_steps = 0
 
+    def norm(self, gradients: Gradients) -> torch.Tensor:
+        """Return the 2-norm () float32 that clipping goes by."""
+        squares = gradients.squares() if self.clip_norm == "masked" else gradients.full_squares()
+        return norm_of_squares(squares.values())
+
     def norms(self, gradients: Gradients) -> dict[str, torch.Tensor]:
         """Return the 2-norms () float32: `masked`, and `full` where that is measured."""
         norms = {"masked": norm_of_squares(gradients.squares().values())}
@@ -81,7 +85,7 @@ class Clipping:
         """
         if not max_norm >= 0:
             raise ValueError(f"`max_norm` must be >= 0, got {max_norm}")
-        norm = self._clipped_norm = self.norms(gradients)[self.clip_norm]
+        norm = self._clipped_norm = self.norm(gradients)
         # The small constant is that of torch.nn.utils.clip_grad_norm_.
         coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         self.coefficient = coefficient if self.coefficient is None else torch.minimum(self.coefficient, coefficient)
@@ -101,7 +105,7 @@ class Clipping:
         if self.nonfinite == "ignore":
             return None
         norm = None if gradients.keeps_squares else self._clipped_norm  # dense gradients are not read twice
-        norm = self.norms(gradients)[self.clip_norm] if norm is None else norm
+        norm = self.norm(gradients) if norm is None else norm
         if bool(torch.isfinite(norm)):
             return None
         found = [names[p] for p, square in gradients.squares().items() if not torch.isfinite(square)]
@@ -127,7 +131,7 @@ class Clipping:
 
 def sum_of_squares(grad: torch.Tensor) -> torch.Tensor:
     """Return the sum of squares () float64 of a flat gradient (N,) of any dtype, without a copy of the whole."""
-    parts = torch.split(grad, _CHUNK.get(grad.device.type, _LARGE_CHUNK))
+    parts = torch.split(grad, _CHUNK)
     return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts]).sum()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 
 import torch
@@ -22,6 +24,13 @@ def frozen_fingerprints(model: torch.nn.Module, mask: SubnetMask) -> dict[str, s
         return BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device) if tensor.count else None
 
     return FrozenWeights(parameters, trained).now()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return one digest of all weights of a model, bit by bit and by name; tied weights count once."""
+    parameters = by_canonical_name(model.named_parameters()).items()
+    found = {name: format_fingerprint(subnet_kernels.fingerprint(p.detach())) for name, p in parameters}
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
 class FrozenWeights:

@@ -82,13 +82,15 @@ class FusedBase(MaskedBase):
         self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
     ) -> dict[str, Any]:
         weight = parameter.detach().view(-1)
-        fresh = {key: torch.zeros(new.count, dtype=torch.float32, device=weight.device) for key in entries}
-        masters = new_masters(weight, new, self.master)
-        if masters is not None:
-            fresh["master"] = masters
-        return {
-            key: value if key == "step" else remap(value, old, new, into=fresh[key]) for key, value in entries.items()
-        }
+        remapped: dict[str, Any] = {}
+        for key, value in entries.items():
+            into = new_masters(weight, new, self.master) if key == "master" else value.new_zeros(new.count)
+            assert into is not None  # entries have masters where weights have them
+            remapped[key] = value if key == "step" else remap(value, old, new, into=into)
+        return remapped
+
+    def _new_master(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        return new_masters(parameter.detach().view(-1), self.bit_mask(parameter), self.master)
 
     def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
         streams = {id(parameter): number for number, parameter in enumerate(self._names)}

@@ -79,8 +79,12 @@ class CompactGradients:
         if mask is not None:
             buffer = self._buffers.get(parameter)
             if buffer is None or buffer.device != grad.device:
+                if parameter in self._squares:
+                    raise GradientError(
+                        f"`{self._names[parameter]}` moved to {grad.device} between two micro-batches of one step. "
+                        "Move the model between steps."
+                    )
                 buffer = self._buffers[parameter] = torch.empty(mask.count, dtype=torch.float32, device=grad.device)
-                self._squares.pop(parameter, None)
             # What an earlier micro-batch left counts; what an earlier step left does not.
             self._squares[parameter] = subnet_kernels.compact(grad, mask, buffer, accumulate=parameter in self._squares)
         parameter.grad = None

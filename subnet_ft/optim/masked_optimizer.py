@@ -224,6 +224,9 @@ class MaskedOptimizer(MaskedBase):
     def _gathered(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         return subnet_kernels.gather(parameter.detach().view(-1), self.bit_mask(parameter))
 
+    def _new_master(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        return self._gathered(parameter)
+
     def _compact_entries(self, name: str, values: Mapping[str, Any]) -> set[str]:
         shape = (self.mask.tensors[name].count,)
         return {key for key, value in values.items() if isinstance(value, torch.Tensor) and value.shape == shape}

@@ -7,11 +7,14 @@ mask's fingerprint, because checkpointing tools keep param groups and drop what 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from subnet_ft.errors import OptimizerStateError
+
+if TYPE_CHECKING:
+    from subnet_ft.optim.base import MaskedBase
 
 FROZEN = "frozen_fingerprints"
 """Key in the first saved param group: name to fingerprint of the weights outside the mask."""
@@ -34,6 +37,22 @@ def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
             {**group, "params": [names[number] for number in group["params"]]} for group in packed["param_groups"]
         ],
     }
+
+
+def load(optimizer: MaskedBase, state_dict: Mapping[str, Any]) -> None:
+    """Check a saved state as a whole, then make it the optimizer's; what is refused changes nothing.
+
+    Raises:
+        OptimizerStateError: The state does not fit.
+    """
+    loaded = checked_state(optimizer.param_groups, optimizer._names, state_dict, optimizer._checked_entries)
+    frozen = state_dict["param_groups"][0].get(FROZEN)
+    if frozen is not None:
+        check_frozen(frozen, optimizer._frozen.now())
+    optimizer._frozen.taken = None if frozen is None else dict(frozen)
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key not in ("params", FROZEN)})
+    optimizer._adopt(loaded)
 
 
 def checked_state(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from subnet_ft.checkpoints.models import load_weights
 from subnet_ft.errors import CheckpointError, OptimizerStateError, TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedBase
-from subnet_ft.optim.frozen import frozen_fingerprints
+from subnet_ft.optim.frozen import frozen_fingerprints, weights_digest
 from subnet_ft.training.mask_schedule import MaskSchedule
 from subnet_ft.training.options import Stateful, SubnetOptions
 from subnet_ft.training.resume import newest_complete, problems, read_manifest, replayed, trained_epochs
-from subnet_ft.training.rollouts import load_extras, load_rollouts, load_start, save_extras, save_rollouts, save_start
 from subnet_ft.training.saving import clear_staging, publish, rotate, staging_folder
+from subnet_ft.training.sidecar import load_extras, load_rollouts, load_start, save_extras, save_rollouts, save_start
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -75,9 +78,14 @@ class CheckpointMixin(_Base):
         self._finished_epochs = 0
         if not resume_from_checkpoint:
             self._start = torch.get_rng_state()
+            self._warn_of_earlier_runs()
             return super().train(None, *args, **kwargs)
-        checkpoint = self._checkpoint(resume_from_checkpoint)
-        manifest = read_manifest(checkpoint)
+        if isinstance(resume_from_checkpoint, bool):
+            checkpoint = self._newest()
+            manifest = read_manifest(checkpoint, is_whole=True)
+        else:
+            checkpoint = Path(resume_from_checkpoint)
+            manifest = read_manifest(checkpoint)
         self._check_origin(checkpoint, manifest)
         self._finished_epochs = trained_epochs(checkpoint)
         # The order of the data comes from here; what was drawn before `train` must not change it.
@@ -108,6 +116,7 @@ class CheckpointMixin(_Base):
         written = self._staging / name
         try:
             super()._save_checkpoint(model, trial)
+            written.mkdir(parents=True, exist_ok=True)  # by the processes that had nothing to save so far
             save_rollouts(self, written)
             save_start(self._start, self, written)
         finally:
@@ -127,7 +136,8 @@ class CheckpointMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.masked_optimizer.start_over(self._mask_at(self.state.global_step))
+            step = self.state.global_step
+            self.masked_optimizer.start_over(self._mask_at(step), earlier=[self._trained_so_far(step)])
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_rollouts(self, Path(checkpoint))
@@ -147,9 +157,7 @@ class CheckpointMixin(_Base):
                 f"schedule starts with {first.fingerprint[:16]}. Build a new trainer, or resume from a checkpoint."
             )
 
-    def _checkpoint(self, asked: str | bool) -> Path:
-        if not isinstance(asked, bool):
-            return Path(asked)
+    def _newest(self) -> Path:
         run_folder = Path(super()._get_output_dir(None))
         found = newest_complete(run_folder)
         if found is None:
@@ -158,35 +166,81 @@ class CheckpointMixin(_Base):
             )
         return found
 
+    def _warn_of_earlier_runs(self) -> None:
+        run_folder = Path(super()._get_output_dir(None))
+        if self.args.should_save and self.args.save_strategy != "no" and any(run_folder.glob("checkpoint-*")):
+            logger.warning(
+                "`%s` holds checkpoints of an earlier run, and `resume_from_checkpoint=True` takes the newest of all. "
+                "Choose another `output_dir`, or remove them",
+                run_folder,
+            )
+
     def _check_origin(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another mask or base before anything of it is loaded."""
-        mask = self._mask_at(manifest["global_step"])
+        step, mask = manifest["global_step"], self._mask_at(manifest["global_step"])
         if manifest["mask_fingerprint"] != mask.fingerprint:
             raise OptimizerStateError(
                 f"`{checkpoint}` was trained under mask {manifest['mask_fingerprint'][:16]}, this trainer has "
-                f"{mask.fingerprint[:16]} at step {manifest['global_step']}. Resume with the mask that the run was "
-                "started with."
+                f"{mask.fingerprint[:16]} at step {step}. Resume with the mask that the run was started with."
             )
-        # Under another mask than the first, weights were trained that are frozen now.
-        is_first = mask.fingerprint == self.subnet_mask.fingerprint
-        has_moved_on = self._masked is not None and self._masked.mask.fingerprint != mask.fingerprint
-        if manifest["frozen_fingerprints"] is None or not is_first or has_moved_on:
+        if manifest["num_processes"] != self.args.world_size:
+            counts = f"{manifest['num_processes']} processes wrote `{checkpoint}`, {self.args.world_size} would go on"
+            if hasattr(self, "_buffered_inputs"):
+                raise TrainerError(f"{counts}, and the completions in use belong to each. Start as many as before.")
+            logger.warning("%s: not with the bits of a run that was not interrupted", counts)
+        # Weights that this process trained under later masks are no longer the base's.
+        if self._masked is not None and self._masked.mask.fingerprint != mask.fingerprint:
             return
-        now = frozen_fingerprints(self._own_model, mask)
-        other = [name for name, found in now.items() if manifest["frozen_fingerprints"].get(name) != found]
+        now = frozen_fingerprints(self._own_model, self._trained_so_far(step))
+        other = [name for name, found in now.items() if manifest["base_fingerprints"].get(name) != found]
         if other:
             raise OptimizerStateError(
                 f"`{checkpoint}` was trained from another base: outside the mask, `{other[0]}` has fingerprint "
-                f"{now[other[0]]} in this model and {manifest['frozen_fingerprints'].get(other[0])} there "
+                f"{now[other[0]]} in this model and {manifest['base_fingerprints'].get(other[0])} there "
                 f"({len(other)} tensors differ). Resume with the base that the run was started from."
             )
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        self._complete_weights(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self._complete_weights(Path(self.state.best_model_checkpoint))
+
+    def _complete_weights(self, checkpoint: Path) -> None:
+        """See to it that the model has the weights that it had when the checkpoint was written.
+
+        transformers 5.24 loads by the names in memory, and passes over weights that lie in the file under others, such
+        as the experts of a mixture.
+        """
+        expected = read_manifest(checkpoint, is_whole=True)["weights"]
+        if weights_digest(self._own_model) == expected:
+            return
+        load_weights(self._own_model, checkpoint)
+        if weights_digest(self._own_model) != expected:
+            raise CheckpointError(
+                f"Loading `{checkpoint}` does not give back the weights that it was saved with. The model's "
+                "`save_pretrained` leaves some of them out; restrict the trainer to a mask of those that it saves."
+            )
+
     def _facts(self) -> dict[str, Any]:
+        step = self.state.global_step
         return {
-            "global_step": self.state.global_step,
+            "global_step": step,
+            "num_processes": self.args.world_size,
             "mask_fingerprint": self.masked_optimizer.mask.fingerprint,
-            "frozen_fingerprints": self.masked_optimizer.frozen_fingerprints,
+            "base_fingerprints": frozen_fingerprints(self._own_model, self._trained_so_far(step)),
+            "weights": weights_digest(self._own_model),
         }
+
+    def _trained_so_far(self, step: int) -> SubnetMask:
+        """Return the mask of everything that was trained before a step: outside it, weights are the base's."""
+        masks = [self.subnet_mask]
+        for schedule in self._callbacks(MaskSchedule):
+            masks += [mask for start, mask in schedule.masks.items() if start <= step]
+        return functools.reduce(operator.or_, masks)
 
     def _mask_at(self, step: int) -> SubnetMask:
         due = [mask for schedule in self._callbacks(MaskSchedule) if (mask := schedule.mask_at(step)) is not None]

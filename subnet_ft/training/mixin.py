@@ -10,8 +10,8 @@ from subnet_ft.checkpoints.listing import listing
 from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.training.audit import FrozenWeightAudit
+from subnet_ft.training.build_optimizer import build_optimizer
 from subnet_ft.training.checkpoint_mixin import CheckpointMixin
-from subnet_ft.training.masked_optimizer import build_optimizer
 from subnet_ft.training.options import SubnetOptions, check
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class SubnetTrainerMixin(CheckpointMixin):
             )
         if self.state.global_step == 0:
             self._check_schedule_starts()
+        if self._masked is not None and self.optimizer is not None:
+            # The trainer itself may have loaded other weights at the end of its last run: the best ones.
+            self._masked.adopt_weights()
         if self._masked is not None:
             # A run that was broken off leaves the gradients of its last micro-batches; the trainer drops only `.grad`.
             self._masked.zero_grad()

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from accelerate.utils import is_peft_model
 
 from subnet_ft.errors import OptimizerError, TrainerError
-from subnet_ft.masks import SubnetMask
+from subnet_ft.masks import SubnetMask, by_canonical_name
 from subnet_ft.optim import MaskedAdamW, MaskedBase, MaskedSGD
 from subnet_ft.optim.clipping import CLIP_NORMS, NONFINITE
 from subnet_ft.optim.elementwise import check_elementwise
@@ -17,6 +18,10 @@ from subnet_ft.optim.masters import check_master
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+
+# Methods of a trainer that the mixin replaces without calling them.
+_REPLACED = ("create_optimizer", "_clip_grad_norm", "_get_grad_norm")
 
 
 class Stateful(Protocol):
@@ -67,6 +72,14 @@ def check(trainer: Trainer, mask: SubnetMask, options: SubnetOptions) -> None:
     _check_options(trainer, options)
     model: Any = trainer.model
     mask.check(model)
+    if is_peft_model(model):
+        frozen = [name for name, p in by_canonical_name(model.named_parameters()).items() if not p.requires_grad]
+        lost = [name for name in frozen if mask.tensors[name].count]
+        if lost:
+            raise TrainerError(
+                f"The mask trains `{lost[0]}`, which PEFT freezes and leaves out of every checkpoint ({len(lost)} such "
+                "tensors). Restrict the adapters only, or train the model without PEFT."
+            )
 
 
 def _check_options(trainer: Trainer, options: SubnetOptions) -> None:
@@ -105,7 +118,9 @@ def kernel_of(optimizer_cls: type, keywords: Mapping[str, Any]) -> type[MaskedAd
 
 def compacts(trainer: Trainer, options: SubnetOptions) -> bool:
     """Say whether gradients are compacted as soon as autograd has them."""
-    return trainer.args.world_size == 1 if options.compact_grads is None else options.compact_grads
+    # A launcher of several processes wraps the model in DDP, also when it started only one.
+    is_alone = str(getattr(trainer.args.parallel_mode, "value", "")) != "distributed"
+    return is_alone if options.compact_grads is None else options.compact_grads
 
 
 def _check_trainer(trainer: Trainer) -> None:
@@ -129,12 +144,13 @@ def _check_trainer(trainer: Trainer) -> None:
             "This release restricts trainers on one process or under DDP; DeepSpeed flattens parameters, and sharded "
             "parameters need sharded masks."
         )
-    own = _own_create_optimizer(type(trainer))
-    if own is not None:
-        raise TrainerError(
-            f"`{own.__name__}` builds an optimizer of its own in `create_optimizer`, and the masked one would replace "
-            "it. Build a masked one there yourself, without `restrict`, or leave the method out."
-        )
+    for method in _REPLACED:
+        own = _own_method(type(trainer), method)
+        if own is not None:
+            raise TrainerError(
+                f"`{own.__name__}` has a `{method}` of its own, and that of the masked optimizer would replace it. "
+                "Leave the method out, or use a masked optimizer there yourself, without `restrict`."
+            )
     wanted = str(getattr(args.optim, "value", args.optim))
     optimizer_cls, keywords = wanted_optimizer(trainer)
     reason = "it is built from the whole model" if {"params", "model", "optimizer_dict"} & keywords.keys() else None
@@ -153,13 +169,13 @@ def _check_trainer(trainer: Trainer) -> None:
         raise TrainerError(f"The trainer asks for the optimizer `{wanted}`. {error}") from error
 
 
-def _own_create_optimizer(trainer_class: type) -> type | None:
-    """Return the class whose `create_optimizer` would be passed over, if it is neither transformers' nor TRL's."""
+def _own_method(trainer_class: type, method: str) -> type | None:
+    """Return the class whose method would be passed over, if it is neither transformers' nor TRL's."""
     from subnet_ft.training.checkpoint_mixin import CheckpointMixin
 
     # What a class does after the mixin is in force, and calls it by `super()`.
     passed_over = [base for base in trainer_class.__mro__ if not issubclass(base, CheckpointMixin)]
-    first = next(base for base in passed_over if "create_optimizer" in vars(base))
+    first = next(base for base in passed_over if method in vars(base))
     return None if first.__module__.partition(".")[0] in ("transformers", "trl") else first
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subnet_ft.errors import CheckpointError
-from subnet_ft.training.saving import FORMAT, MANIFEST, remove
+from subnet_ft.training.saving import FORMAT, MANIFEST, digests, remove
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,17 @@ def problems(folder: Path) -> str:
     return "; ".join(found) or "it has no checkpoint"
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path, *, is_whole: bool = False) -> dict[str, Any]:
     """Return what a checkpoint says about itself.
+
+    Args:
+        checkpoint: Its folder.
+        is_whole: It was found by `newest_complete`, and its files need not be read again.
 
     Raises:
         CheckpointError: It is not whole, or a restricted trainer did not write it.
     """
-    problem = _problem(checkpoint)
+    problem = None if is_whole else _problem(checkpoint)
     if problem is not None:
         other = newest_complete(checkpoint.parent)
         instead = f"`{other}` is whole." if other is not None else "No checkpoint beside it is whole: start again."
@@ -98,7 +102,10 @@ def _step(path: Path) -> int:
 
 def _check_facts(manifest: dict[str, Any]) -> None:
     """Raise TypeError or KeyError where a fact is missing or of another type."""
-    for key, kinds in (("global_step", int), ("mask_fingerprint", str), ("frozen_fingerprints", (dict, type(None)))):
+    kinds_of: dict[str, Any] = {
+        "global_step": int, "num_processes": int, "mask_fingerprint": str, "base_fingerprints": dict, "weights": str,
+    }  # fmt: skip
+    for key, kinds in kinds_of.items():
         if not isinstance(manifest[key], kinds):
             raise TypeError(f"`{key}` is {manifest[key]!r}")
 
@@ -109,19 +116,20 @@ def _problem(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             return f"its `{MANIFEST}` has format {manifest['format']}, this release reads {FORMAT}"
-        sizes = {str(name): int(size) for name, size in manifest["files"].items()}
+        expected = {str(name): str(digest) for name, digest in manifest["files"].items()}
         _check_facts(manifest)
     except FileNotFoundError:
         return f"it has no `{MANIFEST}`, so it was not written by a restricted trainer, or not to its end"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its `{MANIFEST}` cannot be read ({type(error).__name__}: {error})"
-    for name, size in sizes.items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found is None:
-            return f"`{name}` is missing"
-        if found != size:
-            return f"`{name}` has {found} bytes, expected {size}"
+    missing = [name for name in expected if not (path / name).is_file()]
+    if missing:
+        return f"`{missing[0]}` is missing"
+    found = {str(file.relative_to(path)): digest for file, digest in digests(path).items()}
+    changed = [name for name, digest in expected.items() if found[name] != digest]
+    if changed:
+        name = changed[0]
+        return f"`{name}` is not as it was written (SHA-256 {found[name][:16]}, then {expected[name][:16]})"
     needed = {"optimizer.pt", "scheduler.pt", _STATE}
-    missing = sorted(needed - sizes.keys())
+    missing = sorted(needed - expected.keys())
     return f"it was saved without `{missing[0]}` (`save_only_model`)" if missing else None

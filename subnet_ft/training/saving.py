@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ STAGING = ".unfinished"
 """Folder beside the checkpoints where one is written; what a killed run leaves there is never loaded."""
 
 MANIFEST = "subnet_ft.json"
-"""File of a checkpoint that is written last: its other files with their sizes, and what it belongs to."""
+"""File of a checkpoint that is written last: its other files with their digests, and what it belongs to."""
 
 FORMAT = 1
 """Version of the manifest."""
@@ -34,30 +36,48 @@ def publish(written: Path, checkpoint: Path, facts: Mapping[str, Any]) -> None:
 
     Args:
         written: Its folder in the staging folder, complete but for the manifest.
-        checkpoint: Where it goes; an older checkpoint there is replaced.
+        checkpoint: Where it goes; an older checkpoint of that step is replaced.
         facts: What the manifest says besides the list of files.
     """
-    files = {
-        str(path.relative_to(written)): path.stat().st_size for path in sorted(written.rglob("*")) if path.is_file()
-    }
+    files = {str(path.relative_to(written)): digest for path, digest in digests(written).items()}
     manifest = written / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n")
     # Names must not reach the disk before the bytes behind them.
     for path in [*written.rglob("*"), written]:
         _sync(path)
-    if checkpoint.exists():
-        remove(checkpoint)
+    discarded = _set_aside(checkpoint) if checkpoint.exists() else None
     os.replace(written, checkpoint)
     _sync(checkpoint.parent)
+    if discarded is not None:
+        shutil.rmtree(discarded)
+
+
+def digests(folder: Path) -> dict[Path, str]:
+    """Return the SHA-256 of every file in a folder but the manifest, several at a time."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(_sha256, paths), strict=True))
 
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint in one step, so that no half of it is ever found."""
+    shutil.rmtree(_set_aside(checkpoint))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _set_aside(checkpoint: Path) -> Path:
     discarded = staging_folder(checkpoint.parent) / f"discarded-{checkpoint.name}"
     shutil.rmtree(discarded, ignore_errors=True)
     discarded.parent.mkdir(exist_ok=True)
     os.replace(checkpoint, discarded)
-    shutil.rmtree(discarded)
+    return discarded
 
 
 def rotate(run_folder: Path, *, limit: int | None, best: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -150,10 +151,30 @@ def test_masked_adamw_freezes_tensors_without_trainable_weights() -> None:
     model = small_model(torch.float32)
     dense = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
     dense["2.weight"][0, 0] = True
-    MaskedAdamW(model.named_parameters(), SubnetMask.from_dense(dense), max_grad_norm=None, compact_grads=False)
+    mask = SubnetMask.from_dense(dense)
+    optimizer = MaskedAdamW(model.named_parameters(), mask, max_grad_norm=None, compact_grads=False)
     model(torch.randn(3, 13)).sum().backward()
     with_gradient = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     assert with_gradient == ["2.weight"]
+    optimizer.release()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_masked_adamw_gives_requires_grad_back_once() -> None:
+    model = small_model(torch.float32)
+    names = dict(model.named_parameters())
+    names["0.bias"].requires_grad_(False)
+    mask = SubnetMask.from_dense({name: torch.full(p.shape, name == "0.bias") for name, p in names.items()})
+    first = MaskedAdamW(model.named_parameters(), mask, max_grad_norm=None)
+    first.release()
+    assert [name for name, p in names.items() if not p.requires_grad] == ["0.bias"]
+    second = MaskedAdamW(model.named_parameters(), mask, max_grad_norm=None)
+    del first
+    gc.collect()  # the first one has nothing to give back any more
+    assert [name for name, p in names.items() if p.requires_grad] == ["0.bias"]
+    del second
+    gc.collect()
+    assert [name for name, p in names.items() if not p.requires_grad] == ["0.bias"]
 
 
 def test_masked_adamw_trains_what_the_mask_names_whoever_froze_it() -> None:

@@ -13,7 +13,7 @@ from wrapped_optimizers import EightBit, Lion
 import subnet_kernels
 from subnet_ft.errors import FrozenWeightError, GradientError, MaskMismatchError, OptimizerError
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, format_fingerprint
-from subnet_ft.optim import MaskedBase
+from subnet_ft.optim import MaskedBase, mask_change
 from subnet_ft.optim import remap as remapping
 from subnet_kernels import BitMask, pack_bits
 
@@ -224,7 +224,7 @@ def test_under_ddp_no_frozen_tensor_may_enter_with_dense_gradients(
 ) -> None:
     model, optimizer = trained(masked_adamw, compact_grads=compact_grads)
     new = random_mask(model, 0.5, seed=5)
-    monkeypatch.setattr(remapping, "num_processes", lambda: 2)
+    monkeypatch.setattr(mask_change, "num_processes", lambda: 2)
     if compact_grads:
         optimizer.set_mask(new)  # one process in truth; several are refused elsewhere
     else:

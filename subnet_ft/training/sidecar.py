@@ -41,7 +41,8 @@ def load_rollouts(trainer: Any, folder: Path) -> None:
     if not hasattr(trainer, "_buffered_inputs"):
         return
     device = trainer.args.device
-    saved = _load_own(folder / _rollouts_name(trainer), "cpu" if device.type == "cpu" else device)
+    path = folder / _rollouts_name(trainer)
+    saved = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
     trainer._step, trainer._buffered_inputs = saved["step"], saved["inputs"]
 
 
@@ -51,15 +52,28 @@ def save_start(state: torch.Tensor, trainer: Any, folder: Path) -> None:
 
 
 def load_start(trainer: Any, folder: Path) -> torch.Tensor:
-    """Return torch's random state at the start of the run."""
-    state: torch.Tensor = _load_own(folder / _start_name(trainer))
+    """Return torch's random state at the start of the run; a process that was not there takes that of the first."""
+    path = folder / _start_name(trainer)
+    state: torch.Tensor = torch.load(path if path.is_file() else folder / "subnet_start_0.pt", weights_only=True)
     return state
 
 
 def save_extras(extras: dict[str, Stateful], folder: Path) -> None:
-    """Save what is trained beside the model, by name."""
-    if extras:
-        torch.save({name: part.state_dict() for name, part in extras.items()}, folder / _EXTRAS)
+    """Save what is trained beside the model, by name.
+
+    Raises:
+        TrainerError: Something in a state could not be loaded again.
+    """
+    states = {name: part.state_dict() for name, part in extras.items()}
+    for name, state in states.items():
+        strange = _strange(state)
+        if strange is not None:
+            raise TrainerError(
+                f"`{name}`, one of the extras, has a {strange} in its state, which torch does not load again with "
+                "`weights_only=True`. Give it a `state_dict` of tensors, numbers, strings and containers of them."
+            )
+    if states:
+        torch.save(states, folder / _EXTRAS)
 
 
 def load_extras(extras: dict[str, Stateful], folder: Path) -> None:
@@ -85,16 +99,6 @@ def _rollouts_name(trainer: Any) -> str:
 
 def _start_name(trainer: Any) -> str:
     return f"subnet_start_{trainer.args.process_index}.pt"
-
-
-def _load_own(path: Path, device: str | torch.device = "cpu") -> Any:
-    """Load what this process saved."""
-    if not path.is_file():
-        raise TrainerError(
-            f"`{path.parent}` has no `{path.name}`: fewer processes wrote it. Resume with as many processes as the run "
-            "was started with."
-        )
-    return torch.load(path, map_location=device, weights_only=True)
 
 
 def _strange(value: object) -> str | None:
