@@ -37,7 +37,7 @@ def restrict(
     same code. The trainer's class becomes that of a `SubnetTrainerMixin` before its own.
 
     Args:
-        trainer: A `transformers.Trainer`, or a trainer of TRL.
+        trainer: A `transformers.Trainer`, or a trainer of TRL; docs/trainers.md lists those that are tested.
         mask: Which weights to train; must have been made for the model that the trainer holds.
         master: How fp32 master weights are kept: `fp32`, `remainder` or `stochastic` (see `MaskedAdamW`).
         compact_grads: Compact every gradient as soon as autograd has it. `None`: yes in one process; no under DDP,
