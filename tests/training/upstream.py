@@ -17,9 +17,10 @@ from typing import Any
 MIXIN = "subnet_ft/training/mixin.py"
 CHECKPOINTS = "subnet_ft/training/checkpoint_mixin.py"
 SAVING = "subnet_ft/training/saving.py"
-ROLLOUTS = "subnet_ft/training/rollouts.py"
+ROLLOUTS = "subnet_ft/training/sidecar.py"
 RESUME = "subnet_ft/training/resume.py"
 OPTIMIZER = "subnet_ft/optim/base.py"
+PRIME = "subnet_ft/training/prime/trainer.py"
 PPO = "subnet_ft/training/ppo/trainer.py"
 
 
@@ -66,7 +67,7 @@ TAKEN = [
         "output_dir, checkpoint_prefix='checkpoint', use_mtime=False, ...",
         SAVING,
     ),
-    Taken("transformers:Trainer.get_decay_parameter_names", "self, model", "subnet_ft/training/masked_optimizer.py"),
+    Taken("transformers:Trainer.get_decay_parameter_names", "self, model", "subnet_ft/training/build_optimizer.py"),
     Taken(
         "transformers:Trainer.get_optimizer_cls_and_kwargs", "args, model=None, ...", "subnet_ft/training/options.py"
     ),
@@ -88,6 +89,9 @@ TAKEN = [
     Taken("torch.optim:Optimizer.add_param_group", "self, param_group", OPTIMIZER),
     Taken("torch.autograd.graph:increment_version", "tensor", OPTIMIZER),
     Taken("torch:Tensor.register_post_accumulate_grad_hook", "self, hook", "subnet_ft/optim/gradients.py"),
+    Taken("trl:GRPOTrainer._calculate_rewards", "self, inputs, prompts, completions, completion_ids_list", PRIME),
+    Taken("trl:GRPOTrainer._generate_and_score_completions", "self, inputs", PRIME),
+    Taken("trl.trainer.utils:create_model_from_path", "model_id, architecture=None, ...", PRIME),
     *(
         Taken(f"trl.trainer.grpo_trainer:GRPOTrainer.{name}", takes, PPO)
         for name, takes in (
