@@ -13,7 +13,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(addprefix --co
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -Im pytest --import-mode=importlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow feature-table lint bench gpu-check clean distclean
+.PHONY: help demo test test-slow feature-table algorithm-table lint bench gpu-check clean distclean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2  ## Run the slow tests: rea
 
 feature-table: $(VENV)/.stamp-dev  ## Test every feature on every trainer, and write the results to docs/trainers.md.
 	$(PYTEST) tests/training/test_trainer_features.py -k restrict_on --write-feature-table docs/trainers.md
+
+algorithm-table: $(VENV)/.stamp-dev  ## Train with every algorithm, in full and in a subnetwork, and write the results to docs/algorithms.md.
+	$(PYTEST) tests/test_algorithms_pipeline.py -k train_with --write-feature-table docs/algorithms.md
 
 lint: $(VENV)/.stamp-dev  ## Check style, format and types.
 	$(PY) -m ruff check

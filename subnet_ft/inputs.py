@@ -10,7 +10,7 @@ from subnet_ft.checkpoints import Checkpoint, open_checkpoint
 from subnet_ft.digests import checkpoint_sha256, json_sha256, rewards_sha256
 from subnet_ft.masks import SubnetMask
 from subnet_ft.recipe import Recipe
-from subnet_ft.recipe.training import ALGORITHM_DATA
+from subnet_ft.recipe.algorithms import LearnsFrom, learns_from
 from subnet_ft.tasks import RecipeData, load_recipe_data, reward_functions
 
 # Fields that change what is seen or kept of a run, not what it computes.
@@ -55,16 +55,23 @@ class RunInputs:
 
     @cached_property
     def data_sha256(self) -> str:
-        """Digest of the training prompts with their answers, or of the preferences."""
+        """Digest of the training prompts with their answers, or of the rows that are trained on as they are."""
         if self.data.task is None:
-            assert self.data.preferences is not None
-            return json_sha256(self.data.preferences)
+            assert self.data.rows is not None
+            return json_sha256(self.data.rows)
         return json_sha256([example.prompt, example.answer] for example in self.data.task.train)
 
     @property
-    def samples(self) -> bool:
-        """Whether the algorithm samples and scores completions itself."""
-        return ALGORITHM_DATA[self.recipe.algorithm] == "prompts"
+    def learns_from(self) -> LearnsFrom:
+        """What the algorithm learns from."""
+        data = learns_from(self.recipe.algorithm)
+        assert data is not None  # the recipe was checked
+        return data
+
+    @property
+    def scores_itself(self) -> bool:
+        """Whether the algorithm's trainer samples and scores completions itself."""
+        return self.learns_from == "prompts"
 
     def mask_from_file(self) -> SubnetMask:
         """Load the mask that the recipe names, checked against the base."""
@@ -77,13 +84,19 @@ class RunInputs:
         model = self.recipe.model
         return {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
 
-    def of_pairs(self) -> dict[str, Any]:
-        """What the sampled preference pairs depend on."""
+    def of_samples(self) -> dict[str, Any]:
+        """What the completions sampled from the base depend on, and their scores; not what is made of them."""
+        task, pairs = self.data.task, self.recipe.task.pairs
+        assert task is not None
+        assert pairs is not None
+        sampling = {key: value for key, value in asdict(pairs).items() if key != "max_right"}
+        verifier = {"name": task.name, "params": self.recipe.task.params}
         return {
             "base": self.base_sha256,
             "load": self.of_loading(),
-            "data": self.data_sha256,
-            "task": asdict(self.recipe.task),
+            "data": json_sha256([example.prompt, example.answer] for example in task.train[: pairs.num_prompts]),
+            "verifier": {**verifier, "answer_pattern": self.recipe.task.answer_pattern},
+            "sampling": sampling,
             "seed": self.recipe.seed,
         }
 
@@ -95,7 +108,7 @@ class RunInputs:
             "model": self.of_loading(),
             "task": asdict(recipe.task),
             "data": self.data_sha256,
-            "rewards": rewards_sha256(recipe.task.rewards) if self.samples else {},
+            "rewards": rewards_sha256(recipe.task.rewards) if self.scores_itself else {},
             "algorithm": recipe.algorithm,
             "training": {key: value for key, value in recipe.training.items() if key not in _NOT_COMPUTED},
             "optimizer": asdict(recipe.subnet.optimizer),

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import subnet_ft
 from subnet_ft.checkpoints import open_checkpoint
-from subnet_ft.checkpoints.models import load_model
 from subnet_ft.digests import checkpoint_sha256, json_sha256
 from subnet_ft.environment import environment
 from subnet_ft.errors import StageError
@@ -23,11 +22,11 @@ from subnet_ft.inputs import RunInputs
 from subnet_ft.masks import SubnetMask, control_mask, extract
 from subnet_ft.recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
 from subnet_ft.stages import finished_results, read_json, run_stage, write_json
-from subnet_ft.tasks import prompt_dataset, sample_pairs
 from subnet_ft.training import config_fields, train
 from subnet_ft.training.config_check import config_problems
 from subnet_ft.training.resume import remove_checkpoints
 from subnet_ft.training.run import LOG, TRAINER
+from subnet_ft.training_data import training_dataset
 from subnet_ft.verification import answer_prompts, compare_dtype
 
 if TYPE_CHECKING:
@@ -101,11 +100,8 @@ class Pipeline:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """What the algorithm's trainer reads: prompts, or preference pairs."""
-        if self.inputs.data.task is None:
-            assert self.inputs.data.preferences is not None
-            return self.inputs.data.preferences
-        return prompt_dataset(self.inputs.data.task) if self.inputs.samples else self._sampled_pairs()
+        """What the algorithm's trainer reads."""
+        return training_dataset(self.inputs, self.folder, overwrite=self.overwrite, progress=self.progress)
 
     def full_run(self) -> TrainedStage:
         """Train every weight."""
@@ -243,7 +239,7 @@ class Pipeline:
                 folder=folder,
                 mask=mask,
                 dataset=self.dataset,
-                task=self.inputs.data.task if self.inputs.samples else None,
+                task=self.inputs.data.task if self.inputs.scores_itself else None,
                 progress=self.progress,
             )
             gc.collect()
@@ -279,33 +275,14 @@ class Pipeline:
         return TrainedStage(folder, mask, results)
 
     def _training_inputs(self, mask: SubnetMask | None) -> dict[str, Any]:
-        sampled = {} if self.recipe.task.pairs is None else {"pairs": json_sha256(self.dataset)}
-        return {**self.inputs.of_training(mask), **sampled}
+        known = self.inputs.scores_itself or self.inputs.data.rows is not None
+        made = {} if known else {"rows": json_sha256(self.dataset)}
+        return {**self.inputs.of_training(mask), **made}
 
     def _describe(self, stage: TrainedStage) -> None:
         """Write down what this folder holds: at its first stage, and when all stages have accepted the recipe."""
         save_recipe(self.recipe, self.folder / RECIPE_FILE)
         write_json(self.folder / "environment.json", stage.results["environment"])
-
-    def _sampled_pairs(self) -> Dataset:
-        from datasets import Dataset
-
-        task, pairs, model = self.inputs.data.task, self.recipe.task.pairs, self.recipe.model
-        assert task is not None
-        assert pairs is not None
-
-        def work(folder: Path) -> dict[str, Any]:
-            loaded = load_model(
-                self.inputs.base.folder, dtype=model.dtype, attn_implementation=model.attn_implementation
-            )
-            sampled = sample_pairs(*loaded, task, pairs, seed=self.recipe.seed, progress=self.progress)
-            write_json(folder / "pairs.json", sampled.to_list())
-            return {"num_pairs": len(sampled)}
-
-        logger.info("pairs: %d samples of each of %d prompts from the base model", pairs.num_samples, pairs.num_prompts)
-        path = self.folder / "pairs" / "pairs.json"
-        run_stage(path.parent, self.inputs.of_pairs(), work, overwrite=self.overwrite, products=[path])
-        return Dataset.from_list(json.loads(path.read_text()))
 
     def _evaluation_seconds(self, name: str) -> dict[str, float]:
         stage = read_json(self.folder / "evaluation" / name / "stage.json")

@@ -19,7 +19,8 @@ class FeatureTable:
     """A pytest plugin: keeps the outcome of every test that records a cell, and writes the table at the end.
 
     Such a test records the property `cell` (row, trainer, column, feature, number of all cells) before anything can
-    fail, and the property `outcome` after everything has passed.
+    fail, and the property `outcome` after everything has passed. The property `corner` names the rows, if they are not
+    trainers.
 
     Args:
         page: Gets the table between its two marks.
@@ -29,12 +30,14 @@ class FeatureTable:
         self.page = page
         self.outcomes: dict[tuple[int, str, int, str], str] = {}
         self.size = 0
+        self.corner = "trainer"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep one phase of one test; reports of xdist's workers arrive here too, in any order."""
         recorded = dict(report.user_properties)
         if "cell" in recorded:
             row, trainer, column, feature, self.size = recorded["cell"]
+            self.corner = recorded.get("corner", self.corner)
             key = row, trainer, column, feature
             passed = report.passed and "outcome" in recorded and self.outcomes.get(key) != "failed"
             self.outcomes[key] = recorded["outcome"] if passed else "failed"
@@ -44,12 +47,13 @@ class FeatureTable:
         try:
             if not self.outcomes or len(self.outcomes) != self.size:
                 raise ValueError(f"the session ran {len(self.outcomes)} of {self.size} cells; select all of them.")
-            write_table(self.page, {(key[1], key[3]): self.outcomes[key] for key in sorted(self.outcomes)})
+            cells = {(key[1], key[3]): self.outcomes[key] for key in sorted(self.outcomes)}
+            write_table(self.page, cells, corner=self.corner)
         except (OSError, ValueError) as error:
             raise pytest.UsageError(f"--write-feature-table: {error}") from error
 
 
-def write_table(page: Path, cells: Cells) -> None:
+def write_table(page: Path, cells: Cells, *, corner: str = "trainer") -> None:
     """Put the table, with the versions that it holds for, between the two marks of a page.
 
     Raises:
@@ -59,7 +63,7 @@ def write_table(page: Path, cells: Cells) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"`{page}` must have the lines `{BEGIN}` and `{END}` once each.")
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{head}{BEGIN}\n\n{_table(cells)}\n\n{END}{tail}", encoding="utf-8")
+    page.write_text(f"{head}{BEGIN}\n\n{_table(cells, corner)}\n\n{END}{tail}", encoding="utf-8")
 
 
 def read_table(text: str) -> dict[tuple[str, str], str]:
@@ -70,9 +74,9 @@ def read_table(text: str) -> dict[tuple[str, str], str]:
     return {(row[0], feature): word for row in rows[2:] for feature, word in zip(rows[0][1:], row[1:], strict=True)}
 
 
-def _table(cells: Cells) -> str:
+def _table(cells: Cells, corner: str) -> str:
     trainers, features = (list(dict.fromkeys(key[axis] for key in cells)) for axis in (0, 1))
-    rows = [["trainer", *features], ["---"] * (len(features) + 1)]
+    rows = [[corner, *features], ["---"] * (len(features) + 1)]
     rows += [[trainer, *(cells[trainer, feature] for feature in features)] for trainer in trainers]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))

@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {*_WEIGHTS, "tasks", "recipe"},
     "inputs": {*_WEIGHTS, "digests", "recipe", "tasks"},
     "stages": {"errors"},
+    "training_data": {*_WEIGHTS, "inputs", "stages", "tasks", "recipe", "digests", "environment"},
     "verification": {*_WEIGHTS, "tasks", "recipe", "training", "evidence", "stages", "environment"},
     "pipeline": {
         *_WEIGHTS,
@@ -43,6 +44,7 @@ ARROWS: dict[str, set[str]] = {
         "verification",
         "digests",
         "inputs",
+        "training_data",
     },
     "bench": {*_WEIGHTS, "training", "environment", "subnet_kernels"},
     "cli": {

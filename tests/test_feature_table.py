@@ -46,6 +46,16 @@ def test_feature_table_writes_what_the_tests_did_in_the_order_of_the_table(tmp_p
     assert "old" not in text
 
 
+def test_feature_table_names_its_rows(tmp_path: Path) -> None:
+    page = page_in(tmp_path)
+    table = FeatureTable(page)
+    one = report(0, 0, size=1)
+    one.user_properties.append(("corner", "algorithm"))
+    table.pytest_runtest_logreport(one)
+    table.pytest_sessionfinish()
+    assert "| algorithm | x |" in page.read_text()
+
+
 @pytest.mark.parametrize("count", [0, 3])
 def test_feature_table_refuses_a_part_of_the_table(count: int, tmp_path: Path) -> None:
     page = page_in(tmp_path)

@@ -112,8 +112,9 @@ def test_pipeline_does_nothing_twice(run_folder: Path, monkeypatch: pytest.Monke
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a finished stage was repeated")
 
-    for name in ("train", "answer_prompts", "extract", "sample_pairs"):
+    for name in ("train", "answer_prompts", "extract"):
         monkeypatch.setattr(f"subnet_ft.pipeline.{name}", never)
+    monkeypatch.setattr("subnet_ft.training_data.build_once", never)
     before = (run_folder / "full" / "stage.json").read_text()
     Pipeline(recipe(run_folder.name, run_folder)).run()
     assert (run_folder / "full" / "stage.json").read_text() == before
@@ -222,12 +223,12 @@ def test_train_of_a_subnetwork_checks_the_full_run_first(grpo_run: Path, tmp_pat
         Pipeline(recipe("grpo", copy, "method=subnet")).train()
 
 
-def test_pipeline_notices_changed_pairs(dpo_run: Path, tmp_path: Path) -> None:
+def test_pipeline_notices_changed_samples(dpo_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(dpo_run, copy)
-    path = copy / "pairs" / "pairs.json"
+    path = copy / "samples" / "samples.json"
     path.write_text(json.dumps(json.loads(path.read_text())[1:]))
-    with pytest.raises(StageError, match="pairs: was"):
+    with pytest.raises(StageError, match="rows: was"):
         Pipeline(recipe("dpo", copy)).run()
 
 

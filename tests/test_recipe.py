@@ -87,7 +87,7 @@ def test_load_recipe_reports_every_problem_at_once(tmp_path: Path) -> None:
         ("output=' '", 'output: must name a folder, got " "'),
         ("method=lora", 'method: must be one of full, subnet, got "lora"'),
         ("algorithm=grop", 'algorithm: unknown, got "grop"; did you mean `grpo`?'),
-        ("algorithm=xyz", 'algorithm: unknown, got "xyz"; known: dpo, grpo'),
+        ("algorithm=xyz", 'algorithm: unknown, got "xyz"; known: dpo, kto, orpo, simpo, grpo, rloo, ppo, sft, raft'),
         ("subnet.source.a=1", "subnet.source.a: unknown key; known: kind, criterion, tolerance, path"),
         (
             "task.name=reasoning-gym/chain_sum",
@@ -246,6 +246,7 @@ def test_recipe_to_dict_spells_out_every_default(tmp_path: Path) -> None:
         "temperature": 0.8,
         "max_new_tokens": 7,
         "batch_size": 64,
+        "max_right": None,
     }
     assert tree["subnet"]["optimizer"] == {
         "name": "adamw",

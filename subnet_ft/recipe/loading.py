@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from subnet_ft.errors import RecipeError
+from subnet_ft.recipe.algorithms import ALGORITHMS
 from subnet_ft.recipe.parsing import Parser, did_you_mean, show
 from subnet_ft.recipe.rules import check_combinations
 from subnet_ft.recipe.schema import Recipe
-from subnet_ft.recipe.training import ALGORITHM_DATA, check_training
+from subnet_ft.recipe.training import check_training
 from subnet_ft.recipe.yaml_text import read_yaml, write_yaml
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def _parse(
 ) -> tuple[Recipe, list[str]]:
     parser = Parser()
     recipe: Recipe = parser.parse(Recipe, tree)
-    known = algorithms if algorithms is not None else ALGORITHM_DATA
+    known: Collection[str] = algorithms if algorithms is not None else ALGORITHMS
     if parser.is_usable("algorithm") and recipe.algorithm not in known:
         parser.report("algorithm", f"unknown, got {show(recipe.algorithm)}{did_you_mean(recipe.algorithm, known)}")
     if parser.is_usable("training"):

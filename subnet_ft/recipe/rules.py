@@ -8,11 +8,23 @@ import string
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
+from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, learns_from
 from subnet_ft.recipe.parsing import Parser, show
 from subnet_ft.recipe.schema import PairsSpec, Recipe, TaskSpec
-from subnet_ft.recipe.training import ALGORITHM_DATA, LearnsFrom
 
 Problems: TypeAlias = Iterator[tuple[str, str]]
+
+# What learns from sampled completions, as messages call it, and the dataset that may stand in for them.
+_WORDS = {
+    "preferences": "preferences",
+    "labelled": "right and wrong completions",
+    "samples": "right completions of the base",
+}
+_SAMPLED = {
+    "preferences": "a preference dataset",
+    "labelled": "a dataset of labelled completions or of preferences",
+    "samples": "",
+}
 
 _REWARD = re.compile(r"correct|score|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -25,7 +37,7 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
         (("subnet.optimizer.clip_norm", "subnet.log_norms", "training"), _whole_norm),
         (("subnet.audit_steps",), _audits),
         (("controls",), _controls),
-        (("algorithm", "task.pairs", "task.dataset", "task.name"), _learning_data),
+        (("algorithm", "task.pairs", "task.dataset", "task.name", "task.completion"), _learning_data),
         (("algorithm", "task.num_train", "task.pairs"), _amount_to_train),
         (("evaluation", "task.num_eval", "task.dataset", "task.pairs", "algorithm"), _evaluation),
         (("output",), _output),
@@ -90,23 +102,30 @@ def _controls(recipe: Recipe) -> Problems:
         yield "controls", f"`{name}` is listed {recipe.controls.count(name)} times; once is enough"
 
 
-def _learns_from(recipe: Recipe, data: LearnsFrom) -> bool:
-    return ALGORITHM_DATA.get(recipe.algorithm) == data
-
-
-def _trains_on_preference_dataset(recipe: Recipe) -> bool:
-    return _learns_from(recipe, "preferences") and recipe.task.dataset is not None and recipe.task.pairs is None
+def _trains_on_rows(recipe: Recipe) -> bool:
+    """Whether the dataset's rows are the training data as they are, with no reference answers."""
+    data = learns_from(recipe.algorithm)
+    return data in ("preferences", "labelled") and recipe.task.dataset is not None and recipe.task.pairs is None
 
 
 def _learning_data(recipe: Recipe) -> Problems:
-    if _learns_from(recipe, "preferences") and recipe.task.pairs is None and recipe.task.name != "dataset":
-        yield (
-            "task.pairs",
-            f"missing; `{recipe.algorithm}` learns from preferences: sample them with `pairs`, or use "
-            "`name: dataset` with a preference dataset",
-        )
-    if _learns_from(recipe, "prompts") and recipe.task.pairs is not None:
-        yield "task.pairs", f"not used by `{recipe.algorithm}`, which samples and scores its own completions; remove it"
+    name, task = recipe.algorithm, recipe.task
+    data = learns_from(name)
+    if data in _SAMPLED and task.pairs is None and (data == "samples" or task.name != "dataset"):
+        other = "" if data == "samples" else f", or use `name: dataset` with {_SAMPLED[data]}"
+        yield "task.pairs", f"missing; `{name}` learns from {_WORDS[data]}: sample them with `pairs`{other}"
+    if data == "prompts" and task.pairs is not None:
+        yield "task.pairs", f"not used by `{name}`, which samples and scores its own completions; remove it"
+    if data == "demonstrations" and task.pairs is not None:
+        yield "task.pairs", f"not used by `{name}`, which copies reference answers; remove it"
+    if data in ("preferences", "labelled") and task.pairs is not None and task.pairs.max_right is not None:
+        yield "task.pairs.max_right", f"not used by `{name}`, only by {_those_of('samples')}; remove it"
+    if data not in (None, "demonstrations") and task.completion is not None:
+        yield "task.completion", f"not used by `{name}`, only by {_those_of('demonstrations')}; remove it"
+
+
+def _those_of(data: LearnsFrom) -> str:
+    return ", ".join(f"`{name}`" for name, algorithm in ALGORITHMS.items() if algorithm.learns_from == data)
 
 
 def _amount_to_train(recipe: Recipe) -> Problems:
@@ -129,10 +148,12 @@ def _evaluation(recipe: Recipe) -> Problems:
             yield "evaluation.task.num_eval", "missing, must be >= 1"
         if evaluation.task.pairs is not None:
             yield "evaluation.task.pairs", "not used in evaluation; remove it"
-    elif _trains_on_preference_dataset(recipe):
+        if evaluation.task.completion is not None:
+            yield "evaluation.task.completion", "not used in evaluation; remove it"
+    elif _trains_on_rows(recipe):
         yield (
             "evaluation.task",
-            "missing; preferences have no right answer to count, so name a task that has one, or set "
+            "missing; preferences and labels have no right answer to count, so name a task that has one, or set "
             "`evaluation.enabled: false` to compare weights only",
         )
     elif recipe.task.num_eval == 0:
@@ -150,6 +171,7 @@ def _check_task(parser: Parser, prefix: str, task: TaskSpec) -> None:
         (("chat", "system_prompt"), _task_chat),
         (("prompt",), lambda task: _template("prompt", task.prompt)),
         (("answer",), lambda task: _template("answer", task.answer)),
+        (("completion",), lambda task: _template("completion", task.completion)),
         (("answer_pattern",), _answer_pattern),
         (("rewards",), _rewards),
     ]

@@ -78,7 +78,11 @@ class DatasetSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class PairsSpec:
-    """Preference pairs sampled from the base model: a right completion against a wrong one of the same prompt."""
+    """Completions sampled from the base model, scored, and kept: recipes with the same settings share them.
+
+    An algorithm that learns from preferences gets a right completion against a wrong one of each prompt, one that
+    learns from labelled completions gets them all, and one that copies samples gets the right ones.
+    """
 
     num_prompts: Count
     """Training prompts to sample for; those with only right or only wrong completions give no pair."""
@@ -95,6 +99,9 @@ class PairsSpec:
     batch_size: Count = 64
     """Completions generated at a time; changes speed, memory and the random draws."""
 
+    max_right: Count | None = None
+    """Different right completions of a prompt that `raft` copies, at most, in the order sampled; `None`: one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
@@ -107,7 +114,8 @@ class TaskSpec:
     """reasoning-gym's own fields of that dataset's config, verbatim; empty for `dataset`."""
 
     dataset: DatasetSpec | None = None
-    """The data of a `dataset` task: prompts with answers, or preferences (columns prompt, chosen, rejected)."""
+    """The data of a `dataset` task: prompts with answers or completions, preferences (columns prompt, chosen,
+    rejected), or labelled completions (columns prompt, completion, label)."""
 
     num_train: CountOrZero = 0
     """Training examples; required, except in `evaluation.task`."""
@@ -126,7 +134,8 @@ class TaskSpec:
     """System message before the user message; needs `chat: true`."""
 
     answer: str | None = None
-    """Format template of the reference answer over a dataset's columns; `None`: the column `answer`."""
+    """Format template of the reference answer over a dataset's columns; `None`: the column `answer`, else
+    `completion`."""
 
     answer_pattern: str | None = None
     """Regular expression with one group that finds the answer in a completion, and in a dataset's reference answer;
@@ -136,8 +145,12 @@ class TaskSpec:
     """Rewards that are added up: `correct` (1 for a fully right answer, else 0), `score` (the verifier's own score in
     [0, 1]) or `package.module:function` with TRL's reward-function signature."""
 
+    completion: str | None = None
+    """Format template of what `sft` learns to write after a prompt, over the same fields as `prompt`: `' {answer}'`
+    after a prompt that ends without a space. `None`: a dataset's column `completion`, else the reference answer."""
+
     pairs: PairsSpec | None = None
-    """Sample preference pairs from the base model, for an algorithm that learns from preferences."""
+    """Sample completions from the base model, for an algorithm that learns from pairs, labels or samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +226,7 @@ class EvaluationSpec:
     """Prompts answered at a time."""
 
     task: TaskSpec | None = None
-    """Judge on this task instead of the training task; required when training on a preference dataset."""
+    """Judge on this task instead of the training task; required when training on a dataset of preferences or labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +240,7 @@ class Recipe:
     """Data and rewards."""
 
     algorithm: str
-    """Name of the training algorithm, such as `grpo` or `dpo`."""
+    """Name of the training algorithm, such as `grpo` or `dpo`; `algorithms.py` has the table."""
 
     training: dict[str, Any] = field(default_factory=dict)
     """The TRL config's own fields, verbatim."""

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
+from subnet_ft.recipe.algorithms import ALGORITHMS, learns_from
 from subnet_ft.recipe.parsing import Parser, did_you_mean, show
 from subnet_ft.recipe.schema import Count, CountOrZero, Range
-
-LearnsFrom = Literal["preferences", "prompts"]
-
-ALGORITHM_DATA: dict[str, LearnsFrom] = {"dpo": "preferences", "grpo": "prompts"}
-"""What an algorithm learns from: preference pairs, or prompts whose completions it samples and scores itself."""
 
 _RANGES: dict[str, Any] = {
     "learning_rate": Annotated[float, Range(least=0.0)],
@@ -37,7 +33,34 @@ _RANGES: dict[str, Any] = {
     "max_completion_length": Count,
     "temperature": Annotated[float, Range(above=0.0)],
     "top_p": Annotated[float, Range(above=0.0, most=1.0)],
+    "top_k": CountOrZero,
+    "min_p": Annotated[float, Range(least=0.0, most=1.0)] | None,
+    "repetition_penalty": Annotated[float, Range(above=0.0)],
+    "steps_per_generation": Count | None,
+    "generation_batch_size": Count | None,
     "beta": Annotated[float, Range(least=0.0)],
+    "epsilon": Annotated[float, Range(above=0.0)],
+    "epsilon_high": Annotated[float, Range(above=0.0)] | None,
+    "label_smoothing": Annotated[float, Range(least=0.0, below=0.5)],
+    "simpo_gamma": Annotated[float, Range(least=0.0)],
+    "gamma": Annotated[float, Range(least=0.0, most=1.0)],
+    "lam": Annotated[float, Range(least=0.0, most=1.0)],
+    "kl_coef": Annotated[float, Range(least=0.0)],
+    "vf_coef": Annotated[float, Range(above=0.0)],
+    "cliprange_value": Annotated[float, Range(above=0.0)] | None,
+    "value_learning_rate": Annotated[float, Range(least=0.0)],
+    "value_max_grad_norm": Annotated[float, Range(above=0.0)] | None,
+    "missing_eos_penalty": Annotated[float, Range(least=0.0)],
+    "prm_learning_rate": Annotated[float, Range(least=0.0)],
+    "prm_beta": Annotated[float, Range(above=0.0)],
+    "prm_weight_decay": Annotated[float, Range(least=0.0)],
+    "prm_max_grad_norm": Annotated[float, Range(above=0.0)],
+    "outcome_coef": Annotated[float, Range(least=0.0)],
+    "process_coef": Annotated[float, Range(least=0.0)],
+    "accuracy_low": Annotated[float, Range(least=0.0, most=1.0)],
+    "accuracy_high": Annotated[float, Range(least=0.0, most=1.0)],
+    "desirable_weight": Annotated[float, Range(least=0.0)],
+    "undesirable_weight": Annotated[float, Range(least=0.0)],
     "logging_steps": Annotated[float, Range(above=0.0)],
     "save_steps": Annotated[float, Range(above=0.0)],
     "save_total_limit": CountOrZero | None,
@@ -64,6 +87,7 @@ _REFUSED: dict[str, str] = {
     "lora_target_modules": _PEFT,
 }
 _SHARDED = "shards have no mask per tensor, and this release trains in one process; remove it"
+_TOKENIZER = "the base is asked with its own tokenizer and chat template, and so are the trained models"
 _EVALUATION = "the trainer gets no evaluation set; trained models are judged by `evaluation` at the top level"
 _REFUSED_WHEN_SET: dict[str, str] = {
     "bf16": "the weights already are in `model.dtype`; mixed precision would upcast what is trained to fp32",
@@ -77,6 +101,9 @@ _REFUSED_WHEN_SET: dict[str, str] = {
     "eval_strategy": _EVALUATION,
     "eval_on_start": _EVALUATION,
     "load_best_model_at_end": _EVALUATION,
+    "generate_during_eval": _EVALUATION,
+    "chat_template_path": _TOKENIZER,
+    "eos_token": _TOKENIZER,
 }
 _REFUSED_WITH_PROMPTS: dict[str, str] = {
     "remove_unused_columns": "it would remove the column from which rewards find a prompt's example; remove it",
@@ -96,6 +123,8 @@ def check_training(
         algorithm: Named in messages.
         fields: Field name to its type or default, or `None` when they are not known.
     """
+    known = ALGORITHMS.get(algorithm)
+    ranges = _RANGES if known is None else {**_RANGES, **known.ranges}
     for name, value in training.items():
         key = f"training.{name}"
         refusal = _refusal(name, value, algorithm)
@@ -106,8 +135,12 @@ def check_training(
             parser.report(key, f"unknown key{hint or f'; `{algorithm}` has no such setting'}")
         elif name == "max_grad_norm" and value is None:
             parser.report(key, "must be a number, got null; 0 switches clipping off")
-        elif name in _RANGES:
-            parser.check(key, value, _RANGES[name])
+        elif known is not None and name in known.fixed:
+            if value != known.fixed[name]:
+                fixed = f"{show(known.fixed[name])} makes it `{algorithm}`; remove it, or choose another algorithm"
+                parser.report(key, f"not allowed here, got {show(value)}: {fixed}")
+        elif name in ranges:
+            parser.check(key, value, ranges[name])
         elif fields is not None:
             parser.check(key, value, _annotation(fields[name]))
     if parser.is_usable("training.max_steps") and training.get("max_steps") == 0:
@@ -119,7 +152,7 @@ def _refusal(name: str, value: Any, algorithm: str) -> str | None:
         return _REFUSED[name]
     if not value or value == _OFF.get(name):
         return None
-    if name in _REFUSED_WITH_PROMPTS and ALGORITHM_DATA.get(algorithm) == "prompts":
+    if name in _REFUSED_WITH_PROMPTS and learns_from(algorithm) == "prompts":
         return _REFUSED_WITH_PROMPTS[name]
     return _REFUSED_WHEN_SET.get(name)
 

@@ -25,9 +25,9 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 def load_hub_task(spec: TaskSpec, *, seed: int, exclude: Collection[str] = ()) -> Task:
     """Read `num_eval` held-out and `num_train` training examples with different prompts, in an order set by `seed`.
 
-    Prompts whose key is in `exclude` are passed over. Templates see the columns of a row. The reference is the column
-    `answer` or the template `task.answer`, and `task.answer_pattern` has to find the answer in it. A completion is
-    right when its answer equals the reference as text, or as a number without commas.
+    Prompts whose key is in `exclude` are passed over. Templates see the columns of a row. The reference is the template
+    `task.answer` or the column `answer`, else `completion`, and `task.answer_pattern` has to find the answer in it. A
+    completion is right when its answer equals the reference as text, or as a number without commas.
 
     Raises:
         TaskError: Data that cannot be read, missing columns, a reference without an answer, or too few rows.
@@ -117,12 +117,7 @@ def _to_example(spec: TaskSpec, row: dict[str, Any], pattern: re.Pattern[str] | 
             f"{where} has no column `prompt`; its columns are {', '.join(row)}. Set task.prompt to a template such as "
             f"'{{{next(iter(row))}}}'."
         )
-    if spec.answer is None and "answer" not in row:
-        raise TaskError(
-            f"{where} has no column `answer`; its columns are {', '.join(row)}. Set task.answer to a template such as "
-            f"'{{{list(row)[-1]}}}'."
-        )
-    text = render_template("{answer}" if spec.answer is None else spec.answer, row, key=f"{where}: task.answer")
+    text = _reference(spec, row, where)
     answer = find_answer(pattern, text)
     if answer is None:
         raise TaskError(
@@ -131,3 +126,18 @@ def _to_example(spec: TaskSpec, row: dict[str, Any], pattern: re.Pattern[str] | 
             "(such as '#### {answer}')."
         )
     return Example(build_prompt(spec, row, default="prompt", where=where), answer, row)
+
+
+def _reference(spec: TaskSpec, row: dict[str, Any], where: str) -> str:
+    """Return the text that holds the reference answer."""
+    if spec.answer is not None:
+        return render_template(spec.answer, row, key=f"{where}: task.answer")
+    name = next((name for name in ("answer", "completion") if name in row), None)
+    if name is None:
+        raise TaskError(
+            f"{where} has no column `answer` and no column `completion`; its columns are {', '.join(row)}. Set "
+            f"task.answer to a template such as '{{{list(row)[-1]}}}'."
+        )
+    if name == "completion" and isinstance(row[name], list) and row[name]:
+        return str(row[name][-1]["content"])
+    return render_template(f"{{{name}}}", row, key=f"{where}: task.answer")

@@ -1,7 +1,8 @@
-"""Preference data from the Hub or from disk, in the formats that TRL's preference trainers read."""
+"""Preferences and labelled completions from the Hub or from disk, in the formats that TRL's trainers read."""
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 from subnet_ft.errors import TaskError
@@ -29,31 +30,107 @@ def preference_dataset(spec: TaskSpec, *, seed: int = 0) -> Dataset:
     """
     from datasets import Dataset
 
+    rows, where = _read(spec)
+    _require(rows, ("chosen", "rejected"), where, "Preferences need `chosen` and `rejected`, and usually `prompt`.")
+    return Dataset.from_list(_take(spec, rows, seed, where))
+
+
+def labelled_dataset(spec: TaskSpec, *, seed: int = 0) -> Dataset:
+    """Read `num_train` rows as labelled completions: columns `prompt`, `completion` and `label`.
+
+    Rows with a `label` are taken as they are; of preferences, each gives two: the chosen completion is right, the
+    rejected one wrong. The order is random, because TRL's KTO reads rows in order and compares neighbours.
+
+    Args:
+        spec: The recipe's `task`, with a `dataset`.
+        seed: Chooses and orders the rows.
+
+    Raises:
+        TaskError: Missing columns, labels that are not true or false, text mixed with messages, or too few rows.
+    """
+    from datasets import Dataset
+
+    rows, where = _read(spec)
+    if "label" in rows.column_names:
+        _require(rows, ("completion", "label"), where, "Labelled completions need `prompt`, `completion` and `label`.")
+        return Dataset.from_list(_take(spec, rows, seed, where, columns=("completion",), label=True))
+    needed = "Labels need `prompt`, `completion` and `label`; preferences `chosen`, `rejected` and usually `prompt`."
+    _require(rows, ("chosen", "rejected"), where, needed)
+    labelled = [row for pair in _take(spec, rows, seed, where) for row in _unpair(pair, where)]
+    random.Random(seed).shuffle(labelled)
+    return Dataset.from_list(labelled)
+
+
+def _read(spec: TaskSpec) -> tuple[Dataset, str]:
+    """Return the training split and what messages call it."""
     dataset = require_dataset(spec)
     rows = read_split(dataset, dataset.train_split)
     where = f"Split `{dataset.train_split}` of `{dataset.path}`"
-    missing = [name for name in ("chosen", "rejected") if name not in rows.column_names]
+    if len(rows) < spec.num_train:
+        raise TaskError(f"{where} has {len(rows)} rows, but task.num_train asks for {spec.num_train}. Ask for fewer.")
+    return rows, where
+
+
+def _require(rows: Dataset, columns: tuple[str, ...], where: str, advice: str) -> None:
+    missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise TaskError(
             f"{where} has no column {' and no column '.join(f'`{name}`' for name in missing)}; its columns are "
-            f"{', '.join(rows.column_names)}. Preferences need `chosen` and `rejected`, and usually `prompt`."
+            f"{', '.join(rows.column_names)}. {advice}"
         )
-    if len(rows) < spec.num_train:
-        raise TaskError(f"{where} has {len(rows)} rows, but task.num_train asks for {spec.num_train}. Ask for fewer.")
-    pairs: list[dict[str, Any]] = []
+
+
+def _take(
+    spec: TaskSpec,
+    rows: Dataset,
+    seed: int,
+    where: str,
+    *,
+    columns: tuple[str, ...] = ("chosen", "rejected"),
+    label: bool = False,
+) -> list[dict[str, Any]]:
+    """Return the first `num_train` rows of a shuffled order: the prompt, `columns`, and `label` if asked for."""
+    taken: list[dict[str, Any]] = []
     for index, row in shuffled_rows(rows, seed=seed):
-        if len(pairs) == spec.num_train:
+        if len(taken) == spec.num_train:
             break
-        pairs.append(_to_pair(spec, row, where=f"{where}, row {index}"))
-    return Dataset.from_list(pairs)
+        at = f"{where}, row {index}"
+        kept = _to_row(spec, row, columns, where=at)
+        if label:
+            if "prompt" not in kept or row["label"] not in (True, False):
+                raise TaskError(
+                    f"{at}, must have a prompt and a label that is true or false, but the label is {row['label']!r}. "
+                    "Set task.prompt to a template, or correct the data."
+                )
+            kept["label"] = bool(row["label"])
+        taken.append(kept)
+    return taken
 
 
-def _to_pair(spec: TaskSpec, row: dict[str, Any], *, where: str) -> dict[str, Any]:
-    pair = {name: row[name] for name in ("chosen", "rejected")}
+def _unpair(pair: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    if "prompt" in pair:
+        prompts = dict.fromkeys(("chosen", "rejected"), pair["prompt"])
+        completions = {name: pair[name] for name in ("chosen", "rejected")}
+    elif isinstance(pair["chosen"], list):
+        prompts = {name: pair[name][:-1] for name in ("chosen", "rejected")}
+        completions = {name: pair[name][-1:] for name in ("chosen", "rejected")}
+    else:
+        raise TaskError(
+            f"{where} has no column `prompt`, so that its texts cannot be split into prompts and completions. Set "
+            "task.prompt to a template."
+        )
+    return [
+        {"prompt": prompts[name], "completion": completions[name], "label": name == "chosen"}
+        for name in ("chosen", "rejected")
+    ]
+
+
+def _to_row(spec: TaskSpec, row: dict[str, Any], columns: tuple[str, ...], *, where: str) -> dict[str, Any]:
+    pair = {name: row[name] for name in columns}
     if spec.prompt is not None or "prompt" in row:
         pair = {"prompt": build_prompt(spec, row, default="prompt", where=where), **pair}
         if spec.chat:
-            for name in ("chosen", "rejected"):
+            for name in columns:
                 if isinstance(pair[name], str):
                     pair[name] = [{"role": "assistant", "content": pair[name]}]
     kinds = {name: type(value).__name__ for name, value in pair.items()}

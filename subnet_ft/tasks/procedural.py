@@ -77,10 +77,15 @@ def load_procedural_task(spec: TaskSpec, *, seed: int, exclude: Collection[str] 
     return Task(spec.name, examples[spec.num_eval :], examples[: spec.num_eval], verify, pattern)
 
 
-def _to_example(spec: TaskSpec, entry: dict[str, Any]) -> Example:
+def template_fields(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what templates see of an entry: its metadata, `question` and `answer`."""
     answer = "" if entry["answer"] is None else str(entry["answer"])
-    fields = {**entry["metadata"], "question": entry["question"], "answer": answer}
-    return Example(build_prompt(spec, fields, default="question", where=spec.name), answer, entry)
+    return {**entry["metadata"], "question": entry["question"], "answer": answer}
+
+
+def _to_example(spec: TaskSpec, entry: dict[str, Any]) -> Example:
+    fields = template_fields(entry)
+    return Example(build_prompt(spec, fields, default="question", where=spec.name), fields["answer"], entry)
 
 
 class _Blocks:

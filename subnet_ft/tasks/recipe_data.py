@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from subnet_ft.recipe.training import ALGORITHM_DATA
+from subnet_ft.recipe.algorithms import learns_from
 from subnet_ft.tasks.load import load_task
-from subnet_ft.tasks.preferences import preference_dataset
+from subnet_ft.tasks.preferences import labelled_dataset, preference_dataset
 from subnet_ft.tasks.prompts import prompt_key
 from subnet_ft.tasks.task import Task
 
@@ -27,10 +27,10 @@ class RecipeData:
     """
 
     task: Task | None
-    """The training task; `None` when the recipe trains on a preference dataset."""
+    """The training task; `None` when the recipe trains on a dataset of preferences or labelled completions."""
 
-    preferences: Dataset | None
-    """The preference dataset; `None` otherwise."""
+    rows: Dataset | None
+    """That dataset, in the format of its trainer; `None` otherwise."""
 
     evaluation: Task | None
     """The task whose held-out examples are answered; `None` when evaluation is off."""
@@ -42,21 +42,27 @@ def load_recipe_data(recipe: Recipe) -> RecipeData:
     Raises:
         TaskError: Data that cannot be had, or too little of it.
     """
-    from_dataset = ALGORITHM_DATA.get(recipe.algorithm) == "preferences" and recipe.task.pairs is None
-    task = None if from_dataset else load_task(recipe.task, seed=recipe.seed)
-    preferences = preference_dataset(recipe.task, seed=recipe.seed) if from_dataset else None
+    task, rows = _training_data(recipe)
     if not recipe.evaluation.enabled:
-        return RecipeData(task, preferences, None)
+        return RecipeData(task, rows, None)
     if recipe.evaluation.task is None:
-        return RecipeData(task, preferences, task)
-    training = set(_training_keys(task, preferences))
-    return RecipeData(task, preferences, load_task(recipe.evaluation.task, seed=recipe.seed, exclude=training))
+        return RecipeData(task, rows, task)
+    training = set(_training_keys(task, rows))
+    return RecipeData(task, rows, load_task(recipe.evaluation.task, seed=recipe.seed, exclude=training))
 
 
-def _training_keys(task: Task | None, preferences: Dataset | None) -> Iterator[str]:
+def _training_data(recipe: Recipe) -> tuple[Task | None, Dataset | None]:
+    data = learns_from(recipe.algorithm)
+    if data in ("preferences", "labelled") and recipe.task.pairs is None:
+        read = preference_dataset if data == "preferences" else labelled_dataset
+        return None, read(recipe.task, seed=recipe.seed)
+    return load_task(recipe.task, seed=recipe.seed), None
+
+
+def _training_keys(task: Task | None, rows: Dataset | None) -> Iterator[str]:
     if task is not None:
         yield from (prompt_key(example.prompt) for example in task.train)
-    for row in preferences if preferences is not None else ():
+    for row in rows if rows is not None else ():
         if "prompt" in row:
             yield prompt_key(row["prompt"])
         elif isinstance(row["chosen"], list):

@@ -1,47 +1,15 @@
-"""The table of algorithms: which TRL trainer and config each one is."""
+"""From a recipe's `training` section to the config of its algorithm."""
 
 from __future__ import annotations
 
-import importlib
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
+from subnet_ft.recipe.algorithms import ALGORITHMS, Algorithm
 
-@dataclass(frozen=True)
-class Algorithm:
-    """One algorithm, by the names of what runs it; nothing is imported before it is needed.
-
-    Args:
-        name: The recipe's `algorithm`.
-        trainer: `module:class` of the trainer.
-        config: `module:class` of its config, whose fields are the recipe's `training` section.
-    """
-
-    name: str
-    trainer: str
-    config: str
-
-    @property
-    def trainer_class(self) -> Any:
-        """The trainer class."""
-        return _load(self.trainer)
-
-    @property
-    def config_class(self) -> Any:
-        """The config dataclass."""
-        return _load(self.config)
-
-
-ALGORITHMS: dict[str, Algorithm] = {
-    algorithm.name: algorithm
-    for algorithm in (
-        Algorithm("dpo", "trl:DPOTrainer", "trl:DPOConfig"),
-        Algorithm("grpo", "trl:GRPOTrainer", "trl:GRPOConfig"),
-    )
-}
-
+__all__ = ["ALGORITHMS", "Algorithm", "build_config", "config_fields", "run_config"]
 
 # TRL before 1.16, the newest for Python 3.10, knows this field by its old name.
 _OLD_NAMES = {
@@ -64,7 +32,7 @@ def build_config(algorithm: Algorithm, arguments: Mapping[str, Any]) -> Any:
 def run_config(
     algorithm: Algorithm, training: Mapping[str, Any], *, output_dir: str, seed: int, optim: str = "adamw_torch"
 ) -> Any:
-    """Build the TRL config of a run: what every run sets, what a recipe may change, and what it may not.
+    """Build the TRL config of a run: what every run and its algorithm set, and what the recipe changes.
 
     Args:
         algorithm: Whose config.
@@ -82,7 +50,9 @@ def run_config(
             "bf16": False,  # the weights already are in the recipe's dtype; mixed precision would add casts
             "report_to": "none",
             "dataloader_pin_memory": torch.cuda.is_available(),
+            **algorithm.defaults,
             **training,
+            **algorithm.fixed,
             "output_dir": output_dir,
             "seed": seed,
             "optim": optim,
@@ -95,16 +65,25 @@ def _name_in(known: set[str], name: str) -> str:
 
 
 def config_fields() -> Mapping[str, Mapping[str, Any]]:
-    """Return every algorithm's config fields with their types; importing TRL takes a few seconds."""
-    table: dict[str, dict[str, Any]] = {}
-    for name, algorithm in ALGORITHMS.items():
-        hints = typing.get_type_hints(algorithm.config_class)
-        known = {field.name: hints[field.name] for field in fields(algorithm.config_class) if field.init}
+    """Return every algorithm's config fields with their types; looking one up imports TRL, which takes seconds."""
+    return _ConfigFields()
+
+
+class _ConfigFields(Mapping[str, Mapping[str, Any]]):
+    """Imports only what is looked up: some configs are TRL's experimental ones."""
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        config = ALGORITHMS[name].config_class
+        hints = typing.get_type_hints(config)
+        known = {field.name: hints[field.name] for field in fields(config) if field.init}
         aliases = {new: known[old] for new, old in _OLD_NAMES.items() if old in known}
-        table[name] = {**aliases, **known}
-    return table
+        return {**aliases, **known}
 
+    def __contains__(self, name: object) -> bool:
+        return name in ALGORITHMS
 
-def _load(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    def __iter__(self) -> Iterator[str]:
+        return iter(ALGORITHMS)
+
+    def __len__(self) -> int:
+        return len(ALGORITHMS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from subnet_ft.checkpoints.models import load_model, save_model, undo_upcasts
 from subnet_ft.errors import CheckpointError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import memory_ledger
-from subnet_ft.training.algorithms import ALGORITHMS, run_config
+from subnet_ft.training.algorithms import ALGORITHMS, Algorithm, run_config
 from subnet_ft.training.peak_memory import PeakMemory
 from subnet_ft.training.restrict import restrict
 
@@ -44,7 +46,7 @@ class TrainingRun:
         seconds: Wall time of training; a resumed run counts only its last part.
         resumed_from: The trainer checkpoint it continued from, if any.
         memory: Bytes by component: weights, gradients, moments, masters, mask, the trainer's reference model if it
-            holds one, and `peak_rss` or `peak_device`.
+            holds one, what it trains beside the policy, and `peak_rss` or `peak_device`.
         num_steps: Optimizer steps taken in all.
     """
 
@@ -79,7 +81,7 @@ def train(
         base: Folder of the base checkpoint.
         folder: Where the tuned checkpoint, its tokenizer and its log go.
         mask: The subnetwork; `None` trains everything, through the same code.
-        dataset: Prompts or preferences, in the format of the algorithm's trainer.
+        dataset: What the algorithm learns from, in the format of its trainer.
         task: Scores completions, for algorithms that sample; `None` for the others.
         progress: Show a bar on stderr.
 
@@ -121,7 +123,11 @@ def train(
         log_history=log_history,
         seconds=seconds,
         resumed_from=None if last is None else last.name,
-        memory={**memory_ledger(model, trainer.masked_optimizer), **_reference_memory(trainer), **peak.measured},
+        memory={
+            **memory_ledger(model, trainer.masked_optimizer),
+            **_memory_beside(trainer, ALGORITHMS[recipe.algorithm]),
+            **peak.measured,
+        },
         num_steps=trainer.state.global_step,
     )
 
@@ -153,11 +159,12 @@ def _build_trainer(
         from subnet_ft.tasks import reward_functions
 
         options["reward_funcs"] = reward_functions(task, recipe.task)
+    if algorithm.adds_bos:
+        tokenizer = _without_bos(tokenizer, dataset)
     trainer = algorithm.trainer_class(
         model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options
     )
-    reference = getattr(trainer, "ref_model", None)
-    if reference is not None:
+    for reference in _references(trainer, algorithm):
         # The reference is the base as the policy started from it; TRL before 1.16 loads it in float32.
         if reference.dtype != model.dtype:
             reference.to(model.dtype)
@@ -165,6 +172,26 @@ def _build_trainer(
     return trainer
 
 
-def _reference_memory(trainer: Any) -> dict[str, int]:
-    reference = getattr(trainer, "ref_model", None)
-    return {} if reference is None else {"reference_model": sum(p.nbytes for p in reference.parameters())}
+def _without_bos(tokenizer: Any, dataset: Dataset) -> Any:
+    """Return a tokenizer without BOS token where text prompts have none when the model is sampled and judged."""
+    if not isinstance(dataset[0].get("prompt", ""), str) or tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = None
+    return tokenizer
+
+
+def _references(trainer: Any, algorithm: Algorithm) -> list[Any]:
+    models = [attrgetter(name)(trainer) for name in algorithm.references]
+    return [model for model in models if model is not None]
+
+
+def _memory_beside(trainer: Any, algorithm: Algorithm) -> dict[str, int]:
+    """Count the bytes of the reference models, and of what is trained beside the policy, by the trainer's own names."""
+    references = _references(trainer, algorithm)
+    memory = {"reference_model": sum(p.nbytes for model in references for p in model.parameters())}
+    for name, part in getattr(trainer, "checkpoint_extras", dict)().items():
+        memory[name] = (
+            sum(p.nbytes for p in part.parameters()) if hasattr(part, "parameters") else sum(part.memory().values())
+        )
+    return {name: size for name, size in memory.items() if size}

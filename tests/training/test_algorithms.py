@@ -7,23 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from subnet_ft.recipe.training import ALGORITHM_DATA
 from subnet_ft.training import ALGORITHMS, config_fields
 from subnet_ft.training.algorithms import Algorithm, build_config, run_config
-
-
-def test_every_algorithm_is_known_to_recipes_and_the_other_way_round() -> None:
-    assert set(ALGORITHMS) == set(ALGORITHM_DATA)
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_config_fields_are_those_of_the_config(name: str, tmp_path: Path) -> None:
     known = config_fields()[name]
-    assert {"learning_rate", "max_steps", "beta", "activation_checkpointing"} <= set(known)
-    config = build_config(
-        ALGORITHMS[name], {"output_dir": str(tmp_path), "beta": 0.25, "bf16": False, "activation_checkpointing": False}
-    )
-    assert config.beta == 0.25
+    assert {"learning_rate", "max_steps", "max_grad_norm", "activation_checkpointing"} <= set(known)
+    options = {"output_dir": str(tmp_path), "adam_beta2": 0.25, "bf16": False, "activation_checkpointing": False}
+    assert build_config(ALGORITHMS[name], options).adam_beta2 == 0.25
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_run_config_has_what_the_table_says(name: str, tmp_path: Path) -> None:
+    algorithm = ALGORITHMS[name]
+    config = run_config(algorithm, {}, output_dir=str(tmp_path), seed=0)
+    assert {**algorithm.defaults, **algorithm.fixed}.items() <= vars(config).items()
+    fields = config_fields()[name]
+    assert {*algorithm.defaults, *algorithm.fixed, *algorithm.ranges} <= set(fields)
+
+
+def test_run_config_lets_a_recipe_change_defaults_but_not_what_is_fixed(tmp_path: Path) -> None:
+    config = run_config(ALGORITHMS["sft"], {"completion_only_loss": False}, output_dir=str(tmp_path), seed=0)
+    assert config.completion_only_loss is False
+    config = run_config(ALGORITHMS["simpo"], {"loss_type": "sigmoid"}, output_dir=str(tmp_path), seed=0)
+    assert (config.loss_type, config.cpo_alpha) == ("simpo", 0.0)
 
 
 @dataclass
@@ -32,7 +41,7 @@ class OldConfig:
 
 
 def test_build_config_passes_a_field_under_its_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subnet_ft.training.algorithms._load", lambda path: OldConfig)
+    monkeypatch.setattr("subnet_ft.recipe.algorithms._load", lambda path: OldConfig)
     config = build_config(Algorithm("old", "a:b", "c:d"), {"activation_checkpointing": False})
     assert config == OldConfig(gradient_checkpointing=False)
     with pytest.raises(TypeError, match="unknown_field"):

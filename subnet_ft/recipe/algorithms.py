@@ -1,0 +1,120 @@
+"""The table of algorithms: what runs each, what it learns from, and where it departs from its TRL config."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from subnet_ft.recipe.schema import Range
+
+LearnsFrom = Literal["prompts", "preferences", "labelled", "demonstrations", "samples"]
+"""What an algorithm learns from:
+
+- `prompts`: samples and scores completions itself; nothing else to read.
+- `preferences`: a chosen against a rejected completion, sampled from the base or of a dataset.
+- `labelled`: single completions, right or wrong, sampled from the base or of a dataset.
+- `demonstrations`: completions to copy, made from the task's reference answers or of a dataset.
+- `samples`: right completions that the base sampled itself.
+"""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One algorithm, by the names of what runs it; nothing is imported before it is needed.
+
+    Args:
+        name: The recipe's `algorithm`.
+        trainer: `module:class` of the trainer.
+        config: `module:class` of its config, whose fields are the recipe's `training` section.
+        learns_from: Its data. What learns from prompts also needs the task's rewards.
+        references: Attributes of the trainer, dotted, that hold frozen models of the base's weights, or `None`.
+        defaults: Config fields with another default than TRL's; a recipe may change them.
+        fixed: Config fields without which it would be another algorithm; a recipe may only repeat them.
+        ranges: Annotations of config fields, narrower than those that all algorithms share.
+        adds_bos: Its trainer puts the BOS token before every prompt, also where the tokenizer does not.
+    """
+
+    name: str
+    trainer: str
+    config: str
+    learns_from: LearnsFrom = "prompts"
+    references: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    ranges: Mapping[str, Any] = field(default_factory=dict)
+    adds_bos: bool = False
+
+    @property
+    def trainer_class(self) -> Any:
+        """The trainer class."""
+        return _load(self.trainer)
+
+    @property
+    def config_class(self) -> Any:
+        """The config dataclass."""
+        return _load(self.config)
+
+
+_REFERENCE = ("ref_model",)
+# TRL's older preference trainers need all columns, and say so in a warning unless they are told to keep them.
+_ALL_COLUMNS = {"remove_unused_columns": False}
+_ON_COMPLETIONS = {"completion_only_loss": True}
+
+ALGORITHMS: dict[str, Algorithm] = {
+    algorithm.name: algorithm
+    for algorithm in (
+        Algorithm("dpo", "trl:DPOTrainer", "trl:DPOConfig", "preferences", _REFERENCE),
+        Algorithm(
+            "kto",
+            "trl:KTOTrainer",
+            "trl:KTOConfig",
+            "labelled",
+            _REFERENCE,
+            # Its KL term pairs each prompt with the completion of its neighbour in the batch.
+            fixed={"train_sampling_strategy": "sequential"},
+            ranges={"per_device_train_batch_size": Annotated[int, Range(least=2)]},
+        ),
+        Algorithm(
+            "orpo",
+            "trl.experimental.orpo:ORPOTrainer",
+            "trl.experimental.orpo:ORPOConfig",
+            "preferences",
+            defaults=_ALL_COLUMNS,
+            adds_bos=True,
+        ),
+        Algorithm(
+            "simpo",
+            "trl.experimental.cpo:CPOTrainer",
+            "trl.experimental.cpo:CPOConfig",
+            "preferences",
+            defaults=_ALL_COLUMNS,
+            fixed={"loss_type": "simpo", "cpo_alpha": 0.0},
+            ranges={"beta": Annotated[float, Range(above=0.0)]},  # the margin is `simpo_gamma` / `beta`
+            adds_bos=True,
+        ),
+        Algorithm("grpo", "trl:GRPOTrainer", "trl:GRPOConfig", "prompts", _REFERENCE),
+        Algorithm("rloo", "trl:RLOOTrainer", "trl:RLOOConfig", "prompts", _REFERENCE),
+        Algorithm(
+            "ppo", "subnet_ft.training.ppo:PPOTrainer", "subnet_ft.training.ppo:PPOConfig", "prompts", _REFERENCE
+        ),
+        Algorithm("sft", "trl:SFTTrainer", "trl:SFTConfig", "demonstrations", defaults=_ON_COMPLETIONS),
+        Algorithm("raft", "trl:SFTTrainer", "trl:SFTConfig", "samples", defaults=_ON_COMPLETIONS),
+    )
+}
+
+
+def learns_from(name: str) -> LearnsFrom | None:
+    """Return what the algorithm `name` learns from; `None` for a name that is not in the table."""
+    known = ALGORITHMS.get(name)
+    return None if known is None else known.learns_from
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    with warnings.catch_warnings():
+        # What changes in a later release, the tests of the table find.
+        warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
+        return getattr(importlib.import_module(module), name)

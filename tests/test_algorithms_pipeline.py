@@ -1,0 +1,119 @@
+"""Every algorithm trains in full and in a subnetwork: each test is a cell of the table in `docs/algorithms.md`."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from feature_table import read_table
+from helpers import same_bits
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.masks import SubnetMask
+from subnet_ft.pipeline import Pipeline, load_checked_recipe
+from subnet_ft.recipe import Recipe
+from subnet_ft.training import ALGORITHMS, restrict
+
+METHODS = ("full", "subnet")
+# Without it they have no reference model.
+KL = {"grpo": "beta=0.04", "rloo": "beta=0.04", "ppo": "kl_coef=0.05"}
+SHORT = [
+    "training.max_steps=3", "task.num_train=60", "task.num_eval=0", "evaluation.enabled=false", "seed=1",
+    "training.learning_rate=2e-3", "subnet.source.tolerance=0.004",
+]  # fmt: skip
+
+
+def recipe(name: str, output: Path, *overrides: str) -> Recipe:
+    """Return the shipped tiny recipe with few steps on little data."""
+    own = ["task.pairs.num_prompts=60"] if ALGORITHMS[name].learns_from not in ("prompts", "demonstrations") else []
+    own += [f"training.{KL[name]}"] if name in KL else []
+    return load_checked_recipe(f"tiny/{name}", [*SHORT, *own, f"output={output}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what trains an algorithm once in full and once in its subnetwork, and keeps the trainers of both runs."""
+    patch = pytest.MonkeyPatch()
+    trainers: list[Any] = []
+
+    def keep(trainer: Any, *args: Any, **options: Any) -> Any:
+        trainers.append(trainer)
+        return restrict(trainer, *args, **options)
+
+    patch.setattr("subnet_ft.training.run.restrict", keep)
+
+    @cache
+    def run(name: str, method: str) -> tuple[Any, Any]:
+        if method == "subnet":
+            run(name, "full")
+        stage = Pipeline(recipe(name, folder / name, f"method={method}")).train()
+        return stage, trainers[-1]
+
+    folder = tmp_path_factory.mktemp("runs")
+    yield run
+    patch.undo()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_train_with(name: str, method: str, trained: Any, record_property: Any) -> None:
+    row, column = list(ALGORITHMS).index(name), METHODS.index(method)
+    record_property("corner", "algorithm")
+    record_property("cell", [row, name, column, method, len(ALGORITHMS) * len(METHODS)])
+    stage, trainer = trained(name, method)
+    assert stage.results["num_steps"] == 3
+    base, tuned = open_checkpoint("tiny:llama"), load_file(stage.folder / "model.safetensors")
+    mask = stage.mask or SubnetMask.full({key: tuple(spec.shape) for key, spec in base.specs.items()})
+    moved = 0
+    for key, weight in base.tensors():
+        assert same_bits(tuned[key][~mask[key]], weight[~mask[key]])
+        moved += int((tuned[key] != weight).sum())
+    assert mask.density == 1.0 if method == "full" else 0.0 < mask.density < 0.9
+    assert moved > 0.5 * mask.num_trainable
+    losses = [entry["loss"] for entry in json.loads((stage.folder / "log.json").read_text())[:-1]]
+    assert len(losses) == 3
+    _check_references(name, trainer, stage.results["memory"])
+    record_property("outcome", "yes")
+
+
+def _check_references(name: str, trainer: Any, memory: dict[str, int]) -> None:
+    """Every model that the trainer holds beside its own is in the table, in the policy's dtype, and in the ledger."""
+    references = ALGORITHMS[name].references
+    others = {key for key, value in vars(trainer).items() if isinstance(value, PreTrainedModel)}
+    assert others - {"model", "model_wrapped", "_own_model"} <= set(references)
+    held = [attrgetter(key)(trainer) for key in references]
+    assert all(model.dtype == trainer.model.dtype for model in held)
+    assert memory.get("reference_model", 0) == memory["weights"] * len(held)
+    for key, part in getattr(trainer, "checkpoint_extras", dict)().items():
+        assert memory[key] > 0
+        assert not hasattr(part, "parameters") or memory[key] >= memory["weights"]
+
+
+def test_the_table_names_every_cell_with_its_outcome() -> None:
+    page = Path(__file__).parents[1] / "docs" / "algorithms.md"
+    expected = {(name, method): "yes" for name in ALGORITHMS for method in METHODS}
+    assert read_table(page.read_text(encoding="utf-8")) == expected
+
+
+def test_the_page_names_every_algorithm_with_its_trainer_and_data() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    found = {row[0].strip("| `"): (row[1].strip("`"), row[2]) for row in rows}
+    expected = {name: (entry.trainer.rpartition(":")[2], entry.learns_from) for name, entry in ALGORITHMS.items()}
+    assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("dpo", "grpo")])
+def test_tiny_recipe_gives_the_report_of_its_head(name: str, tmp_path: Path) -> None:
+    report = Pipeline(load_checked_recipe(f"tiny/{name}", [f"output={tmp_path}"])).run()
+    assert report.verdict == "recovered"
+    assert (report.accuracy["base"].accuracy, report.accuracy["full"].accuracy) == (0.0, 0.88)
+    assert [weights.off_mask_changed for weights in report.weights.values()] == [0, 0, 0]
+    assert (tmp_path / "report.html").is_file()
