@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +85,12 @@ def _check_references(name: str, trainer: Any, memory: dict[str, int]) -> None:
     """Every model that the trainer holds beside its own is in the table, in the policy's dtype, and in the ledger."""
     references = ALGORITHMS[name].references
     others = {key for key, value in vars(trainer).items() if isinstance(value, PreTrainedModel)}
-    assert others - {"model", "model_wrapped", "_own_model"} <= set(references)
-    held = [attrgetter(key)(trainer) for key in references]
+    extras = getattr(trainer, "checkpoint_extras", dict)()
+    assert others - {"model", "model_wrapped", "_own_model"} <= {*references, *extras}
+    held = [getattr(trainer, key) for key in references]
     assert all(model.dtype == trainer.model.dtype for model in held)
     assert memory.get("reference_model", 0) == memory["weights"] * len(held)
-    for key, part in getattr(trainer, "checkpoint_extras", dict)().items():
+    for key, part in extras.items():
         assert memory[key] > 0
         assert not hasattr(part, "parameters") or memory[key] >= memory["weights"]
 

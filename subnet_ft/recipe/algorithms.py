@@ -30,7 +30,7 @@ class Algorithm:
         trainer: `module:class` of the trainer.
         config: `module:class` of its config, whose fields are the recipe's `training` section.
         learns_from: Its data. What learns from prompts also needs the task's rewards.
-        references: Attributes of the trainer, dotted, that hold frozen models of the base's weights, or `None`.
+        references: Attributes of the trainer that hold frozen models of the base's weights, or `None`.
         defaults: Config fields with another default than TRL's; a recipe may change them.
         fixed: Config fields without which it would be another algorithm; a recipe may only repeat them.
         ranges: Annotations of config fields, narrower than those that all algorithms share.
@@ -99,6 +99,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         Algorithm("rloo", "trl:RLOOTrainer", "trl:RLOOConfig", "prompts", _REFERENCE),
         Algorithm(
             "ppo", "subnet_ft.training.ppo:PPOTrainer", "subnet_ft.training.ppo:PPOConfig", "prompts", _REFERENCE
+        ),
+        Algorithm(
+            "prime",
+            "subnet_ft.training.prime:PRIMETrainer",
+            "subnet_ft.training.prime:PRIMEConfig",
+            "prompts",
+            _REFERENCE,
         ),
         Algorithm("sft", "trl:SFTTrainer", "trl:SFTConfig", "demonstrations", defaults=_ON_COMPLETIONS),
         Algorithm("raft", "trl:SFTTrainer", "trl:SFTConfig", "samples", defaults=_ON_COMPLETIONS),

@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +181,7 @@ def _without_bos(tokenizer: Any, dataset: Dataset) -> Any:
 
 
 def _references(trainer: Any, algorithm: Algorithm) -> list[Any]:
-    models = [attrgetter(name)(trainer) for name in algorithm.references]
+    models = [getattr(trainer, name) for name in algorithm.references]
     return [model for model in models if model is not None]
 
 

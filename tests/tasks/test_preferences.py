@@ -1,4 +1,4 @@
-"""Preference data keeps TRL's formats and is refused by name when it has another."""
+"""Preferences and labels keep TRL's formats and are refused by name when they have another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from subnet_ft.errors import TaskError
 from subnet_ft.recipe import DatasetSpec, TaskSpec
-from subnet_ft.tasks import preference_dataset
+from subnet_ft.tasks import labelled_dataset, preference_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +77,50 @@ def test_preference_dataset_explains_what_is_wrong(
 ) -> None:
     with pytest.raises(TaskError, match=message):
         preference_dataset(_spec(tmp_path, rows, num_train))
+
+
+LABELLED = [{"prompt": f"{i} =", "completion": f" {i}", "label": i % 2 == 0, "source": "x"} for i in range(6)]
+
+
+def test_labelled_dataset_keeps_rows_that_have_labels(tmp_path: Path) -> None:
+    data = labelled_dataset(_spec(tmp_path, LABELLED, 6), seed=1)
+    assert data.column_names == ["prompt", "completion", "label"]
+    assert _rows(data) == [{key: row[key] for key in ("prompt", "completion", "label")} for row in LABELLED]
+    assert data.to_list() != _rows(data)
+    assert data.to_list() == labelled_dataset(_spec(tmp_path, LABELLED, 6), seed=1).to_list()
+
+
+def test_labelled_dataset_takes_labels_of_zero_and_one_and_a_template(tmp_path: Path) -> None:
+    rows = [{"question": "1", "completion": " 1", "label": 1}, {"question": "2", "completion": " 3", "label": 0}]
+    data = labelled_dataset(_spec(tmp_path, rows, 2, prompt="{question} =", chat=True))
+    assert [row["label"] for row in _rows(data)] == [True, False]
+    assert _rows(data)[0] == {"prompt": USER, "completion": RIGHT, "label": True}
+
+
+@pytest.mark.parametrize("rows", [TEXT, [{"chosen": USER + RIGHT, "rejected": USER + WRONG}] * 3])
+def test_labelled_dataset_makes_two_rows_of_a_preference(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    data = labelled_dataset(_spec(tmp_path, rows, 3), seed=0)
+    assert len(data) == 6
+    labels = [row["label"] for row in data]
+    assert sum(labels) == 3
+    assert labels not in ([True] * 3 + [False] * 3, [True, False] * 3)  # KTO reads rows in order
+    for row in data:
+        kinds = {True: "chosen", False: "rejected"}
+        whole = row["prompt"] + row["completion"]
+        assert whole in [pair.get("prompt", type(whole)()) + pair[kinds[row["label"]]] for pair in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "1", "completion": "2"}], "no column `chosen` and no column `rejected`.*Labels need"),
+        ([{"prompt": "1", "label": True}], "no column `completion`.*Labelled completions need"),
+        ([{"completion": "1", "label": True}], "must have a prompt"),
+        ([{"prompt": "1", "completion": "2", "label": "good"}], "label that is true or false, but the label is 'good'"),
+        ([{"chosen": "1 = 1", "rejected": "1 = 2"}], "no column `prompt`, so that its texts cannot be split"),
+        ([{"prompt": "1", "completion": RIGHT, "label": True}], "holds prompt: str, completion: list"),
+    ],
+)
+def test_labelled_dataset_explains_what_is_wrong(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        labelled_dataset(_spec(tmp_path, rows, 1))

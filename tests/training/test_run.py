@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import save_tiny
@@ -49,3 +51,37 @@ def test_train_refuses_weights_that_stay_in_another_dtype(tmp_path: Path, monkey
     with pytest.raises(CheckpointError, match=rf"than `model\.dtype: bfloat16`.*: `?{ROUTER}.*torch\.bfloat16"):
         train(base, tmp_path / "full", mask=None)
     assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["orpo", "simpo"])
+@pytest.mark.parametrize("own", [False, True])
+def test_train_puts_a_bos_token_before_prompts_only_where_the_tokenizer_does(
+    algorithm: str, own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's older trainers add one always; the model is sampled and judged with what the tokenizer says."""
+    trainers: list[Any] = []
+    restrict = training_run.restrict
+    monkeypatch.setattr(
+        training_run, "restrict", lambda trainer, *args, **kwargs: restrict(_keep(trainers, trainer), *args, **kwargs)
+    )
+    base = save_tiny("llama", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.bos_token = "<"
+    bos = tokenizer.bos_token_id
+    if own:
+        template = processors.TemplateProcessing(single="< $A", special_tokens=[("<", bos)])
+        tokenizer._tokenizer.post_processor = template
+    tokenizer.save_pretrained(base)
+    assert (AutoTokenizer.from_pretrained(base)("1")["input_ids"][0] == bos) is own
+    recipe = load_checked_recipe(
+        f"tiny/{algorithm}", ["training.max_steps=1", f"model.name={base}", f"output={tmp_path}"]
+    )
+    training_run.train(recipe, base=base, folder=tmp_path / "full", dataset=PAIRS, task=None, mask=None)
+    (trainer,) = trainers
+    assert all((row["chosen_input_ids"][0] == bos) is own for row in trainer.train_dataset)
+    assert AutoTokenizer.from_pretrained(tmp_path / "full").bos_token == "<"
+
+
+def _keep(trainers: list[Any], trainer: Any) -> Any:
+    trainers.append(trainer)
+    return trainer
