@@ -46,7 +46,12 @@ def publish(written: Path, checkpoint: Path, facts: Mapping[str, Any]) -> None:
     for path in [*written.rglob("*"), written]:
         _sync(path)
     discarded = _set_aside(checkpoint) if checkpoint.exists() else None
-    os.replace(written, checkpoint)
+    try:
+        os.replace(written, checkpoint)
+    except BaseException:
+        if discarded is not None:
+            os.replace(discarded, checkpoint)
+        raise
     _sync(checkpoint.parent)
     if discarded is not None:
         shutil.rmtree(discarded)
