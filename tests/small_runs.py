@@ -120,3 +120,10 @@ def steps_of(trainer: Trainer) -> list[int]:
     steps: list[int] = []
     trainer.add_callback(Watch(end=steps.append))
     return steps
+
+
+def damaged(file: Path) -> None:
+    """Change one bit in the middle of a file, which keeps its size."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -18,10 +19,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from every_trainer import base_model, build
 from helpers import random_mask, same_bits
 from safetensors.torch import load_file
+from transformers.trainer import safe_globals
 
 from subnet_ft.training import restrict
 from subnet_ft.training.resume import newest_complete, read_manifest
@@ -30,12 +33,14 @@ from subnet_ft.training.saving import STAGING
 STEPS = 8
 KILLS_PER_RUN = 3  # more would come one after another in the last step
 SETTINGS: dict[str, dict[str, Any]] = {
-    # 12 pairs in batches of 4: the run crosses the ends of two epochs.
-    "DPO": {},
+    # 12 pairs in batches of 4: the run crosses the ends of two epochs. The reference moves every second step.
+    "DPO": {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5},
     # Completions serve 4 steps, so that most checkpoints lie in the middle of them.
     "GRPO": {"num_iterations": 2, "steps_per_generation": 2, "beta": 0.04},
 }
 IDLE, STEPPING, SAVING = 0, 1, 2
+_NOT_COMPARED = re.compile(r"time|per_second|num_tokens")
+"""Entries of the logs: times, and tokens seen, which DPO of TRL 1.16 counts from zero in every process."""
 
 
 class Child:
@@ -142,10 +147,16 @@ def undisturbed(name: str, folder: Path) -> tuple[float, float]:
 
 
 def contents(checkpoint: Path) -> dict[str, Any]:
-    """Load everything of a checkpoint that training goes on from."""
-    found: dict[str, Any] = {"model": load_file(checkpoint / "model.safetensors")}
-    for file in ("optimizer.pt", "scheduler.pt"):
-        found[file] = torch.load(checkpoint / file, weights_only=True)
+    """Load everything of a checkpoint that training goes on from, and its logs."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    found: dict[str, Any] = {
+        "model": load_file(checkpoint / "model.safetensors"),
+        "logs": [{key: entry[key] for key in entry if not _NOT_COMPARED.search(key)} for entry in state["log_history"]],
+        **{key: state[key] for key in ("global_step", "epoch", "max_steps")},
+    }
+    with safe_globals():  # what transformers lets numpy's random state be loaded with
+        for file in sorted({*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")}):
+            found[file.name] = torch.load(file, weights_only=True)
     return found
 
 
@@ -154,6 +165,8 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     if isinstance(a, torch.Tensor):
         is_same = a.dtype == b.dtype and a.shape == b.shape and same_bits(a, b)
         return [] if is_same else [where]
+    if isinstance(a, numpy.ndarray):
+        return differences(torch.from_numpy(a), torch.from_numpy(b), where)
     if isinstance(a, dict):
         if a.keys() != b.keys():
             return [where]

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import plain, restricted, usual_mask
+from small_runs import SubnetTrainer, plain, restricted, usual_mask
 from training.masked_runs import Watch, check_weights, same_weights, weights_of
 from transformers import Trainer
+from transformers.training_args import ParallelMode
 from wrapped_optimizers import Lion
 
 from subnet_ft.checkpoints.tiny import tiny_model
 from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
-from subnet_ft.training import restrict
+from subnet_ft.training import SubnetTrainerMixin, restrict
 
 FROM_ARGUMENTS: dict[str, tuple[dict[str, Any], type, dict[str, Any]]] = {
     "adamw_torch": ({"adam_beta1": 0.8, "adam_epsilon": 1e-6}, MaskedAdamW, {"betas": (0.8, 0.999), "eps": 1e-6}),
@@ -210,9 +211,14 @@ def test_compact_and_dense_gradients_train_the_same_bits(tmp_path: Path) -> None
     same_weights(weights[0], weights[2])
 
 
-def test_under_ddp_dense_gradients_are_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_under_ddp_dense_gradients_are_the_default(
+    tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher wraps the model in DDP, also when it started one process only."""
     trainer = plain(tmp_path, gradient_accumulation_steps=2)
-    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
+    monkeypatch.setattr(type(trainer.args), "parallel_mode", property(lambda self: ParallelMode.DISTRIBUTED))
+    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: world_size))
     restrict(trainer, usual_mask(), clip_norm="full")  # no compaction, so accumulation is allowed
     assert not trainer.create_optimizer().compact_grads
 
@@ -225,6 +231,20 @@ class OwnOptimizer(Trainer):
         return self.optimizer
 
 
+class OwnClipping(Trainer):
+    """Clips in its own way."""
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return super()._clip_grad_norm(model)
+
+
+class OwnNorm(Trainer):
+    """Logs a norm of its own."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(model, grad_norm)
+
+
 class OwnLoss(Trainer):
     """Leaves the optimizer alone."""
 
@@ -232,11 +252,40 @@ class OwnLoss(Trainer):
         return super().compute_loss(*args, **kwargs)
 
 
-def test_a_trainer_that_builds_an_optimizer_of_its_own_is_refused(tmp_path: Path) -> None:
-    trainer = plain(tmp_path, trainer_class=OwnOptimizer)
-    with pytest.raises(TrainerError, match="`OwnOptimizer` builds an optimizer of its own in `create_optimizer`"):
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(OwnOptimizer, "create_optimizer"), (OwnClipping, "_clip_grad_norm"), (OwnNorm, "_get_grad_norm")],
+)
+def test_a_trainer_whose_own_method_would_be_replaced_is_refused(
+    tmp_path: Path, owner: type[Trainer], method: str
+) -> None:
+    message = f"`{owner.__name__}` has a `{method}` of its own, and that of the masked optimizer would replace it"
+    trainer = plain(tmp_path, trainer_class=owner)
+    with pytest.raises(TrainerError, match=message):
         restrict(trainer, usual_mask())
+    assert type(trainer) is owner
+    # Whether it is inherited, or stands behind the mixin in a class.
+    with pytest.raises(TrainerError, match=message):
+        restrict(plain(tmp_path, trainer_class=type("Heir", (owner,), {})), usual_mask())
+    behind = type("Behind", (SubnetTrainerMixin, owner), {})
+    with pytest.raises(TrainerError, match=message):
+        plain(tmp_path, trainer_class=behind, arguments={"subnet_mask": usual_mask()})
+
+
+def test_a_trainer_with_other_methods_of_its_own_is_restricted(tmp_path: Path) -> None:
     restrict(plain(tmp_path, trainer_class=OwnLoss), usual_mask()).train()
+    called: list[str] = []
+
+    class Before(SubnetTrainer):
+        """What stands before the mixin calls it, so nothing is passed over."""
+
+        def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+            called.append("clip")
+            return super()._clip_grad_norm(model)
+
+    trainer = plain(tmp_path, trainer_class=Before, arguments={"subnet_mask": usual_mask()}, max_steps=2)
+    trainer.train()
+    assert called == ["clip"] * 2
 
 
 def test_fp16_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import same_bits
 from masked_optimizers import weights_of as by_name
-from small_runs import FIRST_IS_BEST, FROZEN, SAVES, cut_off, mask_of, plain, restricted, steps_of, usual_mask
+from small_runs import FIRST_IS_BEST, FROZEN, SAVES, cut_off, damaged, mask_of, plain, restricted, steps_of, usual_mask
 from training.masked_runs import same_state, same_weights, state_of, weights_of
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import RepeatSampler
@@ -76,6 +76,10 @@ def truncated(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def flipped(name: str) -> Callable[[Path], None]:
+    return lambda checkpoint: damaged(checkpoint / name)
+
+
 def missing(name: str) -> Callable[[Path], None]:
     return lambda checkpoint: (checkpoint / name).unlink()
 
@@ -91,14 +95,18 @@ FILES = (
 )
 BROKEN: list[tuple[Callable[[Path], None], str]] = [
     *((missing(name), f"`{name}` is missing") for name in FILES),
-    *((truncated(name), rf"`{name}` has \d+ bytes, expected \d+") for name in FILES),
+    *(
+        (damage(name), rf"`{name}` is not as it was written \(SHA-256 \w{{16}}, then \w{{16}}\)")
+        for damage in (truncated, flipped)
+        for name in FILES
+    ),
     (missing(MANIFEST), f"it has no `{MANIFEST}`"),
     (replaced(""), f"its `{MANIFEST}` cannot be read"),
     (replaced("{"), f"its `{MANIFEST}` cannot be read"),
     (replaced("[]"), f"its `{MANIFEST}` cannot be read"),
     (replaced("null"), f"its `{MANIFEST}` cannot be read"),
     (edited(files=[]), f"its `{MANIFEST}` cannot be read"),
-    (edited(files={"model.safetensors": "many"}), f"its `{MANIFEST}` cannot be read"),
+    (edited(files={"model.safetensors": "many"}), "`model.safetensors` is not as it was written"),
     (edited(files=None), f"its `{MANIFEST}` cannot be read"),
     (edited(files={}), "saved without `optimizer.pt`"),
     (edited(format=99), f"its `{MANIFEST}` has format 99"),
@@ -107,7 +115,11 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (edited(global_step="2"), f"its `{MANIFEST}` cannot be read"),
     (edited(mask_fingerprint=None), f"its `{MANIFEST}` cannot be read"),
     (edited(mask_fingerprint=7), f"its `{MANIFEST}` cannot be read"),
-    (edited(frozen_fingerprints=[1]), f"its `{MANIFEST}` cannot be read"),
+    (edited(base_fingerprints=[1]), f"its `{MANIFEST}` cannot be read"),
+    (edited(base_fingerprints=None), f"its `{MANIFEST}` cannot be read"),
+    (edited(num_processes=None), f"its `{MANIFEST}` cannot be read"),
+    (edited(num_processes="one"), f"its `{MANIFEST}` cannot be read"),
+    (edited(weights=None), f"its `{MANIFEST}` cannot be read"),
 ]
 
 

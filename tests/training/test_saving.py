@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,14 @@ from small_runs import FIRST_IS_BEST, SAVES, plain, restricted
 from training.masked_runs import same_state, same_weights, state_of, weights_of
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from subnet_ft.optim.frozen import weights_digest
 from subnet_ft.training import checkpoint_mixin, saving
 from subnet_ft.training.resume import newest_complete, read_manifest
 from subnet_ft.training.saving import MANIFEST, clear_staging, publish, remove, rotate, staging_folder
 
-FACTS: dict[str, Any] = {"global_step": 2, "mask_fingerprint": "ab", "frozen_fingerprints": {}}
+FACTS: dict[str, Any] = {
+    "global_step": 2, "num_processes": 1, "mask_fingerprint": "ab", "base_fingerprints": {}, "weights": "cd",
+}  # fmt: skip
 FILES = {"optimizer.pt": b"12", "scheduler.pt": b"", "trainer_state.json": b"{}", "part/weights": b"123456"}
 
 
@@ -51,7 +57,7 @@ def test_publish_moves_a_checkpoint_into_place_and_lists_its_files(tmp_path: Pat
     assert not written.exists()
     assert {name: content for name, content in contents(checkpoint).items() if name != MANIFEST} == FILES
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    assert manifest["files"] == {name: len(content) for name, content in FILES.items()}
+    assert manifest["files"] == {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
     assert {key: manifest[key] for key in FACTS} == FACTS
     assert newest_complete(tmp_path) == checkpoint
     assert read_manifest(checkpoint) == manifest
@@ -85,15 +91,24 @@ def test_publish_syncs_every_file_before_the_name_appears(tmp_path: Path, monkey
     assert synced[-1] == tmp_path  # the folder that got the name
 
 
-@pytest.mark.parametrize("broken", ["_sync", "remove"])
+def _fails_at(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """Return a form of a function that fails at its `call`-th call alone."""
+    calls = itertools.count(1)
+    return lambda *args, **kwargs: (_fail if next(calls) == call else function)(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("owner", "broken", "call"),
+    [(saving, "_sync", 1), (saving, "_set_aside", 1), (os, "replace", 1), (os, "replace", 2)],
+)
 def test_publish_that_fails_leaves_the_older_checkpoint(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, broken: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tmp_path / "checkpoint-2"
     publish(write(tmp_path, 2, old=True), checkpoint, FACTS)
     before = contents(checkpoint)
     written = write(tmp_path, 2)
-    monkeypatch.setattr(saving, broken, _fail)
+    monkeypatch.setattr(owner, broken, _fails_at(getattr(owner, broken), call))
     with pytest.raises(OSError, match="no space left"):
         publish(written, checkpoint, FACTS)
     assert contents(checkpoint) == before
@@ -173,8 +188,12 @@ def test_a_trainer_publishes_checkpoints_that_transformers_finds(tmp_path: Path)
         manifest = read_manifest(tmp_path / f"checkpoint-{step}")
         assert manifest["global_step"] == step
         assert manifest["mask_fingerprint"] == trainer.subnet_mask.fingerprint
-        assert manifest["frozen_fingerprints"] == trainer.masked_optimizer.frozen_fingerprints
+        assert manifest["base_fingerprints"] == trainer.masked_optimizer.frozen_fingerprints
+        assert manifest["num_processes"] == 1
         assert manifest["files"].keys() == contents(tmp_path / f"checkpoint-{step}").keys() - {MANIFEST}
+        saved = type(trainer.model).from_pretrained(tmp_path / f"checkpoint-{step}")
+        assert manifest["weights"] == weights_digest(saved)
+    assert manifest["weights"] == weights_digest(trainer.model)
     # The files are those of a plain trainer, under the very names.
     other = plain(tmp_path / "plain", max_steps=1, **SAVES)
     other.train()

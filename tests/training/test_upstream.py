@@ -1,13 +1,14 @@
-"""What is taken for granted about transformers, TRL, accelerate and torch: signatures, order of calls, files, hooks.
+"""What is taken for granted about transformers and TRL: signatures, order of calls, files.
 
-The table of signatures is in `upstream.py`. Everything here runs the installed upstream packages without our code.
+The table of signatures is in `upstream.py`; `test_upstream_optimizers.py` is about accelerate and torch.
+Everything here runs the installed upstream packages without our code.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,11 @@ import pytest
 import torch
 import transformers
 import trl
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
+from small_runs import FIRST_IS_BEST, plain
 from training.every_trainer import TRAINERS, build
 from training.upstream import (
     CHECKPOINTS,
     MIXIN,
-    OPTIMIZER,
     OVERRIDDEN,
     RESUME,
     ROLLOUTS,
@@ -134,6 +133,9 @@ class Events(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.seen.append("on_step_end")
 
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seen.append("on_train_end")
+
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 def test_trainer_clips_then_measures_then_steps_then_logs_then_saves(tmp_path: Path, max_grad_norm: float) -> None:
@@ -147,7 +149,9 @@ def test_trainer_clips_then_measures_then_steps_then_logs_then_saves(tmp_path: P
         *(["_clip_grad_norm"] if max_grad_norm else []),
         *["_get_grad_norm", "on_pre_optimizer_step", "step", "on_step_end", "log", "_save_checkpoint"],
     ]
-    expect(events.seen, ["on_train_begin", *step, *step, "log"], "transformers:Trainer._run_epoch", MIXIN)
+    expect(
+        events.seen, ["on_train_begin", *step, *step, "log", "on_train_end"], "transformers:Trainer._run_epoch", MIXIN
+    )
 
 
 def test_trainer_drops_the_gradients_of_the_model_before_the_step_ends(tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ def test_trainer_drops_the_gradients_of_the_model_before_the_step_ends(tmp_path:
     events = Events(trainer)
     events.watch(trainer.model, "zero_grad")
     trainer.train()
-    order = ["zero_grad", "on_train_begin", "on_pre_optimizer_step", "step", "zero_grad", "on_step_end"]
+    order = ["zero_grad", "on_train_begin", "on_pre_optimizer_step", "step", "zero_grad", "on_step_end", "on_train_end"]
     expect(events.seen, order, "transformers:Trainer._run_epoch", MIXIN)
 
 
@@ -188,6 +192,29 @@ def test_trainer_resumes_weights_then_optimizer_then_its_state(tmp_path: Path) -
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     order = ["_load_from_checkpoint", "create_optimizer", "prepare_optimizer", "_load_optimizer_and_scheduler"]
     expect(events.seen[:5], [*order, "on_train_begin"], "transformers:Trainer._prepare_for_training", CHECKPOINTS)
+
+
+def test_trainer_loads_the_weights_of_a_checkpoint_into_the_model_that_it_has(tmp_path: Path) -> None:
+    build("Trainer", tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    trainer = build("Trainer", tmp_path)
+    model, kept = trainer.model, dict(trainer.model.named_parameters())
+    for parameter in kept.values():
+        parameter.data.zero_()
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    found = dict(trainer.model.named_parameters())
+    where = "transformers:Trainer._load_from_checkpoint"
+    expect(trainer.model is model and all(found[name] is kept[name] for name in kept), True, where, CHECKPOINTS)
+    expect([name for name in kept if not kept[name].any()], [], where, CHECKPOINTS)
+
+
+def test_trainer_loads_the_best_model_once_after_the_last_step_and_before_train_ends(tmp_path: Path) -> None:
+    trainer = plain(tmp_path, max_steps=2, **FIRST_IS_BEST)
+    events = Events(trainer)
+    events.watch(trainer, "_load_best_model")
+    trainer.train()
+    where = "transformers:Trainer._finalize_training"
+    expect(events.seen[-3:], ["on_step_end", "_load_best_model", "on_train_end"], where, CHECKPOINTS)
+    expect(trainer.state.best_model_checkpoint, str(tmp_path / "checkpoint-1"), where, CHECKPOINTS)
 
 
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
@@ -276,109 +303,3 @@ def test_sort_checkpoints_lists_folders_from_the_oldest_to_the_newest(tmp_path: 
         ["checkpoint-2", "checkpoint-9", "checkpoint-10"],
     )
     expect(found, [by_age, by_step], "transformers:trainer_utils.sort_checkpoints", SAVING)
-
-
-class Spied(torch.optim.SGD):
-    """Notes what is called on it."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, lr=0.1, momentum=0.9)
-        self.seen: list[str] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        self.seen.append("state_dict")
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seen.append("load_state_dict")
-        super().load_state_dict(state_dict)
-
-    def step(self, closure: Any = None) -> None:
-        self.seen.append("step")
-        super().step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.seen.append(f"zero_grad {set_to_none}")
-        super().zero_grad(set_to_none)
-
-
-@pytest.fixture
-def prepared() -> Iterator[tuple[Accelerator, Spied, AcceleratedOptimizer]]:
-    """An optimizer in accelerate's wrapper."""
-    accelerator = Accelerator(cpu=True)
-    optimizer = Spied([torch.nn.Parameter(torch.ones(3))])
-    yield accelerator, optimizer, accelerator.prepare_optimizer(optimizer)
-    accelerator.gradient_state._set_sync_gradients(True)
-    accelerator.free_memory()
-
-
-WRAPPER = "accelerate:optimizer.AcceleratedOptimizer"
-
-
-def test_accelerate_saves_and_loads_the_state_when_it_wraps_an_optimizer(prepared: Any) -> None:
-    _, optimizer, wrapper = prepared
-    assert type(wrapper) is AcceleratedOptimizer
-    expect(optimizer.seen, ["state_dict", "load_state_dict"], WRAPPER, OPTIMIZER)
-    assert wrapper.optimizer is optimizer, differs(WRAPPER, "has no `optimizer`", "subnet_ft/training/unwrap.py")
-
-
-def test_accelerate_passes_the_attributes_of_an_optimizer_on(prepared: Any) -> None:
-    _, optimizer, wrapper = prepared
-    for name in ("state", "param_groups", "defaults"):
-        assert getattr(wrapper, name) is getattr(optimizer, name), differs(WRAPPER, f"copies `{name}`", OPTIMIZER)
-    optimizer.audit = lambda: None
-    assert not hasattr(wrapper, "audit"), differs(WRAPPER, "passes every attribute on", "subnet_ft/training/unwrap.py")
-
-
-def test_accelerate_neither_steps_nor_drops_gradients_while_they_accumulate(prepared: Any) -> None:
-    accelerator, optimizer, wrapper = prepared
-    optimizer.seen.clear()
-    for is_last in (False, True):
-        accelerator.gradient_state._set_sync_gradients(is_last)
-        wrapper.step()
-        wrapper.zero_grad()
-        expect(optimizer.seen, ["step", "zero_grad True"] if is_last else [], WRAPPER, OPTIMIZER)
-
-
-def test_torch_calls_the_hook_of_a_gradient_once_per_backward_after_accumulating_it() -> None:
-    parameter = torch.nn.Parameter(torch.ones(2))
-    seen: list[torch.Tensor] = []
-    handle = parameter.register_post_accumulate_grad_hook(lambda leaf: seen.append(leaf.grad.clone()))
-    where, used_by = "torch:Tensor.register_post_accumulate_grad_hook", "subnet_ft/optim/gradients.py"
-    for _ in range(2):
-        (parameter.sum() + 2 * parameter.sum()).backward()  # used twice, as a tied weight is
-    expect([value.tolist() for value in seen], [[3.0, 3.0], [6.0, 6.0]], where, used_by)
-    handle.remove()
-
-    def take(leaf: torch.Tensor) -> None:
-        seen.append(leaf.grad)
-        leaf.grad = None
-
-    seen.clear()
-    parameter.grad = None
-    parameter.register_post_accumulate_grad_hook(take)
-    for _ in range(2):
-        parameter.sum().backward()
-    expect([value.tolist() for value in seen], [[1.0, 1.0], [1.0, 1.0]], where, used_by)
-    expect(parameter.grad, None, where, used_by)
-
-
-def test_torch_packs_the_state_of_an_optimizer_by_position_with_names_beside_it() -> None:
-    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([("a", first), ("b", second)], lr=0.1, momentum=0.9)
-    second.grad = torch.ones(2)
-    optimizer.step()
-    saved = optimizer.state_dict()
-    where, used_by = "torch:optim.Optimizer.state_dict", "subnet_ft/optim/state.py"
-    expect(list(saved), ["state", "param_groups"], where, used_by)
-    expect(list(saved["state"]), [1], where, used_by)
-    (group,) = saved["param_groups"]
-    expect((group["params"], group["param_names"]), ([0, 1], ["a", "b"]), where, used_by)
-    hooks = ["_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"]
-    expect([name for name in hooks if not hasattr(optimizer, name)], [], "torch:optim.Optimizer", OPTIMIZER)
-
-
-def test_torch_counts_a_write_to_each_tensor_that_it_is_told_of() -> None:
-    tensors = {torch.ones(1): "a", torch.ones(1): "b"}
-    torch.autograd.graph.increment_version(tensors)
-    expect([tensor._version for tensor in tensors], [1, 1], "torch:autograd.graph.increment_version", OPTIMIZER)

@@ -53,6 +53,8 @@ OVERRIDDEN = {
         ("_push_from_checkpoint", "self, checkpoint_folder", CHECKPOINTS),
         ("_save_checkpoint", "self, model, trial", CHECKPOINTS),
         ("_load_optimizer_and_scheduler", "self, checkpoint", CHECKPOINTS),
+        ("_load_from_checkpoint", "self, resume_from_checkpoint, model=None", CHECKPOINTS),
+        ("_load_best_model", "self", CHECKPOINTS),
         ("_run_epoch", "*", CHECKPOINTS),  # passed on as it comes
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import shutil
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bits
-from small_runs import FIRST_IS_BEST, SAVES, cut_off, restricted
+from small_runs import FIRST_IS_BEST, SAVES, cut_off, damaged, restricted, steps_of
 from training.every_trainer import base_model, build
 from training.masked_runs import same_state, same_weights, state_of, third_of, weights_of
 
-from subnet_ft.errors import TrainerError
+from subnet_ft.errors import CheckpointError, TrainerError
 from subnet_ft.training import restrict
-from subnet_ft.training.rollouts import load_extras, load_rollouts, save_extras, save_rollouts
+from subnet_ft.training.saving import MANIFEST
+from subnet_ft.training.sidecar import load_extras, load_rollouts, save_extras, save_rollouts
 
 
 def sampling(inputs: Any, step: int = 5, process: int = 0) -> Any:
@@ -59,8 +61,6 @@ def test_every_process_has_its_own_rollouts(tmp_path: Path) -> None:
         trainer = sampling(None, process=process)
         load_rollouts(trainer, tmp_path)
         assert trainer._buffered_inputs == [torch.tensor(process)]
-    with pytest.raises(TrainerError, match=r"has no `subnet_rollouts_2\.pt`.*as many processes"):
-        load_rollouts(sampling(None, process=2), tmp_path)
 
 
 def test_rollouts_that_torch_would_unpickle_are_left_out_with_a_warning(
@@ -82,6 +82,55 @@ def test_a_trainer_that_does_not_sample_has_no_rollouts(tmp_path: Path) -> None:
     save_rollouts(trainer, tmp_path)
     load_rollouts(trainer, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A GRPO trainer after three steps, two of which share completions; nobody may write to its folder."""
+    trainer = sampler(tmp_path_factory.mktemp("sampled"), **SAVES)
+    trainer.train()
+    return trainer
+
+
+def sampler(folder: Path, **options: Any) -> Any:
+    model = base_model("GRPO")
+    known = {"max_steps": 3, "steps_per_generation": 2}
+    return restrict(build("GRPO", folder, model=model, **{**known, **options}), third_of(model))
+
+
+def test_one_flipped_bit_of_the_completions_is_refused_by_name_and_passed_over(sampled: Any, tmp_path: Path) -> None:
+    run = shutil.copytree(sampled.args.output_dir, tmp_path / "run")
+    damaged(run / "checkpoint-2" / "subnet_rollouts_0.pt")
+    shutil.rmtree(run / "checkpoint-3")
+    trainer = sampler(run)
+    start, steps = weights_of(trainer.model), steps_of(trainer)
+    with pytest.raises(CheckpointError, match=r"`subnet_rollouts_0\.pt` is not as it was written"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    same_weights(weights_of(trainer.model), start)
+    trainer.train(resume_from_checkpoint=True)
+    assert steps == [2, 3]
+    same_weights(weights_of(trainer.model), weights_of(sampled.model))
+
+
+@pytest.mark.parametrize("wrote", [2, 8])
+def test_completions_of_more_processes_than_go_on_are_refused(sampled: Any, tmp_path: Path, wrote: int) -> None:
+    run = shutil.copytree(sampled.args.output_dir, tmp_path / "run")
+    manifest = json.loads((run / "checkpoint-2" / MANIFEST).read_text())
+    (run / "checkpoint-2" / MANIFEST).write_text(json.dumps({**manifest, "num_processes": wrote}))
+    trainer = sampler(run)
+    start = weights_of(trainer.model)
+    with pytest.raises(TrainerError, match=f"{wrote} processes wrote `{run / 'checkpoint-2'}`, 1 would go on, and the"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    same_weights(weights_of(trainer.model), start)
+
+
+def test_completions_of_fewer_processes_than_go_on_are_refused(
+    sampled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = sampler(tmp_path)
+    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
+    with pytest.raises(TrainerError, match=r"1 processes wrote .*, 2 would go on.*Start as many as before"):
+        trainer.train(resume_from_checkpoint=str(Path(sampled.args.output_dir) / "checkpoint-2"))
 
 
 class Value:
@@ -165,14 +214,34 @@ def test_other_extras_than_those_of_the_run_are_refused(tmp_path: Path, step: in
         with_value(tmp_path, max_steps=2)[0].train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-1"))
 
 
-def test_extras_do_not_unpickle(tmp_path: Path) -> None:
-    class Strange:
-        def state_dict(self) -> dict[str, Any]:
-            return {"path": Path()}
+class Strange:
+    """Holds something that torch would have to unpickle."""
 
-    save_extras({"strange": Strange()}, tmp_path)  # type: ignore[dict-item]
+    def __init__(self, strange: Any) -> None:
+        self.strange = strange
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"deep": [{"number": 1}, (self.strange,)]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise AssertionError(state_dict)
+
+
+@pytest.mark.parametrize("strange", [Path("x"), {1, 2}, object()])
+def test_extras_that_could_not_be_loaded_again_are_refused_at_the_first_save(tmp_path: Path, strange: Any) -> None:
+    extras = {"value": torch.nn.Linear(1, 1), "odd": Strange(strange)}
+    trainer = restricted(tmp_path, subnet={"extras": extras}, **SAVES)
+    steps = steps_of(trainer)
+    with pytest.raises(TrainerError, match=f"`odd`, one of the extras, has a {type(strange).__name__} in its state"):
+        trainer.train()
+    assert steps == [1]
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
+def test_extras_do_not_unpickle(tmp_path: Path) -> None:
+    torch.save({"strange": {"path": Path()}}, tmp_path / "subnet_extras.pt")
     with pytest.raises(pickle.UnpicklingError):
-        load_extras({"strange": Strange()}, tmp_path)  # type: ignore[dict-item]
+        load_extras({"strange": Strange(None)}, tmp_path)
 
 
 def test_without_extras_there_is_no_file(tmp_path: Path) -> None:
