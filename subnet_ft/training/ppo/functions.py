@@ -162,7 +162,7 @@ def aggregate(
 
     Example:
         `[[1, 3], [5, 100]]` with mask `[[1, 1], [1, 0]]`, one micro-batch, 3 tokens in the step, completions of at most
-        2: `grpo` 3.5, `bnpo` 3, `dr_grpo` 2.25, `dapo` 3.
+        4: `grpo` 3.5, `bnpo` 3, `dr_grpo` 1.125, `dapo` 3.
     """
     valid = mask.bool()
     kept = torch.where(valid, per_token, 0.0)

@@ -76,8 +76,8 @@ class ValueModel(torch.nn.Module):
         # Layers are checkpointed in training mode only, which is also what switches dropout on.
         self.train(self.is_checkpointing and torch.is_grad_enabled())
         outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden = outputs.last_hidden_state[:, -num_tokens - 1 : -1].float()
-        # Not a matrix product, which autocast would round to bfloat16.
+        hidden = outputs.last_hidden_state[:, -num_tokens - 1 : -1]
+        # A product with float32, and not one of matrices, which autocast would round to bfloat16.
         values: torch.Tensor = (hidden * self.score.weight[0]).sum(-1) + self.score.bias
         return values
 

@@ -88,7 +88,8 @@ class ValueSteps(TrainerCallback):
         """Take the step, unless the policy left its own out."""
         if _num_skipped(_inner(kwargs["optimizer"])) == self._skipped_before:
             self._trainer.value_optimizer.step()
-        self._trainer.value_optimizer.zero_grad()
+        else:
+            self._trainer.value_optimizer.zero_grad()
 
 
 def _inner(optimizer: Any) -> Any:

@@ -13,7 +13,14 @@ from subnet_ft.checkpoints.tiny import tiny_tokenizer
 from subnet_ft.training.ppo import PPOTrainer
 
 PROMPT = "1 + 1 = "
-BATCH = {"per_device_train_batch_size": 16, "num_generations": 8, "prompts": [PROMPT] * 2, "max_completion_length": 3}
+BANDIT = {
+    "per_device_train_batch_size": 16,
+    "num_generations": 8,
+    "prompts": [PROMPT] * 2,
+    "max_completion_length": 3,
+    "max_steps": 40,
+    "kl_coef": 0.0,
+}
 
 
 class Reversed(PPOTrainer):
@@ -47,7 +54,7 @@ def bandit(folder: Path, trainer_class: type[PPOTrainer] = PPOTrainer, **options
     def pays(completion_ids: list[list[int]], **columns: Any) -> list[float]:
         return [float(ids[0] == wanted) for ids in completion_ids]
 
-    trainer = ppo(folder, reward=pays, trainer_class=trainer_class, **{**BATCH, "max_steps": 40, **options})
+    trainer = ppo(folder, reward=pays, trainer_class=trainer_class, **{**BANDIT, **options})
     wanted = int(first_probabilities(trainer).argsort(descending=True)[3])
     before = float(first_probabilities(trainer)[wanted])
     trainer.train()

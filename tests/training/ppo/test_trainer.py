@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bits
+from peft import LoraConfig
 from training.masked_runs import Watch, weights_of
 from training.ppo.ppo_runs import batch_of, letters, logged, ppo
+from training.upstream import override_problems
 from trl import GRPOConfig, GRPOTrainer
 
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
@@ -214,6 +216,19 @@ def test_a_completion_that_is_cut_off_pays_for_it(tmp_path: Path) -> None:
     assert batch["advantages"].tolist() == [[0.25] * 4, [1, 1, 0, 0], [1] * 4, [0.25] * 4]
 
 
+def test_every_token_that_ends_a_completion_ends_it(tmp_path: Path) -> None:
+    """Those of the model, of which there may be several, the tokenizer's, and padding, as TRL counts them."""
+    trainer = ppo(tmp_path)
+    for of_the_model, expected in (
+        ([5, 6], [False, False, False, False, True]),
+        (5, [False, True, False, False, True]),
+    ):
+        trainer.model.generation_config.eos_token_id = of_the_model
+        ids = torch.tensor([[7, 5], [7, 6], [7, 1], [7, 0], [5, 7]])
+        found = trainer._is_cut_off({"completion_ids": ids, "completion_mask": torch.ones_like(ids)})
+        assert found.tolist() == expected
+
+
 def test_a_completion_that_is_cut_off_can_be_left_out(tmp_path: Path) -> None:
     trainer = ppo(tmp_path, reward=lambda completions, **_: [1.0] * 4, mask_truncated_completions=True, **RAW)
     batch = ending(trainer, eos=[None, 1, 3, None])
@@ -258,6 +273,17 @@ def test_ppo_needs_its_own_config(tmp_path: Path) -> None:
     data = ppo(tmp_path).train_dataset
     with pytest.raises(TrainerError, match="`args` must be a `PPOConfig`, got `GRPOConfig`"):
         PPOTrainer(tiny_model("llama"), letters, args, data, processing_class=tiny_tokenizer())
+
+
+@pytest.mark.filterwarnings("ignore:.*PEFT")
+def test_ppo_refuses_adapters(tmp_path: Path) -> None:
+    adapter = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(TrainerError, match=r"trains weights of the policy, not adapters.* with `restrict`"):
+        ppo(tmp_path, arguments={"peft_config": adapter})
+
+
+def test_ppo_keeps_to_the_methods_of_a_trainer() -> None:
+    assert override_problems(PPOTrainer, GRPOTrainer) == []
 
 
 def test_ppo_refuses_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
