@@ -95,8 +95,7 @@ class ImplicitRewardModel:
                 rewards = self._rewards(completions[part])
                 (outcome_loss(rewards, outcomes[part]).sum() / len(step)).backward()  # type: ignore[no-untyped-call]
                 found.append(rewards.detach())
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.optimizer.step()  # which consumes the gradients
         return torch.cat(found)
 
     def _rewards(self, completions: Completions) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,10 @@ class PRIMETrainer(GRPOTrainer):
     The outcome is the weighted sum of the reward functions and must lie in [0, 1]. The reward model and its reference
     start from the policy as it is given to the constructor; together they take its memory twice, and the optimizer's
     state comes on top.
+
+    Logged beside GRPO's metrics: `prime/prm_loss` and `prime/prm_accuracy` (share of a prompt's pairs in the right order),
+    both on completions that the reward model has not learned from yet; `prime/process_reward` and `prime/advantage`,
+    means per token; `prime/filtered`, the share of prompts left out.
 
     `restrict(trainer, mask)` trains a subnetwork of the policy, and puts the reward model and its optimizer into every
     checkpoint. Without it checkpoints hold the policy alone, and such a trainer refuses to resume.
@@ -229,7 +234,8 @@ class PRIMETrainer(GRPOTrainer):
             tokens = mask & is_kept.unsqueeze(1)
             metrics["prime/prm_loss"].append(outcome_loss(seen[is_kept], outcomes[is_kept]).mean().item())
             accuracy = pair_accuracy(seen.sum(dim=1), outcomes, is_kept, group_size=self._group_size)
-            metrics["prime/prm_accuracy"].append(accuracy)
+            if not math.isnan(accuracy):
+                metrics["prime/prm_accuracy"].append(accuracy)
             metrics["prime/process_reward"].append(rewards[tokens].mean().item())
             metrics["prime/advantage"].append(advantages[tokens].mean().item())
         # TRL has put its own advantages into the table of completions.

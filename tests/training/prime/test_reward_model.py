@@ -48,8 +48,11 @@ def reward_model(
     max_grad_norm: float = 1.0,
 ) -> ImplicitRewardModel:
     """Build one on the tiny llama; with `seed`, a model that is not its reference."""
-    reference = tiny_model("llama", dtype=torch.float32)
-    model = deepcopy(reference) if seed is None else tiny_model("llama", dtype=torch.float32, seed=seed)
+    # Dropout, and both in the mode of a policy in training: it must not show anywhere.
+    reference = tiny_model("llama", dtype=torch.float32, attention_dropout=0.5).train()
+    model = deepcopy(reference)
+    if seed is not None:
+        model.load_state_dict(tiny_model("llama", dtype=torch.float32, seed=seed).state_dict())
     everything = SubnetMask.full({name: tuple(value.shape) for name, value in model.named_parameters()})
     optimizer = MaskedAdamW(model.named_parameters(), mask or everything, lr=lr, max_grad_norm=max_grad_norm)
     return ImplicitRewardModel(
@@ -97,7 +100,9 @@ def test_update_steps_as_often_as_the_batch_size_says(batch_size: int, steps: in
 
 
 @pytest.mark.parametrize(("micro_batch_size", "max_grad_norm"), [(1, 1.0), (3, 0.01), (16, float("inf"))])
-def test_update_is_a_step_of_torchs_adamw_on_the_mean_loss(micro_batch_size: int, max_grad_norm: float) -> None:
+def test_update_is_a_step_of_torchs_adamw_on_the_mean_loss(
+    micro_batch_size: int, max_grad_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     completions, lr = drawn(16), 1e-3
     outcomes = starts_low(completions)
     prm = reward_model(seed=1, micro_batch_size=micro_batch_size, lr=lr, max_grad_norm=max_grad_norm)
@@ -113,10 +118,14 @@ def test_update_is_a_step_of_torchs_adamw_on_the_mean_loss(micro_batch_size: int
     )
     rewards = implicit_rewards(log_probs, ref_log_probs.detach(), completions.mask, beta=0.5)
     outcome_loss(rewards, outcomes).mean().backward()
+    norm = torch.stack([value.grad.norm() for value in twin.parameters()]).norm()
+    start = weights(prm.model)
+    norms, step = [], prm.optimizer.step
+    monkeypatch.setattr(prm.optimizer, "step", lambda: norms.append(prm.optimizer.grad_norm()) or step())
+    prm.update(completions, outcomes, batch_size=16)
+    torch.testing.assert_close(norms, [norm], **CLOSE)
     torch.nn.utils.clip_grad_norm_(twin.parameters(), max_grad_norm)
     plain.step()
-    start = weights(prm.model)
-    prm.update(completions, outcomes, batch_size=16)
     far = 0
     for name, value in weights(twin).items():
         # Adam's first step is lr times a sign; where the gradient is next to 0, rounding decides.

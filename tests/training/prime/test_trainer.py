@@ -254,7 +254,7 @@ def test_log_has_loss_and_accuracy_on_completions_not_learned_from(tmp_path: Pat
 
 def test_the_table_of_completions_has_primes_advantages(tmp_path: Path) -> None:
     trainer = prime_trainer(tmp_path)
-    batch = sampled(trainer)
+    batch = sampled(trainer, PROMPTS[0])
     means = batch["advantages"].sum(dim=1) / batch["completion_mask"].sum(dim=1)
     assert list(trainer._logs["advantages"]) == pytest.approx(means.tolist())
 
