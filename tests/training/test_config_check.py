@@ -10,7 +10,7 @@ import pytest
 
 from subnet_ft.errors import RecipeError
 from subnet_ft.recipe import load_recipe, shipped_recipes
-from subnet_ft.training import config_fields
+from subnet_ft.training import ALGORITHMS, config_fields
 from subnet_ft.training.config_check import config_problems
 
 
@@ -107,8 +107,31 @@ def test_config_problems_allows_checkpoints_between_generations(training: dict[s
     assert not list(config_problems("grpo", training))
 
 
-def test_config_problems_knows_no_generations_of_dpo() -> None:
-    assert not list(config_problems("dpo", {"save_steps": 3, "gradient_accumulation_steps": 2}))
+@pytest.mark.parametrize("name", [name for name, known in ALGORITHMS.items() if known.learns_from == "prompts"])
+def test_config_problems_knows_the_generations_of_every_algorithm_that_samples(name: str) -> None:
+    ((key, message),) = config_problems(name, {"save_steps": 3, "num_iterations": 2})
+    assert key == "training.save_steps"
+    assert "the nearest `save_steps` is 4" in message
+
+
+@pytest.mark.parametrize("name", [name for name, known in ALGORITHMS.items() if known.learns_from != "prompts"])
+def test_config_problems_knows_no_generations_of_the_others(name: str) -> None:
+    assert not list(config_problems(name, {"save_steps": 3, "gradient_accumulation_steps": 2}))
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "reason"),
+    [
+        ("rloo", {"num_generations": 3}, "RLOOConfig refuses these settings: "),
+        ("ppo", {"beta": 0.1}, "PPOConfig refuses these settings: `beta` adds a KL term"),
+        ("prime", {"accuracy_low": 0.9}, "PRIMEConfig refuses these settings: `accuracy_low`"),
+        ("raft", {"warmup_steps": -1}, "SFTConfig refuses these settings: "),
+    ],
+)
+def test_config_problems_asks_the_config_of_the_algorithm(name: str, training: dict[str, Any], reason: str) -> None:
+    ((key, message),) = config_problems(name, training)
+    assert key == "training"
+    assert message.startswith(reason)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in shipped_recipes()])
