@@ -43,7 +43,7 @@ class PRIMETrainer(GRPOTrainer):
     start from the policy as it is given to the constructor; together they take its memory twice, and the optimizer's
     state comes on top.
 
-    Logged beside GRPO's metrics: `prime/prm_loss` and `prime/prm_accuracy` (share of a prompt's pairs in the right order),
+    Logged beside GRPO's metrics: `prime/prm_loss` and `prime/prm_accuracy` (share of a prompt's pairs in right order),
     both on completions that the reward model has not learned from yet; `prime/process_reward` and `prime/advantage`,
     means per token; `prime/filtered`, the share of prompts left out.
 
