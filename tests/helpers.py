@@ -32,6 +32,17 @@ def ulps_at_scale(actual: torch.Tensor, expected: torch.Tensor, scale: float) ->
     return float(((actual.double() - expected.double()).abs() / unit).max()) if actual.numel() else 0.0
 
 
+RELATIVE = 1e-5
+"""`relative` of two float32 gradients of one loss that were summed in another order: such sums differ by 7e-7 here, a
+micro-batch that is lost or counted twice by 1e-1, a buffer of fewer digits by 5e-4 (float16) or 4e-3 (bfloat16)."""
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the distance of `a` from `b` as a part of the length of `b`, both 2-norms in float64."""
+    distance, length = (a.double() - b.double()).norm(), b.double().norm()
+    return float(distance / length) if length else float(distance)
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Compare two tensors bit by bit, so that NaN equals itself and -0.0 differs from 0.0."""
     return (

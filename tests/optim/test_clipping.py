@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from subnet_ft.errors import GradientError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import clipping
-from subnet_ft.optim.clipping import sum_of_squares
+from subnet_ft.optim.clipping import norm_of_squares, sum_of_squares
 
 FROZEN = ("0.bias", "1.weight")
 
@@ -316,3 +316,11 @@ def test_a_scaler_is_refused_with_compact_gradients() -> None:
     with pytest.raises(GradientError, match=r"GradScaler unscales what stands in `\.grad`.*`compact_grads=False`"):
         scaler.step(optimizer)
     assert all(same_bits(value, start[name]) for name, value in weights_of(model).items())
+
+
+def test_norm_of_squares_does_not_wait_for_the_device() -> None:
+    """A meta tensor has no values, so reading one on the host raises, as it would stall a GPU."""
+    norm = norm_of_squares([torch.empty((), device="meta", dtype=torch.float64) for _ in range(2)])
+    assert (norm.device.type, norm.dtype, norm.shape) == ("meta", torch.float32, ())
+    assert float(norm_of_squares([torch.tensor(9e36), torch.tensor(16e36)])) == pytest.approx(5e18, rel=1e-6)
+    assert float(norm_of_squares([])) == 0.0

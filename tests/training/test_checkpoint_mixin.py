@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers import same_bits
 from masked_optimizers import only
-from small_runs import FIRST_IS_BEST, SAVES, cut_off, damaged, restricted, steps_of
+from small_runs import FIRST_IS_BEST, FROZEN, SAVES, cut_off, damaged, mask_of, restricted, steps_of, usual_mask
 from training.masked_runs import Watch, same_state, same_weights, state_of, third_of, weights_of
 
 from subnet_ft.checkpoints.tiny import tiny_model
-from subnet_ft.errors import CheckpointError
+from subnet_ft.errors import CheckpointError, OptimizerStateError
 from subnet_ft.training.saving import MANIFEST
 
 LOST = "model.layers.1.mlp.up_proj.weight"
@@ -51,6 +51,43 @@ def test_one_flipped_bit_is_refused_by_name_and_passed_over(run: Path, finished:
     assert steps == [4]
     same_weights(weights_of(trainer.model), weights_of(finished.model))
     same_state(state_of(trainer), state_of(finished))
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_another_mask_is_refused_before_the_model_is_touched(run: Path, step: int) -> None:
+    trainer = restricted(run, mask=mask_of(5))
+    start = weights_of(trainer.model)
+    with pytest.raises(OptimizerStateError, match=f"trained under mask {usual_mask().fingerprint[:16]}, this trainer"):
+        trainer.train(resume_from_checkpoint=str(run / f"checkpoint-{step}"))
+    same_weights(weights_of(trainer.model), start)
+    assert trainer.optimizer is None
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("name", [FROZEN, "model.layers.1.mlp.up_proj.weight"])
+def test_another_base_is_refused_before_the_model_is_touched(run: Path, name: str, step: int) -> None:
+    model, mask = tiny_model("llama"), usual_mask()
+    flat = dict(model.named_parameters())[name].data.view(-1)
+    place = int((~mask[name]).view(-1).nonzero()[0])
+    flat[place] = -flat[place]
+    trainer = restricted(run, model=model)
+    start = weights_of(trainer.model)
+    with pytest.raises(OptimizerStateError, match=rf"another base: outside the mask, `{name}`.*\(1 tensors differ\)"):
+        trainer.train(resume_from_checkpoint=str(run / f"checkpoint-{step}"))
+    same_weights(weights_of(trainer.model), start)
+    assert trainer.optimizer is None
+
+
+def test_a_base_that_differs_on_the_mask_alone_is_one_that_was_trained(run: Path, finished: Any) -> None:
+    """The trainer of an interrupted run holds such weights; the checkpoint's take their place."""
+    model, mask = tiny_model("llama"), usual_mask()
+    name = "model.layers.1.mlp.up_proj.weight"
+    flat = dict(model.named_parameters())[name].data.view(-1)
+    flat[int(mask[name].view(-1).nonzero()[0])] += 1.0
+    trainer = restricted(run, model=model)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    same_weights(weights_of(trainer.model), weights_of(finished.model))
 
 
 def of_family(family: str, folder: Path, **options: Any) -> Any:
@@ -172,8 +209,9 @@ def test_a_second_run_starts_from_the_best_weights(kind: str, tmp_path: Path) ->
     assert trainer.masked_optimizer is optimizer
     same_weights(weights_of(trainer.model), seen[0])
     for name, entries in state_of(trainer).items():
-        if "step" in entries:
-            assert entries["step"] == moments[name]["step"] + 1, "the moments go on"
+        best, master = seen[0][name][trainer.subnet_mask[name]], entries["master"]
+        assert torch.equal(master, best.float() if master.is_floating_point() else torch.zeros_like(master))
+        assert entries.get("step", 5) == moments[name].get("step", 4) + 1, "the moments go on"
 
 
 @pytest.mark.parametrize("other", [2, 3])

@@ -228,15 +228,21 @@ def test_a_checkpoint_is_refused_by_a_trainer_with_another_schedule(tmp_path: Pa
         without.train(resume_from_checkpoint=True)
 
 
-def test_another_base_is_refused_whether_the_schedule_names_its_first_mask_or_not(tmp_path: Path) -> None:
-    cut_off(scheduled(tmp_path, **SAVES), after=2)
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("name", [FROZEN, "model.layers.0.mlp.up_proj.weight"])
+def test_another_base_is_refused_before_at_and_after_the_change(tmp_path: Path, name: str, step: int) -> None:
+    """Whether the schedule names its first mask or not; also in tensors of which either mask trains a part."""
+    cut_off(scheduled(tmp_path, **SAVES), after=4)
     for masks in ({2: final()}, {0: early(), 2: final()}):
         model = tiny_model("llama")
         trainer = scheduled(tmp_path, masks, model=model)
-        with torch.no_grad():
-            dict(model.named_parameters())[FROZEN][0, 0] += 1.0
-        with pytest.raises(OptimizerStateError, match=f"another base: outside the mask, `{FROZEN}`"):
-            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        flat = dict(model.named_parameters())[name].data.view(-1)
+        flat[int((~(early()[name] | final()[name])).view(-1).nonzero()[0])] += 1.0
+        start, steps = weights_of(model), steps_of(trainer)
+        with pytest.raises(OptimizerStateError, match=rf"another base: outside the mask, `{name}`.*\(1 tensors differ"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        same_weights(weights_of(model), start)
+        assert steps == []
 
 
 def test_audits_bear_with_a_best_model_of_the_first_mask(tmp_path: Path) -> None:

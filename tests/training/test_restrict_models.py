@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_bits, same_bits
+from masked_optimizers import only
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim.swa_utils import AveragedModel
 from training.every_trainer import base_model, build
@@ -27,7 +28,7 @@ from training.masked_runs import (
 from transformers import AutoModelForCausalLM, Trainer
 
 from subnet_ft.checkpoints.tiny import tiny_model
-from subnet_ft.errors import MaskMismatchError
+from subnet_ft.errors import MaskMismatchError, TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.training import restrict
 
@@ -158,6 +159,18 @@ def test_restrict_refuses_a_mask_of_the_model_below_the_adapters(tmp_path: Path)
         MaskMismatchError, match=r"`base_model\.model\.model\.embed_tokens\.weight`.* only in the model"
     ):
         restrict(trainer, third_of(tiny_model("llama")))
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.0.self_attn.q_proj.base_layer.weight"])
+def test_restrict_refuses_a_mask_of_weights_that_peft_leaves_out_of_checkpoints(name: str, tmp_path: Path) -> None:
+    model, lost = with_adapters(), f"base_model.model.model.{name}"
+    adapters = half_of_the_adapters(model)
+    trainer = build("Trainer", tmp_path, model=model)
+    before = type(trainer), [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(TrainerError, match=rf"The mask trains `{lost}`, which PEFT freezes.*\(1 such tensors\)"):
+        restrict(trainer, only(model, {**{key: adapters[key] for key in adapters.names}, lost: True}))
+    assert (type(trainer), [parameter.requires_grad for parameter in model.parameters()]) == before
+    restrict(trainer, adapters).train()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -12,13 +12,13 @@ import pytest
 import torch
 from helpers import same_bits
 from masked_optimizers import weights_of as by_name
-from small_runs import FIRST_IS_BEST, FROZEN, SAVES, cut_off, damaged, mask_of, plain, restricted, steps_of, usual_mask
+from small_runs import FIRST_IS_BEST, SAVES, cut_off, damaged, plain, restricted, steps_of, usual_mask
 from training.masked_runs import same_state, same_weights, state_of, weights_of
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import RepeatSampler
 
 from subnet_ft.checkpoints.tiny import tiny_model
-from subnet_ft.errors import CheckpointError, OptimizerStateError, TrainerError
+from subnet_ft.errors import CheckpointError, TrainerError
 from subnet_ft.training.resume import (
     NoSaveAtTheEnd,
     newest_complete,
@@ -231,43 +231,6 @@ def test_a_trainer_that_was_cut_off_resumes_itself(tmp_path: Path, straight: Any
     trainer.train(resume_from_checkpoint=True)
     same_weights(weights_of(trainer.model), weights_of(straight.model))
     same_state(state_of(trainer), state_of(straight))
-
-
-@pytest.mark.parametrize("step", [2, 4])
-def test_another_mask_is_refused_before_the_model_is_touched(run: Path, step: int) -> None:
-    trainer = restricted(run, mask=mask_of(5))
-    start = weights_of(trainer.model)
-    with pytest.raises(OptimizerStateError, match=f"trained under mask {usual_mask().fingerprint[:16]}, this trainer"):
-        trainer.train(resume_from_checkpoint=str(run / f"checkpoint-{step}"))
-    same_weights(weights_of(trainer.model), start)
-    assert trainer.optimizer is None
-    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
-
-
-@pytest.mark.parametrize("step", [2, 4])
-@pytest.mark.parametrize("name", [FROZEN, "model.layers.1.mlp.up_proj.weight"])
-def test_another_base_is_refused_before_the_model_is_touched(run: Path, name: str, step: int) -> None:
-    model, mask = tiny_model("llama"), usual_mask()
-    flat = dict(model.named_parameters())[name].data.view(-1)
-    place = int((~mask[name]).view(-1).nonzero()[0])
-    flat[place] = -flat[place]
-    trainer = restricted(run, model=model)
-    start = weights_of(trainer.model)
-    with pytest.raises(OptimizerStateError, match=rf"another base: outside the mask, `{name}`.*\(1 tensors differ\)"):
-        trainer.train(resume_from_checkpoint=str(run / f"checkpoint-{step}"))
-    same_weights(weights_of(trainer.model), start)
-    assert trainer.optimizer is None
-
-
-def test_a_base_that_differs_on_the_mask_alone_is_one_that_was_trained(run: Path, straight: Any) -> None:
-    """The trainer of an interrupted run holds such weights; the checkpoint's take their place."""
-    model, mask = tiny_model("llama"), usual_mask()
-    name = "model.layers.1.mlp.up_proj.weight"
-    flat = dict(model.named_parameters())[name].data.view(-1)
-    flat[int(mask[name].view(-1).nonzero()[0])] += 1.0
-    trainer = restricted(run, model=model)
-    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
-    same_weights(weights_of(trainer.model), weights_of(straight.model))
 
 
 @pytest.mark.parametrize("options", [{}, {"max_steps": -1, "num_train_epochs": 4 / 3}])
