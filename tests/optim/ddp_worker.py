@@ -1,11 +1,16 @@
-"""One of two processes of `test_ddp.py`: trains a tiny model under DDP and prints what came out, as JSON."""
+"""One of two processes of `test_ddp.py`: trains a tiny model under DDP in several ways and writes what came out."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +22,37 @@ from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW
 
 STEPS = 5
+FROZEN = "model.layers.0.self_attn.q_proj.weight"
+LEAVES = "model.layers.1.mlp.up_proj.weight"
+SPOILED = 2
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train.
+
+    Args:
+        options: Of the optimizer.
+        masks: Step to the name of the mask that is trained from then on.
+        micro_batches: Per step.
+        is_spoiled: The loss of the last process is NaN in one step.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    masks: Mapping[int, str] = field(default_factory=dict)
+    micro_batches: int = 1
+    is_spoiled: bool = False
+
+
+WAYS: dict[str, Way] = {
+    "as it comes": Way(),
+    "a tensor leaves and comes back": Way(masks={1: "without", 3: "all"}),
+    "masked norm": Way({"max_grad_norm": 0.5}),
+    "full norm": Way({"clip_norm": "full", "max_grad_norm": 0.5}),
+    "full norm, a frozen tensor": Way({"clip_norm": "full", "max_grad_norm": 0.5}, masks={0: "not frozen"}),
+    "micro-batches": Way(micro_batches=2),
+    "NaN in one process": Way({"nonfinite": "skip"}, is_spoiled=True),
+}
 
 
 def batches(rank: int) -> list[torch.Tensor]:
@@ -25,17 +61,67 @@ def batches(rank: int) -> list[torch.Tensor]:
     return [torch.randint(2, 60, (4, 12), generator=generator) for _ in range(STEPS)]
 
 
-def train(wrapped: torch.nn.Module, mask: SubnetMask, data: Sequence[torch.Tensor]) -> None:
-    """Train on one batch per step."""
+def drawn(model: torch.nn.Module) -> dict[str, SubnetMask]:
+    """Draw a mask of a third of all weights, one with nothing of `LEAVES`, and one with nothing of `FROZEN`."""
+    generator = torch.Generator().manual_seed(0)
+    dense = {name: torch.rand(p.shape, generator=generator) < 0.3 for name, p in model.named_parameters()}
+    lacks = {"all": "", "without": LEAVES, "not frozen": FROZEN}
+    return {
+        kind: SubnetMask.from_dense({n: torch.zeros_like(v) if n == lacked else v for n, v in dense.items()})
+        for kind, lacked in lacks.items()
+    }
+
+
+@dataclass
+class Trained:
+    """What training left: the model, digests after every step of all weights and of `LEAVES`, and steps left out."""
+
+    model: torch.nn.Module
+    digests: list[str]
+    digests_of_one: list[str]
+    skipped: int
+
+
+def train(way: Way, data: Sequence[torch.Tensor], *, is_together: bool) -> Trained:
+    """Train a fresh model on one batch per step.
+
+    Args:
+        way: How.
+        data: Token ids of every step.
+        is_together: Under DDP with the other process.
+    """
+    model = tiny_model("llama", dtype=torch.float32)
+    masks = drawn(model)
+    wrapped = DistributedDataParallel(model) if is_together else model
     # A large eps makes an update nearly proportional to the gradient: Adam would turn the rounding noise of a gradient
     # that is almost zero into a full step.
-    optimizer = MaskedAdamW(
-        wrapped.named_parameters(), mask, lr=1e-2, weight_decay=0.1, eps=1e-2, max_grad_norm=1.0, compact_grads=False
-    )
-    for tokens in data:
-        wrapped(input_ids=tokens, labels=tokens).loss.backward()
+    known = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-2, "max_grad_norm": 1.0, "compact_grads": False}
+    optimizer = MaskedAdamW(wrapped.named_parameters(), masks[way.masks.get(0, "all")], **{**known, **way.options})
+    trained = Trained(model, [], [], 0)
+    for step, tokens in enumerate(data):
+        if step and step in way.masks:
+            optimizer.set_mask(masks[way.masks[step]])
+        parts = tokens.chunk(way.micro_batches)
+        for number, part in enumerate(parts, start=1):
+            is_last = number == len(parts)
+            with wrapped.no_sync() if is_together and not is_last else contextlib.nullcontext():
+                loss = wrapped(input_ids=part, labels=part).loss / len(parts)
+                is_spoiled = way.is_spoiled and step == SPOILED and dist.get_rank() == 1
+                (loss * float("nan") if is_spoiled else loss).backward()
         optimizer.step()
         optimizer.zero_grad()
+        trained.digests.append(digest(model.parameters()))
+        trained.digests_of_one.append(digest([model.get_parameter(LEAVES)]))
+    trained.skipped = optimizer.num_skipped_steps
+    return trained
+
+
+def digest(parameters: Iterable[torch.nn.Parameter]) -> str:
+    """Return one digest of some weights."""
+    found = hashlib.sha256()
+    for parameter in parameters:
+        found.update(parameter.detach().numpy().tobytes())
+    return found.hexdigest()
 
 
 def distance(a: torch.nn.Module, b: torch.nn.Module) -> float:
@@ -44,41 +130,48 @@ def distance(a: torch.nn.Module, b: torch.nn.Module) -> float:
     return max(float((x.detach() - y.detach()).abs().max()) for x, y in pairs)
 
 
-def main() -> None:
+def results(way: Way) -> dict[str, Any]:
     """Train on data that differ by rank, then, in this process alone, on all of it and on this rank's part of it."""
-    dist.init_process_group("gloo")
-    model, together, alone = (tiny_model("llama", dtype=torch.float32) for _ in range(3))
-    generator = torch.Generator().manual_seed(0)
-    dense = {name: torch.rand(p.shape, generator=generator) < 0.3 for name, p in model.named_parameters()}
-    mask = SubnetMask.from_dense(dense)
-    try:
-        MaskedAdamW(model.named_parameters(), mask, max_grad_norm=None)
-    except GradientError as error:
-        refusal = str(error)
-    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-    train(DistributedDataParallel(model), mask, batches(dist.get_rank()))
-    train(together, mask, [torch.cat(parts) for parts in zip(*map(batches, range(dist.get_world_size())), strict=True)])
-    train(alone, mask, batches(dist.get_rank()))
-
-    digest, off_mask, moved = hashlib.sha256(), 0, 0
-    for name, parameter in model.named_parameters():
-        changed = parameter.detach().view(torch.int32) != start[name].view(torch.int32)
-        off_mask += int((changed & ~dense[name]).sum())
-        moved += int((changed & dense[name]).sum())
-        digest.update(parameter.detach().numpy().tobytes())
-    result = {
+    own = batches(dist.get_rank())
+    shared = [torch.cat(parts) for parts in zip(*map(batches, range(dist.get_world_size())), strict=True)]
+    found = train(way, own, is_together=True)
+    together = None if way.is_spoiled else train(way, shared, is_together=False)
+    alone = None if way.is_spoiled else train(way, own, is_together=False)
+    start, mask = tiny_model("llama", dtype=torch.float32), drawn(found.model)[way.masks.get(0, "all")]
+    off_mask = moved = 0
+    for (name, parameter), before in zip(found.model.named_parameters(), start.parameters(), strict=True):
+        changed = parameter.detach().view(torch.int32) != before.detach().view(torch.int32)
+        off_mask += int((changed & ~mask[name]).sum())
+        moved += int((changed & mask[name]).sum())
+    return {
+        "digests": found.digests,
+        "digests_of_one": found.digests_of_one,
+        "skipped": found.skipped,
         "off_mask": off_mask,
         "moved": moved,
         "trainable": mask.num_trainable,
-        "refusal": refusal,
-        "digest": digest.hexdigest(),
-        "to_all_data": distance(model, together),
-        "to_own_data": distance(model, alone),
+        "to_all_data": None if together is None else distance(found.model, together.model),
+        "to_own_data": None if alone is None else distance(found.model, alone.model),
     }
-    sys.stdout.write(f"\n{json.dumps(result)}\n")  # in one piece: two processes share it
-    sys.stdout.flush()
-    dist.destroy_process_group()
+
+
+def refusal() -> str:
+    """Return what is said about compact gradients in two processes."""
+    model = tiny_model("llama", dtype=torch.float32)
+    try:
+        MaskedAdamW(model.named_parameters(), drawn(model)["all"], max_grad_norm=None)
+    except GradientError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    """Train in all ways."""
+    dist.init_process_group("gloo")
+    found = {"refusal": refusal(), "ways": {name: results(way) for name, way in WAYS.items()}}
+    (Path(sys.argv[1]) / f"result-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # gloo now and then waits for ever when DDP and the group are taken down
 
 
 if __name__ == "__main__":
