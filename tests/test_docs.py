@@ -14,7 +14,7 @@ ACRONYMS = {"PRIME"}
 
 
 def placeholders(text: str) -> list[str]:
-    """Return the words in capitals that stand in the text outside code: with an underscore, of five letters, or `TODO`."""
+    """Return the words in capitals that stand in the text outside code: with an underscore, or of five letters."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     prose = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", prose)
     found = re.findall(r"(?<![\w$])(?:[A-Z]{5,}|[A-Z]+(?:_[A-Z]+)+|TODO|TBD|XXX)(?!\w)", prose)
