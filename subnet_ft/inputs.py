@@ -10,7 +10,7 @@ from subnet_ft.checkpoints import Checkpoint, open_checkpoint
 from subnet_ft.digests import checkpoint_sha256, json_sha256, rewards_sha256
 from subnet_ft.masks import SubnetMask
 from subnet_ft.recipe import Recipe
-from subnet_ft.recipe.algorithms import LearnsFrom, learns_from
+from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom
 from subnet_ft.tasks import RecipeData, load_recipe_data, reward_functions
 
 # Fields that change what is seen or kept of a run, not what it computes.
@@ -33,6 +33,7 @@ class RunInputs:
     def check(self) -> None:
         """Read everything that a later stage needs, so that what is missing is known before hours of training."""
         assert self.base.specs
+        assert self.teacher is None or self.teacher.specs
         if self.data.task is not None:
             reward_functions(self.data.task, self.recipe.task)
         if self.recipe.subnet.source.kind == "file":
@@ -42,6 +43,12 @@ class RunInputs:
     def base(self) -> Checkpoint:
         """The base checkpoint."""
         return open_checkpoint(self.recipe.model.name, revision=self.recipe.model.revision)
+
+    @cached_property
+    def teacher(self) -> Checkpoint | None:
+        """The teacher's checkpoint, where the algorithm has one."""
+        spec = self.recipe.teacher
+        return None if spec is None else open_checkpoint(spec.name, revision=spec.revision)
 
     @cached_property
     def base_sha256(self) -> str:
@@ -64,14 +71,12 @@ class RunInputs:
     @property
     def learns_from(self) -> LearnsFrom:
         """What the algorithm learns from."""
-        data = learns_from(self.recipe.algorithm)
-        assert data is not None  # the recipe was checked
-        return data
+        return ALGORITHMS[self.recipe.algorithm].learns_from
 
     @property
-    def scores_itself(self) -> bool:
-        """Whether the algorithm's trainer samples and scores completions itself."""
-        return self.learns_from == "prompts"
+    def needs_rewards(self) -> bool:
+        """Whether the algorithm's trainer has completions judged by the task's rewards."""
+        return ALGORITHMS[self.recipe.algorithm].judge == "rewards"
 
     def mask_from_file(self) -> SubnetMask:
         """Load the mask that the recipe names, checked against the base."""
@@ -106,15 +111,23 @@ class RunInputs:
         return {
             "base": self.base_sha256,
             "model": self.of_loading(),
+            **self._of_teacher(),
             "task": asdict(recipe.task),
             "data": self.data_sha256,
-            "rewards": rewards_sha256(recipe.task.rewards) if self.scores_itself else {},
+            "rewards": rewards_sha256(recipe.task.rewards) if self.needs_rewards else {},
             "algorithm": recipe.algorithm,
             "training": {key: value for key, value in recipe.training.items() if key not in _NOT_COMPUTED},
             "optimizer": asdict(recipe.subnet.optimizer),
             "seed": recipe.seed,
             "mask": None if mask is None else mask.fingerprint,
         }
+
+    def _of_teacher(self) -> dict[str, Any]:
+        spec = self.recipe.teacher
+        if spec is None or self.teacher is None:
+            return {}
+        loading = {"dtype": spec.dtype, "attn_implementation": spec.attn_implementation}
+        return {"teacher": {"checkpoint": checkpoint_sha256(self.teacher.folder), **loading}}
 
     def of_answers(self, checkpoint: str) -> dict[str, Any]:
         """What the answers of a checkpoint, given by its digest, depend on."""

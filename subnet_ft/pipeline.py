@@ -239,7 +239,8 @@ class Pipeline:
                 folder=folder,
                 mask=mask,
                 dataset=self.dataset,
-                task=self.inputs.data.task if self.inputs.scores_itself else None,
+                task=self.inputs.data.task if self.inputs.needs_rewards else None,
+                teacher=None if self.inputs.teacher is None else self.inputs.teacher.folder,
                 progress=self.progress,
             )
             gc.collect()
@@ -275,7 +276,7 @@ class Pipeline:
         return TrainedStage(folder, mask, results)
 
     def _training_inputs(self, mask: SubnetMask | None) -> dict[str, Any]:
-        known = self.inputs.scores_itself or self.inputs.data.rows is not None
+        known = self.inputs.learns_from == "prompts" or self.inputs.data.rows is not None
         made = {} if known else {"rows": json_sha256(self.dataset)}
         return {**self.inputs.of_training(mask), **made}
 

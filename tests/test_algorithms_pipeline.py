@@ -34,6 +34,8 @@ def recipe(name: str, output: Path, *overrides: str) -> Recipe:
     """Return the shipped tiny recipe with few steps on little data."""
     own = ["task.pairs.num_prompts=60"] if ALGORITHMS[name].learns_from not in ("prompts", "demonstrations") else []
     own += [f"training.{KL[name]}"] if name in KL else []
+    if ALGORITHMS[name].judge == "teacher":
+        own += ["teacher.name=tiny:qwen3", "training.per_device_train_batch_size=16"]
     return load_checked_recipe(f"tiny/{name}", [*SHORT, *own, f"output={output}", *overrides])
 
 
@@ -88,7 +90,9 @@ def _check_references(name: str, trainer: Any, memory: dict[str, int]) -> None:
     references = ALGORITHMS[name].references
     others = {key for key, value in vars(trainer).items() if isinstance(value, PreTrainedModel)}
     extras = getattr(trainer, "checkpoint_extras", dict)()
-    assert others - {"model", "model_wrapped", "_own_model"} <= {*references, *extras}
+    judge = {"teacher_model"} if ALGORITHMS[name].judge == "teacher" else set()
+    assert others - {"model", "model_wrapped", "_own_model"} <= {*references, *extras, *judge}
+    assert judge <= others & set(memory)
     held = [getattr(trainer, key) for key in references]
     assert all(model.dtype == trainer.model.dtype for model in held)
     assert memory.get("reference_model", 0) == memory["weights"] * len(held)
@@ -114,7 +118,11 @@ def test_the_page_names_every_algorithm_with_its_trainer_and_data() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("dpo", "grpo")])
 def test_tiny_recipe_gives_the_report_of_its_head(name: str, tmp_path: Path) -> None:
-    report = Pipeline(load_checked_recipe(f"tiny/{name}", [f"output={tmp_path}"])).run()
+    own = []
+    if ALGORITHMS[name].judge == "teacher":
+        teacher = load_checked_recipe("tiny/sft", [f"output={tmp_path / 'teacher'}", "method=full"])
+        own = [f"teacher.name={Pipeline(teacher).train().folder}"]
+    report = Pipeline(load_checked_recipe(f"tiny/{name}", [f"output={tmp_path}", *own])).run()
     assert report.verdict == "recovered"
     head = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("\nmodel:")[0]
     head = " ".join(line.lstrip("# ") for line in head.splitlines())

@@ -87,7 +87,11 @@ def test_load_recipe_reports_every_problem_at_once(tmp_path: Path) -> None:
         ("output=' '", 'output: must name a folder, got " "'),
         ("method=lora", 'method: must be one of full, subnet, got "lora"'),
         ("algorithm=grop", 'algorithm: unknown, got "grop"; did you mean `grpo`?'),
-        ("algorithm=xyz", 'algorithm: unknown, got "xyz"; known: dpo, kto, orpo, simpo, grpo, rloo, ppo, prime, sft, raft'),
+        (
+            "algorithm=xyz",
+            'algorithm: unknown, got "xyz"; '
+            "known: dpo, kto, orpo, simpo, grpo, rloo, ppo, prime, distillation, sft, raft",
+        ),
         ("subnet.source.a=1", "subnet.source.a: unknown key; known: kind, criterion, tolerance, path"),
         (
             "task.name=reasoning-gym/chain_sum",

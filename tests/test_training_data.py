@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from subnet_ft import training_data
-from subnet_ft.errors import StageError
+from subnet_ft.errors import StageError, SubnetError
 from subnet_ft.inputs import RunInputs
 from subnet_ft.pipeline import load_checked_recipe
 from subnet_ft.training_data import training_dataset
@@ -128,3 +128,20 @@ def test_training_dataset_of_sft_is_the_task_itself(tmp_path: Path) -> None:
     expected = [{"prompt": one.prompt, "completion": f"{one.answer}!"} for one in inputs.data.task.train]
     assert data.to_list() == expected
     assert not (tmp_path / "samples").exists()
+
+
+def test_inputs_of_training_change_with_the_teacher(tmp_path: Path) -> None:
+    def inputs(*overrides: str) -> dict[str, Any]:
+        return RunInputs(load_checked_recipe("tiny/distillation", [f"output={tmp_path}", *overrides])).of_training(None)
+
+    first = inputs("teacher.name=tiny:qwen3")
+    assert first == inputs("teacher.name=tiny:qwen3")
+    assert first != inputs("teacher.name=tiny:mistral")
+    assert first != inputs("teacher.name=tiny:qwen3", "teacher.dtype=float32")
+    assert "teacher" not in RunInputs(load_checked_recipe("tiny/sft", [f"output={tmp_path}"])).of_training(None)
+
+
+def test_inputs_check_that_the_teacher_is_there(tmp_path: Path) -> None:
+    recipe = load_checked_recipe("tiny/distillation", [f"output={tmp_path}", f"teacher.name={tmp_path / 'nobody'}"])
+    with pytest.raises(SubnetError, match="nobody"):
+        RunInputs(recipe).check()

@@ -13,7 +13,7 @@ from subnet_ft.recipe.schema import Range
 LearnsFrom = Literal["prompts", "preferences", "labelled", "demonstrations", "samples"]
 """What an algorithm learns from:
 
-- `prompts`: samples and scores completions itself; nothing else to read.
+- `prompts`: samples completions itself, and has them judged; nothing else to read.
 - `preferences`: a chosen against a rejected completion, sampled from the base or of a dataset.
 - `labelled`: single completions, right or wrong, sampled from the base or of a dataset.
 - `demonstrations`: completions to copy, made from the task's reference answers or of a dataset.
@@ -29,7 +29,8 @@ class Algorithm:
         name: The recipe's `algorithm`.
         trainer: `module:class` of the trainer.
         config: `module:class` of its config, whose fields are the recipe's `training` section.
-        learns_from: Its data. What learns from prompts also needs the task's rewards.
+        learns_from: Its data.
+        judge: What judges completions while it trains, if anything: the task's `rewards`, or the recipe's `teacher`.
         references: Attributes of the trainer that hold frozen models of the base's weights, or `None`.
         defaults: Config fields with another default than TRL's; a recipe may change them.
         fixed: Config fields without which it would be another algorithm; a recipe may only repeat them.
@@ -41,6 +42,7 @@ class Algorithm:
     trainer: str
     config: str
     learns_from: LearnsFrom = "prompts"
+    judge: Literal["rewards", "teacher"] | None = None
     references: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -66,13 +68,13 @@ _ON_COMPLETIONS = {"completion_only_loss": True}
 ALGORITHMS: dict[str, Algorithm] = {
     algorithm.name: algorithm
     for algorithm in (
-        Algorithm("dpo", "trl:DPOTrainer", "trl:DPOConfig", "preferences", _REFERENCE),
+        Algorithm("dpo", "trl:DPOTrainer", "trl:DPOConfig", "preferences", references=_REFERENCE),
         Algorithm(
             "kto",
             "trl:KTOTrainer",
             "trl:KTOConfig",
             "labelled",
-            _REFERENCE,
+            references=_REFERENCE,
             # Its KL term pairs each prompt with the completion of its neighbour in the batch.
             fixed={"train_sampling_strategy": "sequential"},
             ranges={"per_device_train_batch_size": Annotated[int, Range(least=2)]},
@@ -95,17 +97,31 @@ ALGORITHMS: dict[str, Algorithm] = {
             ranges={"beta": Annotated[float, Range(above=0.0)]},  # the margin is `simpo_gamma` / `beta`
             adds_bos=True,
         ),
-        Algorithm("grpo", "trl:GRPOTrainer", "trl:GRPOConfig", "prompts", _REFERENCE),
-        Algorithm("rloo", "trl:RLOOTrainer", "trl:RLOOConfig", "prompts", _REFERENCE),
+        Algorithm("grpo", "trl:GRPOTrainer", "trl:GRPOConfig", "prompts", "rewards", _REFERENCE),
+        Algorithm("rloo", "trl:RLOOTrainer", "trl:RLOOConfig", "prompts", "rewards", _REFERENCE),
         Algorithm(
-            "ppo", "subnet_ft.training.ppo:PPOTrainer", "subnet_ft.training.ppo:PPOConfig", "prompts", _REFERENCE
+            "ppo",
+            "subnet_ft.training.ppo:PPOTrainer",
+            "subnet_ft.training.ppo:PPOConfig",
+            "prompts",
+            "rewards",
+            _REFERENCE,
         ),
         Algorithm(
             "prime",
             "subnet_ft.training.prime:PRIMETrainer",
             "subnet_ft.training.prime:PRIMEConfig",
             "prompts",
+            "rewards",
             _REFERENCE,
+        ),
+        Algorithm(
+            "distillation",
+            "trl:DistillationTrainer",
+            "trl:DistillationConfig",
+            "prompts",
+            "teacher",
+            ranges={"beta": Annotated[float, Range(least=0.0, most=1.0)]},
         ),
         Algorithm("sft", "trl:SFTTrainer", "trl:SFTConfig", "demonstrations", defaults=_ON_COMPLETIONS),
         Algorithm("raft", "trl:SFTTrainer", "trl:SFTConfig", "samples", defaults=_ON_COMPLETIONS),

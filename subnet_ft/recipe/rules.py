@@ -38,6 +38,7 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
         (("subnet.audit_steps",), _audits),
         (("controls",), _controls),
         (("algorithm", "task.pairs", "task.dataset", "task.name", "task.completion"), _learning_data),
+        (("algorithm", "teacher"), _teacher),
         (("algorithm", "task.num_train", "task.pairs"), _amount_to_train),
         (("evaluation", "task.num_eval", "task.dataset", "task.pairs", "algorithm"), _evaluation),
         (("output",), _output),
@@ -115,7 +116,7 @@ def _learning_data(recipe: Recipe) -> Problems:
         other = "" if data == "samples" else f", or use `name: dataset` with {_SAMPLED[data]}"
         yield "task.pairs", f"missing; `{name}` learns from {_WORDS[data]}: sample them with `pairs`{other}"
     if data == "prompts" and task.pairs is not None:
-        yield "task.pairs", f"not used by `{name}`, which samples and scores its own completions; remove it"
+        yield "task.pairs", f"not used by `{name}`, which samples its own completions; remove it"
     if data == "demonstrations" and task.pairs is not None:
         yield "task.pairs", f"not used by `{name}`, which copies reference answers; remove it"
     if data in ("preferences", "labelled") and task.pairs is not None and task.pairs.max_right is not None:
@@ -126,6 +127,17 @@ def _learning_data(recipe: Recipe) -> Problems:
 
 def _those_of(data: LearnsFrom) -> str:
     return ", ".join(f"`{name}`" for name, algorithm in ALGORITHMS.items() if algorithm.learns_from == data)
+
+
+def _teacher(recipe: Recipe) -> Problems:
+    known = ALGORITHMS.get(recipe.algorithm)
+    if known is None:
+        return
+    if known.judge == "teacher" and recipe.teacher is None:
+        yield "teacher", f"missing; `{known.name}` learns from another model: name it, `teacher: {{name: ...}}`"
+    if known.judge != "teacher" and recipe.teacher is not None:
+        others = ", ".join(f"`{name}`" for name, other in ALGORITHMS.items() if other.judge == "teacher")
+        yield "teacher", f"not used by `{known.name}`, only by {others}; remove it"
 
 
 def _amount_to_train(recipe: Recipe) -> Problems:

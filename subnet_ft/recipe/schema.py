@@ -245,6 +245,9 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     """The TRL config's own fields, verbatim."""
 
+    teacher: ModelSpec | None = None
+    """The model that `distillation` learns from, with the tokenizer of `model`; only for that algorithm."""
+
     subnet: SubnetSpec = field(default_factory=SubnetSpec)
     """The subnetwork run."""
 

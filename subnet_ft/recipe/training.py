@@ -69,6 +69,7 @@ _RANGES: dict[str, Any] = {
 _OPTIMIZER = "the masked optimizer replaces it; choose one under `subnet.optimizer`"
 _PEFT = "PEFT trains added weights, a subnetwork is a part of the model's own; remove it"
 _MODEL = "the model is loaded from `model`; set `model.dtype` or `model.attn_implementation` there"
+_TEACHER = "the teacher is loaded from `teacher` at the top level; set `teacher.name` and `teacher.revision` there"
 _REFUSED: dict[str, str] = {
     "output_dir": "every stage has its own folder; set `output` at the top level of the recipe",
     "seed": "one seed serves all runs; set `seed` at the top level of the recipe",
@@ -79,6 +80,9 @@ _REFUSED: dict[str, str] = {
     "model_init_kwargs": _MODEL,
     "dtype": _MODEL,
     "torch_dtype": _MODEL,
+    "teacher_model_name_or_path": _TEACHER,
+    "teacher_model_revision": _TEACHER,
+    "teacher_model_init_kwargs": _TEACHER,
     "peft": _PEFT,
     "peft_config": _PEFT,
     "use_peft": _PEFT,

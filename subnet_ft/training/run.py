@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from subnet_ft.checkpoints.listing import listing
 from subnet_ft.checkpoints.models import load_model, save_model, undo_upcasts
-from subnet_ft.errors import CheckpointError
+from subnet_ft.errors import CheckpointError, TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import memory_ledger
 from subnet_ft.training.algorithms import ALGORITHMS, Algorithm, run_config
@@ -69,6 +69,7 @@ def train(
     mask: SubnetMask | None,
     dataset: Dataset,
     task: Task | None,
+    teacher: Path | None = None,
     progress: bool = False,
 ) -> TrainingRun:
     """Train from `base` and save an ordinary checkpoint in `folder`.
@@ -81,11 +82,14 @@ def train(
         folder: Where the tuned checkpoint, its tokenizer and its log go.
         mask: The subnetwork; `None` trains everything, through the same code.
         dataset: What the algorithm learns from, in the format of its trainer.
-        task: Scores completions, for algorithms that sample; `None` for the others.
+        task: Scores completions, for algorithms that need rewards; `None` for the others.
+        teacher: Folder of the teacher's checkpoint, for algorithms that need one.
         progress: Show a bar on stderr.
 
     Raises:
-        CheckpointError: Weights of the base have another dtype than the recipe's once they are loaded.
+        CheckpointError: Weights of the base have another dtype than the recipe's once they are loaded, or the teacher
+            has another vocabulary.
+        TrainerError: There is less data than one batch.
     """
     from subnet_ft.training.progress import show_progress
     from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete
@@ -95,7 +99,7 @@ def train(
     # All weights are trained, saved and compared in one dtype.
     undo_upcasts(model, dtype=spec.dtype)
     _refuse_other_dtypes(model, base, spec.dtype)
-    trainer = _build_trainer(recipe, model, tokenizer, folder, dataset, task)
+    trainer = _build_trainer(recipe, model, tokenizer, folder, dataset, task, teacher)
     trainer.add_callback(NoSaveAtTheEnd())
     show_progress(trainer, progress=progress)
     restrict(
@@ -115,6 +119,11 @@ def train(
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - start
+    if trainer.state.global_step == 0:
+        raise TrainerError(
+            f"Not one step was trained: {len(dataset)} rows give no batch. Ask for more data (`task.num_train`, "
+            "`task.pairs`), or lower `training.per_device_train_batch_size`."
+        )
     save_model(model, tokenizer, folder)
     log_history = list(trainer.state.log_history)
     (folder / LOG).write_text(json.dumps(log_history, indent=1) + "\n")
@@ -143,7 +152,13 @@ def _refuse_other_dtypes(model: PreTrainedModel, base: Path, dtype: str) -> None
 
 
 def _build_trainer(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, folder: Path, dataset: Dataset, task: Task | None
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    folder: Path,
+    dataset: Dataset,
+    task: Task | None,
+    teacher: Path | None,
 ) -> Any:
     algorithm = ALGORITHMS[recipe.algorithm]
     args = run_config(
@@ -158,6 +173,8 @@ def _build_trainer(
         from subnet_ft.tasks import reward_functions
 
         options["reward_funcs"] = reward_functions(task, recipe.task)
+    if teacher is not None:
+        options["teacher_model"] = _load_teacher(recipe, teacher, tokenizer)
     if algorithm.adds_bos:
         tokenizer = _without_bos(tokenizer, dataset)
     trainer = algorithm.trainer_class(
@@ -169,6 +186,18 @@ def _build_trainer(
             reference.to(model.dtype)
         undo_upcasts(reference, dtype=recipe.model.dtype)
     return trainer
+
+
+def _load_teacher(recipe: Recipe, folder: Path, tokenizer: Any) -> PreTrainedModel:
+    spec = recipe.teacher or recipe.model
+    model, own = load_model(folder, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise CheckpointError(
+            f"The teacher in `{folder}` has another vocabulary than `{recipe.model.name}`: {len(own)} and "
+            f"{len(tokenizer)} tokens, and not the same ones. Distillation compares the two token by token; choose a "
+            "`teacher` with the tokenizer of `model`."
+        )
+    return model
 
 
 def _without_bos(tokenizer: Any, dataset: Dataset) -> Any:
@@ -186,9 +215,12 @@ def _references(trainer: Any, algorithm: Algorithm) -> list[Any]:
 
 
 def _memory_beside(trainer: Any, algorithm: Algorithm) -> dict[str, int]:
-    """Count the bytes of the reference models, and of what is trained beside the policy, by the trainer's own names."""
+    """Count the bytes of reference models, of a teacher, and of what is trained beside the policy."""
     references = _references(trainer, algorithm)
     memory = {"reference_model": sum(p.nbytes for model in references for p in model.parameters())}
+    teacher = getattr(trainer, "teacher_model", None)
+    if teacher is not None:
+        memory["teacher_model"] = sum(p.nbytes for p in teacher.parameters())
     for name, part in getattr(trainer, "checkpoint_extras", dict)().items():
         memory[name] = (
             sum(p.nbytes for p in part.parameters()) if hasattr(part, "parameters") else sum(part.memory().values())

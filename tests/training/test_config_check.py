@@ -107,14 +107,14 @@ def test_config_problems_allows_checkpoints_between_generations(training: dict[s
     assert not list(config_problems("grpo", training))
 
 
-@pytest.mark.parametrize("name", [name for name, known in ALGORITHMS.items() if known.learns_from == "prompts"])
-def test_config_problems_knows_the_generations_of_every_algorithm_that_samples(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, known in ALGORITHMS.items() if known.judge == "rewards"])
+def test_config_problems_knows_the_generations_of_every_algorithm_with_rewards(name: str) -> None:
     ((key, message),) = config_problems(name, {"save_steps": 3, "num_iterations": 2})
     assert key == "training.save_steps"
     assert "the nearest `save_steps` is 4" in message
 
 
-@pytest.mark.parametrize("name", [name for name, known in ALGORITHMS.items() if known.learns_from != "prompts"])
+@pytest.mark.parametrize("name", [name for name, known in ALGORITHMS.items() if known.judge != "rewards"])
 def test_config_problems_knows_no_generations_of_the_others(name: str) -> None:
     assert not list(config_problems(name, {"save_steps": 3, "gradient_accumulation_steps": 2}))
 

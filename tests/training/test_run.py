@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import save_tiny
-from subnet_ft.errors import CheckpointError
+from subnet_ft.errors import CheckpointError, TrainerError
 from subnet_ft.masks import extract
 from subnet_ft.pipeline import load_checked_recipe
 from subnet_ft.training import run as training_run
@@ -80,6 +80,32 @@ def test_train_puts_a_bos_token_before_prompts_only_where_the_tokenizer_does(
     (trainer,) = trainers
     assert all((row["chosen_input_ids"][0] == bos) is own for row in trainer.train_dataset)
     assert AutoTokenizer.from_pretrained(tmp_path / "full").bos_token == "<"
+
+
+def test_train_says_when_there_is_less_data_than_a_batch(tmp_path: Path) -> None:
+    """TRL drops what is left of a batch, and transformers then trains no step and says nothing."""
+    base = save_tiny("llama", tmp_path / "base")
+    recipe = load_checked_recipe(
+        "tiny/distillation", [f"model.name={base}", f"teacher.name={base}", f"output={tmp_path}"]
+    )
+    few = Dataset.from_list([{"prompt": f"{a} + 1 = "} for a in range(8)])
+    with pytest.raises(TrainerError, match="Not one step was trained: 8 rows"):
+        training_run.train(recipe, base=base, folder=tmp_path / "full", dataset=few, task=None, mask=None, teacher=base)
+    assert not (tmp_path / "full" / "model.safetensors").exists()
+
+
+def test_train_refuses_a_teacher_with_another_tokenizer(tmp_path: Path) -> None:
+    base, teacher = save_tiny("llama", tmp_path / "base"), save_tiny("llama", tmp_path / "teacher", seed=1)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(teacher)
+    recipe = load_checked_recipe(
+        "tiny/distillation", [f"model.name={base}", f"teacher.name={teacher}", f"output={tmp_path}"]
+    )
+    with pytest.raises(CheckpointError, match=r"another vocabulary than .*: 84 and 83 tokens"):
+        training_run.train(
+            recipe, base=base, folder=tmp_path / "full", dataset=PAIRS, task=None, mask=None, teacher=teacher
+        )
 
 
 def _keep(trainers: list[Any], trainer: Any) -> Any:
