@@ -13,7 +13,7 @@ from wrapped_optimizers import EightBit, Lion
 import subnet_kernels
 from subnet_ft.errors import FrozenWeightError, GradientError, MaskMismatchError, OptimizerError
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, format_fingerprint
-from subnet_ft.optim import MaskedBase, mask_change
+from subnet_ft.optim import MaskedBase, base, mask_change
 
 
 def trained(
@@ -187,3 +187,27 @@ def test_set_mask_refuses_state_that_other_code_has_cut() -> None:
     for parameter in optimizer.param_groups[0]["params"]:
         optimizer.state[parameter]["exp_avg"] = optimizer.state[parameter]["exp_avg"][:1]
     refuses(model, optimizer, random_mask(model, 0.3, seed=5), OptimizerError, "which is not compact")
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_under_ddp_a_tensor_that_leaves_keeps_its_gradient_and_may_come_back(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DDP waits for the gradients of all tensors that required one when it wrapped the model."""
+    model, optimizer = trained(BUILDERS[kind], compact_grads=False)
+    first, before = optimizer.mask, [name for name, p in model.named_parameters() if p.requires_grad]
+    monkeypatch.setattr(base, "num_processes", lambda: 2)
+    monkeypatch.setattr(mask_change, "num_processes", lambda: 2)
+    optimizer.set_mask(only(model, {name: first[name] for name in first.names if name != "0.weight"}))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == before
+    weights = weights_of(model)
+    set_gradients(model, 2)
+    optimizer.step()
+    assert model[0].weight.grad is None, "no later step sees it"
+    moved = differing(weights_of(model), weights)
+    assert "0.weight" not in moved
+    assert moved != []
+    optimizer.set_mask(first)
+    set_gradients(model, 3)
+    optimizer.step()
+    assert "0.weight" in differing(weights_of(model), weights)

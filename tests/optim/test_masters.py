@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from helpers import random_mask, same_bits, set_gradients, small_model
+from masked_optimizers import Build, differing, masked_adamw, masked_sgd, state_of, wrapped
 
 from subnet_ft.masks import SubnetMask
-from subnet_ft.optim import MaskedAdamW
+from subnet_ft.optim import MaskedAdamW, MaskedBase
 from subnet_ft.optim.masters import master_dtype
 
 
@@ -94,3 +99,70 @@ def test_a_step_tells_autograd_that_it_changed_the_weights() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+KINDS: dict[str, tuple[Build, dict[str, Any]]] = {
+    "AdamW, fp32": (masked_adamw, {}),
+    "AdamW, remainders": (masked_adamw, {"master": "remainder"}),
+    "AdamW, stochastic": (masked_adamw, {"master": "stochastic"}),
+    "SGD": (masked_sgd, {}),
+    "wrapped NAdam": (wrapped(torch.optim.NAdam), {}),
+}
+
+
+def stepped(kind: str, steps: range = range(3)) -> tuple[torch.nn.Module, MaskedBase]:
+    build, options = KINDS[kind]
+    model = small_model(torch.bfloat16)
+    optimizer = build(model.named_parameters(), random_mask(model, 0.4), **options)
+    for step in steps:
+        set_gradients(model, step)
+        optimizer.step()
+    return model, optimizer
+
+
+def _loaded(kind: str, model: torch.nn.Module, optimizer: MaskedBase) -> MaskedBase:
+    """Return an optimizer of the same weights that took the state over and no step since."""
+    build, options = KINDS[kind]
+    saved, mask = copy.deepcopy(optimizer.state_dict()), optimizer.mask
+    optimizer.release()
+    fresh = build(model.named_parameters(), mask, **options)
+    fresh.load_state_dict(saved)
+    return fresh
+
+
+def _remasked(kind: str, model: torch.nn.Module, optimizer: MaskedBase) -> MaskedBase:
+    optimizer.set_mask(random_mask(model, 0.4, seed=5))
+    return optimizer
+
+
+AFTER: dict[str, Callable[[str, torch.nn.Module, MaskedBase], MaskedBase]] = {
+    "a step": lambda kind, model, optimizer: optimizer,
+    "loading": _loaded,
+    "another mask": _remasked,
+}
+
+
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adopt_weights_keeps_the_masters_of_weights_that_nobody_wrote(kind: str, after: str) -> None:
+    model, optimizer = stepped(kind)
+    optimizer = AFTER[after](kind, model, optimizer)
+    before = state_of(optimizer)
+    optimizer.adopt_weights()
+    assert differing(state_of(optimizer), before) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adopt_weights_makes_written_weights_their_own_masters_and_keeps_the_moments(kind: str) -> None:
+    model, optimizer = stepped(kind)
+    before = state_of(optimizer)
+    weight = model[0].weight
+    with torch.no_grad():
+        weight.mul_(2.0)
+    optimizer.adopt_weights()
+    master = optimizer.state[weight].get("master")
+    chosen = weight.detach()[optimizer.mask["0.weight"]]
+    if master is not None:
+        assert torch.equal(master, chosen.float() if master.is_floating_point() else torch.zeros_like(master))
+    expected = [] if master is None else ["0.weight/master"]
+    assert differing(state_of(optimizer), before) == expected
