@@ -255,7 +255,8 @@ class MaskedBase(torch.optim.Optimizer):
         """Take the weights that somebody else wrote since the last step as their own masters; moments stay."""
         for parameter in self._trained():
             entries = self.state.get(parameter)
-            if entries and not self._roundings.has(parameter, entries.get("master")):
+            mask = self.bit_mask(parameter)
+            if entries and self._roundings.was_written(parameter, entries.get("master"), mask):
                 master = self._new_master(parameter)
                 if master is not None:
                     entries["master"] = master

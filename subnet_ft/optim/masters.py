@@ -50,6 +50,18 @@ class Roundings:
         """Whether a parameter still is the rounding of its masters."""
         return self._written.get(id(parameter)) == _versions(parameter, master)
 
+    def was_written(self, parameter: torch.nn.Parameter, master: torch.Tensor | None, mask: BitMask) -> bool:
+        """Whether a parameter is not the rounding of its masters; where nobody marked it, the values tell.
+
+        A remainder completes whatever weight it stands beside, so that it is never wrong by itself.
+        """
+        if id(parameter) in self._written:
+            return not self.has(parameter, master)
+        if master is None or not master.is_floating_point():
+            return False
+        weights = subnet_kernels.gather(parameter.detach().view(-1), mask)
+        return not torch.equal(subnet_kernels.round_to_weights(master, parameter.dtype).to(weights.dtype), weights)
+
     def clear(self) -> None:
         """Forget everything, because masters were replaced."""
         self._written.clear()
