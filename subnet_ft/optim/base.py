@@ -254,9 +254,8 @@ class MaskedBase(torch.optim.Optimizer):
     def adopt_weights(self) -> None:
         """Take the weights that somebody else wrote since the last step as their own masters; moments stay."""
         for parameter in self._trained():
-            entries = self.state.get(parameter)
-            mask = self.bit_mask(parameter)
-            if entries and self._roundings.was_written(parameter, entries.get("master"), mask):
+            entries = self.state.get(parameter) or {}
+            if entries and self._roundings.was_written(parameter, entries.get("master"), self.bit_mask(parameter)):
                 master = self._new_master(parameter)
                 if master is not None:
                     entries["master"] = master
