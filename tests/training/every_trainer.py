@@ -157,6 +157,22 @@ TRAINERS: dict[str, Kind] = {
         _SAMPLING,
         {"steps_per_generation": 4},
     ),
+    "PPO": Kind(
+        "subnet_ft.training.ppo:PPOTrainer",
+        "subnet_ft.training.ppo:PPOConfig",
+        _prompts,
+        lambda: {**_tokenizer(), "reward_funcs": letters},
+        _SAMPLING,
+        {"steps_per_generation": 4},
+    ),
+    "PRIME": Kind(
+        "subnet_ft.training.prime:PRIMETrainer",
+        "subnet_ft.training.prime:PRIMEConfig",
+        _prompts,
+        lambda: {**_tokenizer(), "reward_funcs": letters},
+        {**_SAMPLING, "accuracy_low": 0.0, "accuracy_high": 1.0},
+        {"steps_per_generation": 4},
+    ),
     "Reward": Kind("trl:RewardTrainer", "trl:RewardConfig", _pairs, _tokenizer, {}),
     "Distillation": Kind(
         "trl:DistillationTrainer",
