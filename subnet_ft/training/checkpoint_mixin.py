@@ -218,12 +218,16 @@ class CheckpointMixin(_Base):
         expected = read_manifest(checkpoint, is_whole=True)["weights"]
         if weights_digest(self._own_model) == expected:
             return
-        load_weights(self._own_model, checkpoint)
+        lost = CheckpointError(
+            f"Loading `{checkpoint}` does not give back the weights that it was saved with. The model's `save_pretrained` "
+            "leaves some of them out; restrict the trainer to a mask of those that it saves."
+        )
+        try:
+            load_weights(self._own_model, checkpoint)
+        except CheckpointError as error:
+            raise lost from error
         if weights_digest(self._own_model) != expected:
-            raise CheckpointError(
-                f"Loading `{checkpoint}` does not give back the weights that it was saved with. The model's "
-                "`save_pretrained` leaves some of them out; restrict the trainer to a mask of those that it saves."
-            )
+            raise lost
 
     def _facts(self) -> dict[str, Any]:
         step = self.state.global_step
