@@ -219,8 +219,8 @@ class CheckpointMixin(_Base):
         if weights_digest(self._own_model) == expected:
             return
         lost = CheckpointError(
-            f"Loading `{checkpoint}` does not give back the weights that it was saved with. The model's `save_pretrained` "
-            "leaves some of them out; restrict the trainer to a mask of those that it saves."
+            f"Loading `{checkpoint}` does not give back the weights that it was saved with. The model's "
+            "`save_pretrained` leaves some of them out; restrict the trainer to a mask of those that it saves."
         )
         try:
             load_weights(self._own_model, checkpoint)
