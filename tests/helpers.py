@@ -6,6 +6,16 @@ import torch
 
 from subnet_ft.masks import SubnetMask
 
+QUIET = {
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+}
+"""Fields of a trainer's config in every short run: log each step, save and report nothing, stay on the CPU."""
+
 
 def ulp_distance(actual: torch.Tensor, expected: torch.Tensor) -> int:
     """Return the largest distance in units in the last place between two float32 tensors (no NaN)."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import QUIET
 from masked_optimizers import only
 from training.every_trainer import TRAINERS
 from training.masked_runs import Watch, third_of
@@ -62,12 +63,7 @@ def plain(
         "max_steps": 4,
         "learning_rate": 3e-2,
         "weight_decay": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **QUIET,
         **config,
     }
     kind = TRAINERS["Trainer"]

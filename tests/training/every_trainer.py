@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from helpers import QUIET
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer
 
 from subnet_ft.checkpoints.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -38,14 +39,9 @@ def build(name: str, folder: Path, *, model: PreTrainedModel | None = None, **op
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
         "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **QUIET,
         **kind.options,
         **options,
     }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import random_bits, same_bits
+from helpers import QUIET, random_bits, same_bits
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
@@ -30,12 +30,7 @@ def build(folder: Path, **options: Any) -> Trainer:
         "max_steps": 4,
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **QUIET,
         **options,
     }
     return Trainer(model=tiny_model("llama"), args=TrainingArguments(**arguments), train_dataset=dataset)

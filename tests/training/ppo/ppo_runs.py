@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from helpers import QUIET
 from training.masked_runs import Watch
 from transformers import PreTrainedModel, Trainer
 
@@ -52,14 +53,9 @@ def ppo(
         "learning_rate": 1e-2,
         "value_learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
         "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **QUIET,
         **options,
     }
     given = [f"{a} + {b} = " for a in range(6) for b in (3, 8)] if prompts is None else prompts

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from helpers import QUIET
 from transformers import PreTrainedModel
 
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
@@ -49,14 +50,9 @@ def prime_trainer(
         "prm_learning_rate": 1e-3,
         "accuracy_low": 0.0,
         "accuracy_high": 1.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
         "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **QUIET,
         **options,
     }
     return PRIMETrainer(
