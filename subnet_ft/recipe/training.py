@@ -96,7 +96,6 @@ _EVALUATION = "the trainer gets no evaluation set; trained models are judged by 
 _REFUSED_WHEN_SET: dict[str, str] = {
     "bf16": "the weights already are in `model.dtype`; mixed precision would upcast what is trained to fp32",
     "fp16": "fp16 mixed precision needs a GradScaler, which cannot see compact gradients; use `model.dtype: bfloat16`",
-    "sync_ref_model": "the moving reference model is in no checkpoint, so a resumed run would use the base",
     "ignore_data_skip": "an interrupted run would see its first data again when it resumes",
     "deepspeed": "ZeRO flattens parameters, so that no mask per tensor remains; this release trains in one process",
     "fsdp": _SHARDED,
