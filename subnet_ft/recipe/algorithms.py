@@ -52,12 +52,12 @@ class Algorithm:
     @property
     def trainer_class(self) -> Any:
         """The trainer class."""
-        return _load(self.trainer)
+        return load_object(self.trainer)
 
     @property
     def config_class(self) -> Any:
         """The config dataclass."""
-        return _load(self.config)
+        return load_object(self.config)
 
 
 _REFERENCE = ("ref_model",)
@@ -135,7 +135,8 @@ def learns_from(name: str) -> LearnsFrom | None:
     return None if known is None else known.learns_from
 
 
-def _load(path: str) -> Any:
+def load_object(path: str) -> Any:
+    """Import what `module:name` names."""
     module, _, name = path.partition(":")
     with warnings.catch_warnings():
         # What changes in a later release, the tests of the table find.

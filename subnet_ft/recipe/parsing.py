@@ -96,6 +96,9 @@ class Parser:
         if typing.get_origin(expected) is list and isinstance(value, list):
             (element,) = typing.get_args(expected)
             return [self.check(f"{key}[{index}]", item, element) for index, item in enumerate(value)]
+        if typing.get_origin(expected) is dict and isinstance(value, dict):
+            element = typing.get_args(expected)[1]
+            return {name: self.check(f"{key}.{name}", item, element) for name, item in value.items()}
         try:
             return _convert(value, expected)
         except _Invalid as invalid:

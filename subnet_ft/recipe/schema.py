@@ -206,6 +206,17 @@ class SubnetSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """Settings of one method; everything else is that of the recipe, so that methods can be compared."""
+
+    training: dict[str, Any] = field(default_factory=dict)
+    """Fields of `training` with another value for this method: learning rate, schedule, decay, betas, clipping."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """The method's own config fields, verbatim: those of PEFT's `LoraConfig` for `lora`; `methods.py` has the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSpec:
     """How the verdict on accuracy is reached."""
 
@@ -263,8 +274,11 @@ class Recipe:
     seed: CountOrZero = 0
     """Seed of data, sampling, training and control masks."""
 
-    method: Literal["full", "subnet"] = "full"
-    """What `subnet-ft train` trains; `subnet-ft run` always does both."""
+    method: str = "full"
+    """What `subnet-ft train` trains: `full`, `subnet` or another method; `subnet-ft run` does the first two."""
+
+    methods: dict[str, MethodSpec] = field(default_factory=dict)
+    """Settings of single methods, by name: of the one that `method` names, and of those that are compared."""
 
     keep_checkpoints: bool = False
     """Keep the intermediate trainer checkpoints of finished stages."""

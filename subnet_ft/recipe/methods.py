@@ -1,0 +1,126 @@
+"""The table of methods: which weights each trains, and the config whose fields a recipe may set for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from subnet_ft.recipe.algorithms import load_object
+
+Trains = Literal["mask", "adapter"]
+"""What a method trains: `mask`, a part of the model's own weights; `adapter`, weights that it adds to a frozen model."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method, by the names of what builds it; nothing is imported before it is needed.
+
+    Args:
+        name: The recipe's `method`, and the name of its stage.
+        trains: Whether it trains the model's own weights or added ones.
+        config: `module:class` of its config, whose fields are `methods.NAME.config`; `None` where there is none.
+        defaults: Config fields with another default than the config's own; a recipe may change them.
+        fixed: Config fields without which it would be another method; a recipe may only repeat them.
+        is_quantized: The frozen model is held in 4 bits (NF4, arXiv 2305.14314).
+        source: Where the method comes from.
+    """
+
+    name: str
+    trains: Trains
+    config: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    is_quantized: bool = False
+    source: str = ""
+
+    @property
+    def config_class(self) -> Any:
+        """The config dataclass, or `None`."""
+        return None if self.config is None else load_object(self.config)
+
+
+_CAUSAL = {"task_type": "CAUSAL_LM"}
+# Every linear layer but the output embedding, as in QLoRA; PEFT's own default is the query and value projections.
+_ALL_LINEAR = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("full", "mask"),
+        Method("subnet", "mask", source="arXiv 2505.11711"),
+        Method("last_layers", "mask", "subnet_ft.methods.masks:LastLayersConfig"),
+        Method("bitfit", "mask", "subnet_ft.methods.masks:BitFitConfig", source="arXiv 2106.10199"),
+        Method("lora", "adapter", "peft:LoraConfig", _ALL_LINEAR, _CAUSAL, source="arXiv 2106.09685"),
+        Method(
+            "dora",
+            "adapter",
+            "peft:LoraConfig",
+            _ALL_LINEAR,
+            {**_CAUSAL, "use_dora": True},
+            source="arXiv 2402.09353",
+        ),
+        Method(
+            "eva",
+            "adapter",
+            "peft:LoraConfig",
+            _ALL_LINEAR,
+            {**_CAUSAL, "init_lora_weights": "eva"},
+            source="arXiv 2410.07170",
+        ),
+        Method(
+            "qlora",
+            "adapter",
+            "peft:LoraConfig",
+            _ALL_LINEAR,
+            _CAUSAL,
+            is_quantized=True,
+            source="arXiv 2305.14314",
+        ),
+        Method("ia3", "adapter", "peft:IA3Config", fixed=_CAUSAL, source="arXiv 2205.05638"),
+        Method(
+            "shira",
+            "adapter",
+            "peft:ShiraConfig",
+            {"r": 16, "target_modules": "all-linear"},
+            _CAUSAL,
+            source="arXiv 2406.13175",
+        ),
+        Method(
+            "prompt_tuning",
+            "adapter",
+            "peft:PromptTuningConfig",
+            {"num_virtual_tokens": 16},
+            _CAUSAL,
+            source="arXiv 2104.08691",
+        ),
+        Method(
+            "prefix_tuning",
+            "adapter",
+            "peft:PrefixTuningConfig",
+            {"num_virtual_tokens": 16},
+            _CAUSAL,
+            source="arXiv 2101.00190",
+        ),
+        Method(
+            "adapters",
+            "adapter",
+            "subnet_ft.methods.bottleneck:BottleneckConfig",
+            source="arXiv 1902.00751",
+        ),
+        Method(
+            "adaption_prompt",
+            "adapter",
+            "peft:AdaptionPromptConfig",
+            {"adapter_len": 16, "adapter_layers": 2},
+            _CAUSAL,
+            source="arXiv 2303.16199",
+        ),
+    )
+}
+
+HYPER_PARAMETERS = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm",
+)  # fmt: skip
+"""What `methods.NAME.training` may set: how a method is optimized. Data, batches and steps are those of the recipe."""
