@@ -9,7 +9,7 @@ from typing import Any, Literal
 from subnet_ft.recipe.algorithms import load_object
 
 Trains = Literal["mask", "adapter"]
-"""What a method trains: `mask`, a part of the model's own weights; `adapter`, weights that it adds to a frozen model."""
+"""What a method trains: `mask`, a part of the model's own weights; `adapter`, weights added to a frozen one."""
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ def build_report(
     names = [model.name for model in models]
     if len(set(names)) != len(names):
         raise ValueError(f"Every model of a report needs its own name, got {', '.join(names)}.")
-    _check_same_prompts(models)
-    solved = {model.name: _solved(model) for model in models}
+    check_same_prompts(models)
+    solved = {model.name: solved_prompts(model) for model in models}
 
     def judge(name: str, subject: str) -> Verdict:
         runs = solved[base.name], solved[full.name], solved[name]
@@ -112,7 +112,7 @@ def build_report(
     measured = [outcomes for outcomes in solved.values() if outcomes is not None]
     return Report(
         version=version,
-        title=title or _title(recipe),
+        title=title or title_of(recipe),
         verdict=result.name,
         verdict_reason=result.reason,
         base=base.name,
@@ -124,7 +124,7 @@ def build_report(
         margin=margin,
         confidence=confidence,
         num_prompts=len(measured[0]) if measured else 0,
-        accuracy={name: _accuracy(values, confidence) for name, values in solved.items() if values is not None},
+        accuracy={name: accuracy_of(values, confidence) for name, values in solved.items() if values is not None},
         differences=_differences(solved, base.name, full.name, subnet.name, confidence),
         weights={model.name: model.weights for model in models if model.weights is not None},
         density=_density(mask) if mask is not None else None,
@@ -132,21 +132,23 @@ def build_report(
         curves={model.name: _curve(model.log_history) for model in models if model.log_history},
         seconds={model.name: dict(model.seconds) for model in models if model.seconds},
         memory={model.name: dict(model.memory) for model in models if model.memory},
-        environment=_plain(environment),
-        recipe=_plain(recipe),
+        environment=plain(environment),
+        recipe=plain(recipe),
         seeds=list(seeds),
         samples=_samples(models),
         not_measured=[*_gaps(models, solved, environment, seeds), *not_measured],
     )
 
 
-def _solved(model: RunEvidence) -> NDArray[np.bool_] | None:
+def solved_prompts(model: RunEvidence) -> NDArray[np.bool_] | None:
+    """Return which held-out prompts a model solved, as (n,) bools; `None` where it answered none."""
     if not model.records:
         return None
     return np.array([bool(record["correct"]) for record in model.records], dtype=np.bool_)
 
 
-def _check_same_prompts(models: Sequence[RunEvidence]) -> None:
+def check_same_prompts(models: Sequence[RunEvidence]) -> None:
+    """Refuse models that answered different prompts."""
     answered = [model for model in models if model.records]
     for model in answered[1:]:
         ours, theirs = ([text(record["prompt"]) for record in m.records or ()] for m in (model, answered[0]))
@@ -163,7 +165,8 @@ def _check_same_prompts(models: Sequence[RunEvidence]) -> None:
                 )
 
 
-def _accuracy(solved: NDArray[np.bool_], confidence: float) -> Accuracy:
+def accuracy_of(solved: NDArray[np.bool_], confidence: float) -> Accuracy:
+    """Return the accuracy of (n,) bools with its Wilson interval."""
     correct, n = int(solved.sum()), len(solved)
     low, high = wilson_interval(correct, n, confidence)
     return Accuracy(accuracy=correct / n, num_prompts=n, correct=correct, ci_low=low, ci_high=high)
@@ -182,11 +185,12 @@ def _differences(
     for first, second, level in wanted:
         a, b = solved[first], solved[second]
         if a is not None and b is not None:
-            found.append(_difference(first, second, paired_difference(a, b, confidence=level)))
+            found.append(difference_of(first, second, paired_difference(a, b, confidence=level)))
     return found
 
 
-def _difference(first: str, second: str, paired: PairedDifference) -> Difference:
+def difference_of(first: str, second: str, paired: PairedDifference) -> Difference:
+    """Name the two models of a paired difference."""
     return Difference(
         first,
         second,
@@ -222,7 +226,7 @@ def _mask_info(mask: SubnetMask, seconds: float | None) -> MaskInfo:
         criterion=origin.criterion,
         tolerance=origin.tolerance,
         compare_dtype=origin.compare_dtype,
-        source=_plain(origin.source),
+        source=plain(origin.source),
         base=origin.base.name if origin.base else None,
         tuned=origin.tuned.name if origin.tuned else None,
         seconds=seconds,
@@ -263,13 +267,14 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def _title(recipe: Mapping[str, Any]) -> str:
+def title_of(recipe: Mapping[str, Any]) -> str:
+    """Say in a few words what a recipe runs."""
     parts = [recipe.get("algorithm"), recipe.get("task", {}).get("name"), recipe.get("model", {}).get("name")]
     known = [str(part) for part in parts if part]
     return " · ".join([known[0].upper(), *known[1:]] if recipe.get("algorithm") else known)
 
 
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+def plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy that JSON can hold: what it has no form for becomes its string, NaN and infinity null."""
     plain: dict[str, Any] = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
     return plain

@@ -12,13 +12,13 @@ def render_markdown(report: Report) -> str:
     """Return the report as GitHub-flavoured Markdown."""
     broken = wording.is_mask_broken(report)
     blocks = [f"# Verdict: {wording.headline(report).lower()}"]
-    blocks += [f"**{_escape(wording.off_mask_sentence(report))}**" if broken else wording.claim(report)]
+    blocks += [f"**{escape(wording.off_mask_sentence(report))}**" if broken else wording.claim(report)]
     blocks.append(report.verdict_reason)
     points = [None if broken else wording.off_mask_sentence(report)]
     points += [*wording.control_sentences(report), wording.cost_sentence(report)]
-    blocks.append("\n".join(f"- {_escape(point)}" for point in points if point))
+    blocks.append("\n".join(f"- {escape(point)}" for point in points if point))
     if report.title:
-        blocks.append(f"{_escape(report.title)}. Written by subnet-ft {report.version}.")
+        blocks.append(f"{escape(report.title)}. Written by subnet-ft {report.version}.")
 
     blocks.append("## Accuracy")
     accuracy = tables.accuracy_table(report)
@@ -27,19 +27,19 @@ def render_markdown(report: Report) -> str:
     else:
         level = f"{report.confidence * 100:g} %"
         blocks += [
-            _table(accuracy),
+            table(accuracy),
             f"\\* The base model's difference has the {level} interval, which decides if anything can be recovered.",
             wording.rule_sentence(report),
         ]
 
     blocks.append("## Controls")
     controls = tables.controls_table(report)
-    blocks.append(_table(controls) if controls else wording.control_sentences(report)[0])
+    blocks.append(table(controls) if controls else wording.control_sentences(report)[0])
 
     blocks.append("## Weights")
     identity, movement = tables.identity_table(report), tables.movement_table(report)
     blocks.append(wording.identity_sentence(report) or "No weights were compared.")
-    blocks += [_table(content) for content in (identity, movement) if content]
+    blocks += [table(content) for content in (identity, movement) if content]
 
     blocks.append("## The subnetwork")
     density = tables.density_table(report)
@@ -54,35 +54,37 @@ def render_markdown(report: Report) -> str:
             f"Density {wording.percent(report.density.overall, 2)}."
             + (f" By tolerance: {by_tolerance}." if by_tolerance else "")
         )
-        blocks.append(_table(density))
+        blocks.append(table(density))
 
     blocks.append("## Cost")
     costs = [wording.cost_sentence(report)]
-    costs += [_table(content) for content in (tables.memory_table(report), tables.time_table(report)) if content]
+    costs += [table(content) for content in (tables.memory_table(report), tables.time_table(report)) if content]
     blocks += [cost for cost in costs if cost] or ["Neither memory nor time was recorded."]
 
     if report.samples:
         blocks += ["## Five prompts", "Evenly spaced over the held-out prompts, not chosen by their answers."]
         for sample in report.samples:
             blocks.append(_fenced(sample.prompt))
-            lines = [f"- reference: {_code(sample.reference)}"] if sample.reference else []
+            lines = [f"- reference: {code(sample.reference)}"] if sample.reference else []
             for name in (report.base, report.full, report.subnet):
                 if (answer := sample.answers.get(name)) is not None:
                     mark = "correct" if answer.correct else "wrong"
-                    lines.append(f"- {wording.label(report, name)}, {mark}: {_code(answer.completion)}")
+                    lines.append(f"- {wording.label(report, name)}, {mark}: {code(answer.completion)}")
             blocks.append("\n".join(lines))
 
-    blocks += ["## What this report does not show", "\n".join(f"- {_escape(gap)}" for gap in report.not_measured)]
-    blocks += ["## Conditions", "\n".join(f"- {name}: {_code(value)}" for name, value in wording.conditions(report))]
+    blocks += ["## What this report does not show", "\n".join(f"- {escape(gap)}" for gap in report.not_measured)]
+    blocks += ["## Conditions", "\n".join(f"- {name}: {code(value)}" for name, value in wording.conditions(report))]
     return "\n\n".join(blocks) + "\n"
 
 
-def _table(content: tables.Table) -> str:
+def table(content: tables.Table) -> str:
+    """Lay out a table."""
     rows = [content.header, ["---", *["---:"] * (len(content.header) - 1)], *content.rows]
-    return "\n".join("| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(escape(cell) for cell in row) + " |" for row in rows)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Keep a text from being read as markup."""
     return re.sub(r"([|<>*`])", r"\\\1", text.replace("\n", " "))
 
 
@@ -91,7 +93,7 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """Quote one line of code, whatever backticks it holds; line breaks show as a sign."""
     line = text.replace("\r", "").replace("\n", " \u23ce ")
     fence = "`" * (_longest_ticks(line) + 1)

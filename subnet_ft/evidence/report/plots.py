@@ -46,7 +46,7 @@ def accuracy_plot(report: Report, width: float) -> str | None:
             f"{label(report, name)}: {percent(entry.accuracy)}, {entry.ci_low * 100:.1f} to {entry.ci_high * 100:.1f} %"
         )
         row_label(svg, label(report, name), y)
-        _interval(svg, x, y, entry.ci_low, entry.accuracy, entry.ci_high, css_class(report, name), tip)
+        interval(svg, x, y, entry.ci_low, entry.accuracy, entry.ci_high, css_class(report, name), tip)
         svg.text(width - 2, y + 4, percent(entry.accuracy), "value", anchor="end")
     return svg.render()
 
@@ -72,7 +72,7 @@ def difference_plot(report: Report, width: float) -> str | None:
             f"{label(report, name)}: {points(gap.difference)} points, {points(gap.low)} to {points(gap.high)}"
         )
         row_label(svg, label(report, name), y)
-        _interval(svg, x, y, gap.low, gap.difference, gap.high, css_class(report, name), tip)
+        interval(svg, x, y, gap.low, gap.difference, gap.high, css_class(report, name), tip)
         svg.text(width - 2, y + 4, typographic(points(gap.difference)), "value", anchor="end")
     return svg.render()
 
@@ -116,7 +116,7 @@ def memory_plot(report: Report, width: float) -> str | None:
         label(report, name): {key: float(value) for key, value in report.memory[name].items() if not is_peak(key)}
         for name in runs
     }
-    return _stacked(stacks, stack_parts(report.memory, report), width, size, "Memory by component")
+    return stacked(stacks, stack_parts(report.memory, report), width, size, "Memory by component")
 
 
 def time_plot(report: Report, width: float) -> str | None:
@@ -129,7 +129,7 @@ def time_plot(report: Report, width: float) -> str | None:
             stacks["with the full run"] = whole
     if not stacks:
         return None
-    return _stacked(stacks, time_parts(report), width, duration, "Time by stage")
+    return stacked(stacks, time_parts(report), width, duration, "Time by stage")
 
 
 def time_parts(report: Report) -> list[str]:
@@ -143,9 +143,10 @@ def stack_parts(source: Mapping[str, Mapping[str, float]], report: Report) -> li
     return list(dict.fromkeys(keys))
 
 
-def _stacked(
+def stacked(
     stacks: dict[str, dict[str, float]], parts: list[str], width: float, write: Callable[[float], str], title: str
 ) -> str:
+    """Draw one bar per row, stacked by part; `parts` gives the order of the colours."""
     most = max(sum(stack.values()) for stack in stacks.values()) or 1.0
     svg = Svg(width, bottom_of_rows(width, len(stacks)) + 4, title)
     x = Scale(0, most, left_edge(width), width - 92)
@@ -167,6 +168,7 @@ def _band(svg: Svg, x: Scale, low: float, high: float, rows: int) -> None:
     svg.rect(start, TOP, end - start, bottom_of_rows(svg.width, rows) - TOP, "band")
 
 
-def _interval(svg: Svg, x: Scale, y: float, low: float, value: float, high: float, style: str, tip: str) -> None:
+def interval(svg: Svg, x: Scale, y: float, low: float, value: float, high: float, style: str, tip: str) -> None:
+    """Draw a value with its interval; the tip shows under the pointer."""
     svg.line(x(low), y, x(high), y, f"whisker {style}")
     svg.circle(x(value), y, 5, f"dot {style}", tip=tip)

@@ -58,11 +58,12 @@ def lines_for_terminal(report: Report) -> list[str]:
     contents = [tables.accuracy_table(report), tables.controls_table(report), tables.movement_table(report)]
     for content in contents:
         if content is not None:
-            lines += ["", *_aligned(content)]
+            lines += ["", *aligned(content)]
     return lines
 
 
-def _aligned(content: tables.Table) -> list[str]:
+def aligned(content: tables.Table) -> list[str]:
+    """Lay out a table as lines of text."""
     rows = [[cell.replace("\u2013", "-") for cell in row] for row in (content.header, *content.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(content.header))]
     lines = []

@@ -27,10 +27,11 @@ def write_report(report: Report, folder: str | Path) -> dict[str, Path]:
         "md": render_markdown(report),
         "html": render_html(report),
     }
-    return {kind: _replace(folder / f"report.{kind}", content) for kind, content in contents.items()}
+    return {kind: replace_file(folder / f"report.{kind}", content) for kind, content in contents.items()}
 
 
-def _replace(path: Path, content: str) -> Path:
+def replace_file(path: Path, content: str) -> Path:
+    """Write a text file; it appears whole or not at all, and an older one stays until then."""
     # Lone surrogates, which a tokenizer's output may hold, have no UTF-8 form.
     data = content.encode("utf-8", errors="replace")
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
