@@ -13,7 +13,8 @@ from subnet_ft.evidence.report import curve_plots, mask_plots, plots, tables, wo
 from subnet_ft.evidence.report.axes import css_class
 from subnet_ft.evidence.report.schema import Report
 
-_WIDE, _PHONE = 720.0, 340.0
+WIDE, PHONE = 720.0, 340.0
+"""Widths that drawings are made for; the style sheet shows the one that fits."""
 # What a reader wants to see of a log, the first two that were logged.
 _METRICS = ("reward", "rewards/accuracies", "loss")
 _METRIC_NAMES = {
@@ -89,7 +90,7 @@ def render_html(report: Report) -> str:
 
 def _figure(report: Report, draw: Callable[[Report, float], str | None]) -> Markup | None:
     """Draw for a page and for a phone; the style sheet shows the one that fits."""
-    wide, phone = draw(report, _WIDE), draw(report, _PHONE)
+    wide, phone = draw(report, WIDE), draw(report, PHONE)
     if wide is None or phone is None:
         return None
     # Svg escapes whatever enters it, so its markup is safe as it is.

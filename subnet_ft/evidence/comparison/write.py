@@ -1,0 +1,105 @@
+"""Writes a comparison's three files, each whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from subnet_ft.evidence.comparison import plots, tables
+from subnet_ft.evidence.comparison.schema import MethodComparison
+from subnet_ft.evidence.report import wording
+from subnet_ft.evidence.report.html import PHONE, WIDE, Key
+from subnet_ft.evidence.report.markdown import escape, table
+from subnet_ft.evidence.report.tables import words
+from subnet_ft.evidence.report.write import replace_file
+
+_STEM = "comparison"
+
+
+def write_comparison(comparison: MethodComparison, folder: str | Path) -> dict[str, Path]:
+    """Write `comparison.json`, `.md` and `.html` into a folder, which is made if needed.
+
+    Returns:
+        `json`, `md` and `html` to the file's path.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "json": json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "md": render_markdown(comparison),
+        "html": render_html(comparison),
+    }
+    return {kind: replace_file(folder / f"{_STEM}.{kind}", content) for kind, content in contents.items()}
+
+
+def rule_sentence(comparison: MethodComparison) -> str:
+    """Say what the runs have in common and what the intervals are."""
+    return (
+        f"Every method trained from the same base on the same data, with seed {comparison.seed}, the same batches and "
+        f"the same number of steps. Accuracies are of greedy answers to {comparison.num_prompts:,} held-out prompts, "
+        f"with Wilson's {comparison.confidence * 100:g} % interval; differences are paired, with Tango's. Training "
+        "memory is what lives from one step to the next, counted from the tensors. *Beside the base* is what a result "
+        "needs in storage when the base is at hand: changed values and one bit per weight, counted, or the adapter's "
+        "file."
+    )
+
+
+def render_markdown(comparison: MethodComparison) -> str:
+    """Return the comparison as GitHub-flavoured Markdown."""
+    blocks = ["# Methods beside each other", f"{escape(comparison.title)}. Written by subnet-ft {comparison.version}."]
+    blocks += [table(tables.main_table(comparison)), rule_sentence(comparison)]
+    copies = tables.quantized_table(comparison)
+    if copies is not None:
+        blocks += ["## Quantised copies", table(copies)]
+    blocks += ["## Memory", table(tables.memory_table(comparison))]
+    blocks += ["## Settings", table(tables.settings_table(comparison))]
+    gaps = "\n".join(f"- {escape(gap)}" for gap in comparison.not_measured)
+    return "\n\n".join([*blocks, "## What this comparison does not show", gaps]) + "\n"
+
+
+def render_html(comparison: MethodComparison) -> str:
+    """Return the comparison as one page that needs nothing else; every string is escaped."""
+    environment = Environment(
+        loader=ChoiceLoader(
+            [PackageLoader("subnet_ft.evidence.comparison"), PackageLoader("subnet_ft.evidence.report")]
+        ),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["typographic"] = wording.typographic
+    page = environment.get_template("comparison.html.jinja").render(
+        comparison=comparison,
+        style=Markup(environment.get_template("style.css").render()),
+        rule=rule_sentence(comparison).replace("*", ""),
+        tables={
+            "main": tables.main_table(comparison),
+            "quantized": tables.quantized_table(comparison),
+            "memory": tables.memory_table(comparison),
+            "settings": tables.settings_table(comparison),
+        },
+        figures={
+            "accuracy": _figure(comparison, plots.accuracy_plot),
+            "memory": _figure(comparison, plots.memory_plot),
+        },
+        memory_keys=[
+            Key(f"part-{index % 6 + 1}", words(part)) for index, part in enumerate(plots.memory_parts(comparison))
+        ],
+        recipe=json.dumps(comparison.recipe, indent=2, ensure_ascii=False),
+        hardware=json.dumps(comparison.environment, indent=2, ensure_ascii=False),
+    )
+    return str(page)
+
+
+def _figure(comparison: MethodComparison, draw: Callable[[MethodComparison, float], str | None]) -> Markup | None:
+    wide, phone = draw(comparison, WIDE), draw(comparison, PHONE)
+    if wide is None or phone is None:
+        return None
+    # Svg escapes whatever enters it, so its markup is safe as it is.
+    return Markup(f'<div class="wide">{wide}</div><div class="phone">{phone}</div>')
