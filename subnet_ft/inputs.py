@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
 from subnet_ft.digests import checkpoint_sha256, json_sha256, rewards_sha256
 from subnet_ft.masks import SubnetMask
 from subnet_ft.recipe import Recipe
-from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom
+from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, trains_reward_model
 from subnet_ft.tasks import RecipeData, load_recipe_data, reward_functions
+
+BASE = "base"
+"""Folder, in that of the run, of the base of an algorithm that puts a new head on the recipe's model."""
 
 # Fields that change what is seen or kept of a run, not what it computes.
 _NOT_COMPUTED = (
@@ -32,7 +37,7 @@ class RunInputs:
 
     def check(self) -> None:
         """Read everything that a later stage needs, so that what is missing is known before hours of training."""
-        assert self.base.specs
+        assert self.language_model.specs
         assert self.teacher is None or self.teacher.specs
         if self.data.task is not None:
             reward_functions(self.data.task, self.recipe.task)
@@ -40,15 +45,30 @@ class RunInputs:
             self.mask_from_file()
 
     @cached_property
-    def base(self) -> Checkpoint:
-        """The base checkpoint."""
+    def language_model(self) -> Checkpoint:
+        """The checkpoint that the recipe's `model` names."""
         return open_checkpoint(self.recipe.model.name, revision=self.recipe.model.revision)
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The checkpoint that every run starts from: the recipe's model, or that model with its new head, once made."""
+        return open_checkpoint(Path(self.recipe.output) / BASE) if self.has_new_head else self.language_model
 
     @cached_property
     def teacher(self) -> Checkpoint | None:
         """The teacher's checkpoint, where the algorithm has one."""
         spec = self.recipe.teacher
         return None if spec is None else open_checkpoint(spec.name, revision=spec.revision)
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the base is a reward model, of which the recipe's model is all but the head."""
+        return trains_reward_model(self.recipe.algorithm)
+
+    @cached_property
+    def language_model_sha256(self) -> str:
+        """Digest of the checkpoint that the recipe's `model` names."""
+        return checkpoint_sha256(self.language_model.folder)
 
     @cached_property
     def base_sha256(self) -> str:
@@ -89,17 +109,23 @@ class RunInputs:
         model = self.recipe.model
         return {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
 
-    def of_samples(self) -> dict[str, Any]:
-        """What the completions sampled from the base depend on, and their scores; not what is made of them."""
+    def of_samples(self, *, held_out: bool = False) -> dict[str, Any]:
+        """What the completions sampled from the model depend on, and their scores; not what is made of them.
+
+        Args:
+            held_out: Those of the held-out prompts, of which pairs to judge by are made.
+        """
         task, pairs = self.data.task, self.recipe.task.pairs
         assert task is not None
         assert pairs is not None
-        sampling = {key: value for key, value in asdict(pairs).items() if key != "max_right"}
+        unused = ("max_right", "num_prompts") if held_out else ("max_right",)
+        sampling = {key: value for key, value in asdict(pairs).items() if key not in unused}
         verifier = {"name": task.name, "params": self.recipe.task.params}
+        examples = task.evaluation if held_out else task.train[: pairs.num_prompts]
         return {
-            "base": self.base_sha256,
+            "base": self.language_model_sha256,
             "load": self.of_loading(),
-            "data": json_sha256([example.prompt, example.answer] for example in task.train[: pairs.num_prompts]),
+            "data": json_sha256([example.prompt, example.answer] for example in examples),
             "verifier": {**verifier, "answer_pattern": self.recipe.task.answer_pattern},
             "sampling": sampling,
             "seed": self.recipe.seed,
@@ -141,3 +167,12 @@ class RunInputs:
             "max_new_tokens": spec.max_new_tokens,
             "batch_size": spec.batch_size,
         }
+
+    def of_choices(self, checkpoint: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """What the scores of held-out pairs by a checkpoint, given by its digest, depend on."""
+        batch_size = self.recipe.evaluation.batch_size
+        return {"model": checkpoint, "load": self.of_loading(), "pairs": json_sha256(rows), "batch_size": batch_size}
+
+    def of_base(self) -> dict[str, Any]:
+        """What a base with a new head depends on."""
+        return {"model": self.language_model_sha256, "dtype": self.recipe.model.dtype, "seed": self.recipe.seed}

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import subnet_ft
+from subnet_ft.base_stage import make_base
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.digests import checkpoint_sha256, json_sha256
 from subnet_ft.environment import environment
 from subnet_ft.errors import StageError
 from subnet_ft.evidence.report import Report, RunEvidence, build_report, write_report
 from subnet_ft.evidence.weights import RunWeights, compare_weights
+from subnet_ft.held_out import HeldOut, HeldOutPairs, held_out, judge
 from subnet_ft.inputs import RunInputs
 from subnet_ft.masks import SubnetMask, control_mask, extract
 from subnet_ft.recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
@@ -27,7 +29,7 @@ from subnet_ft.training.config_check import config_problems
 from subnet_ft.training.resume import remove_checkpoints
 from subnet_ft.training.run import LOG, TRAINER
 from subnet_ft.training_data import training_dataset
-from subnet_ft.verification import answer_prompts, compare_dtype
+from subnet_ft.verification import compare_dtype
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,6 +75,7 @@ class Pipeline:
     def run(self) -> Report:
         """Do every stage that is not done yet, and write the report."""
         self._start()
+        _ = self.held_out  # too few pairs to judge by are better known before hours of training
         full = self.full_run()
         mask = self.mask(full)
         subnet = self.masked_run("subnet", mask)
@@ -96,12 +99,18 @@ class Pipeline:
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        make_base(self.inputs, self.folder, overwrite=self.overwrite)
         self.inputs.check()
 
     @cached_property
     def dataset(self) -> Dataset:
         """What the algorithm's trainer reads."""
         return training_dataset(self.inputs, self.folder, overwrite=self.overwrite, progress=self.progress)
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """What every model is judged on; `None` when evaluation is off."""
+        return held_out(self.inputs, self.folder, overwrite=self.overwrite, progress=self.progress)
 
     def full_run(self) -> TrainedStage:
         """Train every weight."""
@@ -157,20 +166,25 @@ class Pipeline:
         return stage
 
     def answers(self, name: str, folder: Path, sha256: str) -> list[dict[str, Any]] | None:
-        """Answer the held-out prompts with the model in `folder`; `None` when evaluation is off."""
-        task = self.inputs.data.evaluation
-        if task is None:
+        """Judge the model in `folder` on the held-out prompts or pairs; `None` when evaluation is off."""
+        judged_on = self.held_out
+        if judged_on is None:
             return None
 
         def work(stage: Path) -> dict[str, Any]:
-            records = answer_prompts(folder, self.recipe, task, progress=self.progress)
+            records = judge(folder, self.recipe, judged_on, progress=self.progress)
             write_json(stage / "records.json", records)
             return {"accuracy": sum(record["correct"] for record in records) / len(records)}
 
-        logger.info("evaluate %s: greedy answers to %d held-out prompts", name, len(task.evaluation))
+        if isinstance(judged_on, HeldOutPairs):
+            logger.info("evaluate %s: %d held-out pairs", name, len(judged_on.rows))
+            inputs = self.inputs.of_choices(sha256, judged_on.rows)
+        else:
+            logger.info("evaluate %s: greedy answers to %d held-out prompts", name, len(judged_on.evaluation))
+            inputs = self.inputs.of_answers(sha256)
         stage = self.folder / "evaluation" / name
         path = stage / "records.json"
-        run_stage(stage, self.inputs.of_answers(sha256), work, overwrite=self.overwrite, cheap=True, products=[path])
+        run_stage(stage, inputs, work, overwrite=self.overwrite, cheap=True, products=[path])
         records: list[dict[str, Any]] = json.loads(path.read_text())
         return records
 

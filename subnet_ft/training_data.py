@@ -51,32 +51,50 @@ def training_dataset(inputs: RunInputs, folder: Path, *, overwrite: bool, progre
     if inputs.learns_from == "demonstrations":
         return demonstration_dataset(data.task, recipe.task)
     assert recipe.task.pairs is not None  # the recipe was checked
-    samples = _samples(inputs, folder / "samples", overwrite=overwrite, progress=progress)
+    samples = sampled_completions(inputs, folder / "samples", overwrite=overwrite, progress=progress)
     return dataset_of_samples(samples, inputs.learns_from, recipe.task.pairs, seed=recipe.seed)
 
 
-def _samples(inputs: RunInputs, folder: Path, *, overwrite: bool, progress: bool) -> list[SampledPrompt]:
-    """Do the stage that samples from the base; recipes that would sample the same share it through the cache."""
+def sampled_completions(
+    inputs: RunInputs, folder: Path | None, *, held_out: bool = False, overwrite: bool, progress: bool
+) -> list[SampledPrompt]:
+    """Sample from the recipe's model; recipes that would sample the same share it through the cache.
+
+    Args:
+        inputs: The recipe with its model and data; its task has `pairs`.
+        folder: The stage that holds the run's copy; `None` reads the cache itself.
+        held_out: Complete the held-out prompts instead of the first training prompts.
+        overwrite: Replace samples that were made with other settings, instead of refusing.
+        progress: Show a bar on stderr.
+    """
     task, pairs, model = inputs.data.task, inputs.recipe.task.pairs, inputs.recipe.model
     assert task is not None
     assert pairs is not None
-    stage_inputs = inputs.of_samples()
+    stage_inputs = inputs.of_samples(held_out=held_out)
+    num_prompts = len(task.evaluation) if held_out else pairs.num_prompts
+    name = f"samples/{_cache_key(stage_inputs)}"
 
     def sample(into: Path) -> None:
-        loaded = load_model(inputs.base.folder, dtype=model.dtype, attn_implementation=model.attn_implementation)
-        sampled = sample_completions(*loaded, task, pairs, seed=inputs.recipe.seed, progress=progress)
+        folder = inputs.language_model.folder
+        loaded = load_model(folder, dtype=model.dtype, attn_implementation=model.attn_implementation)
+        sampled = sample_completions(
+            *loaded, task, pairs, seed=inputs.recipe.seed, held_out=held_out, progress=progress
+        )
         write_json(into / SAMPLES, sampled)
 
     def work(stage: Path) -> dict[str, Any]:
-        name = f"samples/{_cache_key(stage_inputs)}"
         if (cache_folder() / name).is_dir():
             logger.info("samples: another run has sampled them, `%s`", cache_folder() / name)
-        shutil.copyfile(build_once(name, lambda into: sample(into)) / SAMPLES, stage / SAMPLES)
-        return {"num_prompts": pairs.num_prompts, "num_completions": pairs.num_prompts * pairs.num_samples}
+        shutil.copyfile(build_once(name, sample) / SAMPLES, stage / SAMPLES)
+        return {"num_prompts": num_prompts, "num_completions": num_prompts * pairs.num_samples}
 
-    logger.info("samples: %d of each of %d prompts from the base model", pairs.num_samples, pairs.num_prompts)
-    path = folder / SAMPLES
-    run_stage(folder, stage_inputs, work, overwrite=overwrite, products=[path])
+    which = "held-out prompts" if held_out else "prompts"
+    logger.info("samples: %d of each of %d %s from the base model", pairs.num_samples, num_prompts, which)
+    if folder is None:
+        path = build_once(name, sample) / SAMPLES
+    else:
+        path = folder / SAMPLES
+        run_stage(folder, stage_inputs, work, overwrite=overwrite, products=[path])
     samples: list[SampledPrompt] = json.loads(path.read_text())
     return samples
 

@@ -7,34 +7,19 @@ from typing import Any
 
 import subnet_ft
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
-from subnet_ft.checkpoints.models import load_model
 from subnet_ft.environment import environment
-from subnet_ft.evidence.accuracy import evaluate_model
 from subnet_ft.evidence.report import Report, RunEvidence, build_report, write_report
 from subnet_ft.evidence.weights import RunWeights, compare_weights
+from subnet_ft.held_out import held_out, judge
+from subnet_ft.inputs import RunInputs
 from subnet_ft.masks import SubnetMask
 from subnet_ft.recipe import Recipe, recipe_to_dict
-from subnet_ft.tasks import Task, load_recipe_data
 
 
 def compare_dtype(base: Checkpoint, recipe: Recipe) -> str | None:
     """Return the dtype in which runs of `recipe` are compared with their base; `None` when it is stored in that one."""
     stored = {str(spec.dtype).removeprefix("torch.") for spec in base.specs.values()}
     return None if stored == {recipe.model.dtype} else recipe.model.dtype
-
-
-def answer_prompts(folder: Path, recipe: Recipe, task: Task, *, progress: bool = False) -> list[dict[str, Any]]:
-    """Load the model in `folder` and answer the held-out prompts of `task` greedily."""
-    spec = recipe.model
-    model, tokenizer = load_model(folder, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
-    return evaluate_model(
-        model,
-        tokenizer,
-        task,
-        max_new_tokens=recipe.evaluation.max_new_tokens,
-        batch_size=recipe.evaluation.batch_size,
-        progress=progress,
-    )
 
 
 def verify(
@@ -68,10 +53,10 @@ def verify(
     )
     records: dict[str, list[dict[str, Any]]] = {}
     if recipe is not None and recipe.evaluation.enabled:
-        task = load_recipe_data(recipe).evaluation
-        assert task is not None
+        judged_on = held_out(RunInputs(recipe), progress=progress)
+        assert judged_on is not None
         for name, checkpoint in checkpoints.items():
-            records[name] = answer_prompts(checkpoint.folder, recipe, task, progress=progress)
+            records[name] = judge(checkpoint.folder, recipe, judged_on, progress=progress)
     report = build_report(
         version=subnet_ft.__version__,
         base=RunEvidence("base", records=records.get("base")),

@@ -112,7 +112,7 @@ def test_pipeline_does_nothing_twice(run_folder: Path, monkeypatch: pytest.Monke
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a finished stage was repeated")
 
-    for name in ("train", "answer_prompts", "extract"):
+    for name in ("train", "judge", "extract"):
         monkeypatch.setattr(f"subnet_ft.pipeline.{name}", never)
     monkeypatch.setattr("subnet_ft.training_data.build_once", never)
     before = (run_folder / "full" / "stage.json").read_text()

@@ -12,25 +12,28 @@ from subnet_ft.errors import RecipeError
 
 
 def evaluate(options: argparse.Namespace, emit: Emit) -> int:
-    """Print the accuracy of a model on held-out prompts."""
+    """Print the accuracy of a model on held-out prompts, or on held-out pairs if it is a reward model."""
     from subnet_ft.checkpoints import open_checkpoint
     from subnet_ft.evidence.statistics import wilson_interval
-    from subnet_ft.tasks import load_recipe_data
-    from subnet_ft.verification import answer_prompts
+    from subnet_ft.held_out import HeldOutPairs, held_out, judge
+    from subnet_ft.inputs import RunInputs
 
     recipe = recipe_to_judge(options.recipe, options.overrides)
     folder = open_checkpoint(options.model).folder
-    task = load_recipe_data(recipe).evaluation
-    if task is None:
+    judged_on = held_out(RunInputs(recipe), progress=not options.quiet)
+    if judged_on is None:
         raise RecipeError(str(options.recipe), ["evaluation.enabled: is false, so there are no held-out prompts"])
-    records = answer_prompts(folder, recipe, task, progress=not options.quiet)
+    records = judge(folder, recipe, judged_on, progress=not options.quiet)
+    is_pairs = isinstance(judged_on, HeldOutPairs)
+    task = recipe.task if is_pairs else recipe.evaluation.task or recipe.task
+    what = "pairs" if is_pairs else "prompts"
     correct, total = sum(record["correct"] for record in records), len(records)
     low, high = wilson_interval(correct, total, recipe.evaluation.confidence)
     if options.json:
-        figures = {"accuracy": correct / total, "num_prompts": total, "ci_low": low, "ci_high": high}
+        figures = {"accuracy": correct / total, f"num_{what}": total, "ci_low": low, "ci_high": high}
         emit(json.dumps({"version": __version__, "model": options.model, "task": task.name, **figures}))
     else:
-        emit(f"{options.model}: {correct / total:.1%} of {total} prompts ({low:.1%} to {high:.1%})")
+        emit(f"{options.model}: {correct / total:.1%} of {total} {what} ({low:.1%} to {high:.1%})")
     return FINE
 
 

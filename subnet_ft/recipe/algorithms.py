@@ -36,6 +36,7 @@ class Algorithm:
         fixed: Config fields without which it would be another algorithm; a recipe may only repeat them.
         ranges: Annotations of config fields, narrower than those that all algorithms share.
         adds_bos: Its trainer puts the BOS token before every prompt, also where the tokenizer does not.
+        model_kind: What it trains: the language model itself, or a reward model, which is that one with a new head.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Algorithm:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     ranges: Mapping[str, Any] = field(default_factory=dict)
     adds_bos: bool = False
+    model_kind: Literal["language_model", "reward_model"] = "language_model"
 
     @property
     def trainer_class(self) -> Any:
@@ -125,6 +127,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
         Algorithm("sft", "trl:SFTTrainer", "trl:SFTConfig", "demonstrations", defaults=_ON_COMPLETIONS),
         Algorithm("raft", "trl:SFTTrainer", "trl:SFTConfig", "samples", defaults=_ON_COMPLETIONS),
+        Algorithm("reward", "trl:RewardTrainer", "trl:RewardConfig", "preferences", model_kind="reward_model"),
     )
 }
 
@@ -133,6 +136,12 @@ def learns_from(name: str) -> LearnsFrom | None:
     """Return what the algorithm `name` learns from; `None` for a name that is not in the table."""
     known = ALGORITHMS.get(name)
     return None if known is None else known.learns_from
+
+
+def trains_reward_model(name: str) -> bool:
+    """Whether the algorithm `name` trains a reward model."""
+    known = ALGORITHMS.get(name)
+    return known is not None and known.model_kind == "reward_model"
 
 
 def load_object(path: str) -> Any:

@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, learns_from
+from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, learns_from, trains_reward_model
 from subnet_ft.recipe.parsing import Parser, show
 from subnet_ft.recipe.schema import PairsSpec, Recipe, TaskSpec
 
@@ -39,6 +39,7 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
         (("controls",), _controls),
         (("algorithm", "task.pairs", "task.dataset", "task.name", "task.completion"), _learning_data),
         (("algorithm", "teacher"), _teacher),
+        (("algorithm", "task.rewards"), _task_rewards),
         (("algorithm", "task.num_train", "task.pairs"), _amount_to_train),
         (("evaluation", "task.num_eval", "task.dataset", "task.pairs", "algorithm"), _evaluation),
         (("output",), _output),
@@ -140,6 +141,15 @@ def _teacher(recipe: Recipe) -> Problems:
         yield "teacher", f"not used by `{known.name}`, only by {others}; remove it"
 
 
+def _task_rewards(recipe: Recipe) -> Problems:
+    if trains_reward_model(recipe.algorithm) and recipe.task.rewards != TaskSpec(name="").rewards:
+        yield (
+            "task.rewards",
+            f"not used by `{recipe.algorithm}`, which learns a reward from pairs: the right completion against the "
+            f"wrong one; remove it, got {show(recipe.task.rewards)}",
+        )
+
+
 def _amount_to_train(recipe: Recipe) -> Problems:
     pairs: PairsSpec | None = recipe.task.pairs
     if recipe.task.num_train == 0:
@@ -155,7 +165,13 @@ def _evaluation(recipe: Recipe) -> Problems:
     evaluation = recipe.evaluation
     if not evaluation.enabled:
         return
-    if evaluation.task is not None:
+    if trains_reward_model(recipe.algorithm):
+        if evaluation.task is not None:
+            pairs = "pairs of the held-out prompts of `task`" if recipe.task.pairs else "rows of `dataset.eval_split`"
+            yield "evaluation.task", f"not used by `{recipe.algorithm}`, which is judged on {pairs}; remove it"
+        if recipe.task.num_eval == 0:
+            yield "task.num_eval", "missing, must be >= 1, or set `evaluation.enabled: false` to compare weights only"
+    elif evaluation.task is not None:
         if evaluation.task.num_eval == 0:
             yield "evaluation.task.num_eval", "missing, must be >= 1"
         if evaluation.task.pairs is not None:

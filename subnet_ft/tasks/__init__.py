@@ -6,7 +6,7 @@ from subnet_ft.tasks.load import load_task, prompt_dataset
 from subnet_ft.tasks.preferences import labelled_dataset, preference_dataset
 from subnet_ft.tasks.recipe_data import RecipeData, load_recipe_data
 from subnet_ft.tasks.rewards import reward_functions
-from subnet_ft.tasks.samples import SampledPrompt, dataset_of_samples, sample_completions
+from subnet_ft.tasks.samples import SampledPrompt, dataset_of_samples, preference_pairs, sample_completions
 from subnet_ft.tasks.task import Example, Task
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "load_recipe_data",
     "load_task",
     "preference_dataset",
+    "preference_pairs",
     "prompt_dataset",
     "reward_functions",
     "sample_completions",

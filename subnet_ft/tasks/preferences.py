@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Literal
 
 from subnet_ft.errors import TaskError
 from subnet_ft.tasks.hub_data import read_split, require_dataset, shuffled_rows
-from subnet_ft.tasks.prompts import build_prompt
+from subnet_ft.tasks.prompts import build_prompt, prompt_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
     from subnet_ft.recipe import TaskSpec
 
 
-def preference_dataset(spec: TaskSpec, *, seed: int = 0) -> Dataset:
+def preference_dataset(
+    spec: TaskSpec, *, seed: int = 0, part: Literal["train", "eval"] = "train", exclude: Collection[str] = ()
+) -> Dataset:
     """Read `num_train` preferences: columns `chosen`, `rejected` and, unless it is part of both, `prompt`.
 
     Text stays text and messages stay messages. A `task.prompt` template fills the prompt, and `task.chat` turns text
@@ -24,15 +28,33 @@ def preference_dataset(spec: TaskSpec, *, seed: int = 0) -> Dataset:
     Args:
         spec: The recipe's `task`, with a `dataset`.
         seed: Chooses and orders the rows.
+        part: Whether to read `num_train` rows of `train_split` or `num_eval` rows of `eval_split`.
+        exclude: Keys (`preference_key`) of preferences to pass over.
 
     Raises:
         TaskError: Missing columns, text mixed with messages, or too few rows.
     """
     from datasets import Dataset
 
-    rows, where = _read(spec)
+    rows, where = _read(spec, part)
     _require(rows, ("chosen", "rejected"), where, "Preferences need `chosen` and `rejected`, and usually `prompt`.")
-    return Dataset.from_list(_take(spec, rows, seed, where))
+    count = spec.num_train if part == "train" else spec.num_eval
+    taken = _take(spec, rows, seed, where, count=count, exclude=exclude)
+    if len(taken) < count:
+        raise TaskError(
+            f"{where} has {len(rows)} rows, of which {len(taken)} are not about a training prompt, but task.num_{part} "
+            f"asks for {count}. Ask for fewer, or name another split."
+        )
+    return Dataset.from_list(taken)
+
+
+def preference_key(row: dict[str, Any]) -> str:
+    """Return what two preferences must not share if one is held out: the prompt, or where none is known the texts."""
+    if "prompt" in row:
+        return prompt_key(row["prompt"])
+    if isinstance(row["chosen"], list):
+        return prompt_key(row["chosen"][:-1])
+    return json.dumps([row["chosen"], row["rejected"]])
 
 
 def labelled_dataset(spec: TaskSpec, *, seed: int = 0) -> Dataset:
@@ -61,13 +83,14 @@ def labelled_dataset(spec: TaskSpec, *, seed: int = 0) -> Dataset:
     return Dataset.from_list(labelled)
 
 
-def _read(spec: TaskSpec) -> tuple[Dataset, str]:
-    """Return the training split and what messages call it."""
+def _read(spec: TaskSpec, part: Literal["train", "eval"] = "train") -> tuple[Dataset, str]:
+    """Return the split of a part and what messages call it."""
     dataset = require_dataset(spec)
-    rows = read_split(dataset, dataset.train_split)
-    where = f"Split `{dataset.train_split}` of `{dataset.path}`"
-    if len(rows) < spec.num_train:
-        raise TaskError(f"{where} has {len(rows)} rows, but task.num_train asks for {spec.num_train}. Ask for fewer.")
+    split, count = (dataset.train_split, spec.num_train) if part == "train" else (dataset.eval_split, spec.num_eval)
+    rows = read_split(dataset, split)
+    where = f"Split `{split}` of `{dataset.path}`"
+    if len(rows) < count:
+        raise TaskError(f"{where} has {len(rows)} rows, but task.num_{part} asks for {count}. Ask for fewer.")
     return rows, where
 
 
@@ -88,14 +111,18 @@ def _take(
     *,
     columns: tuple[str, ...] = ("chosen", "rejected"),
     label: bool = False,
+    count: int | None = None,
+    exclude: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Return the first `num_train` rows of a shuffled order: the prompt, `columns`, and `label` if asked for."""
+    """Return the first `count` rows of a shuffled order: the prompt, `columns`, and `label` if asked for."""
     taken: list[dict[str, Any]] = []
     for index, row in shuffled_rows(rows, seed=seed):
-        if len(taken) == spec.num_train:
+        if len(taken) == (spec.num_train if count is None else count):
             break
         at = f"{where}, row {index}"
         kept = _to_row(spec, row, columns, where=at)
+        if exclude and preference_key(kept) in exclude:
+            continue
         if label:
             if "prompt" not in kept or row["label"] not in (True, False):
                 raise TaskError(

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from subnet_ft.recipe.algorithms import learns_from
+from subnet_ft.recipe.algorithms import learns_from, trains_reward_model
 from subnet_ft.tasks.load import load_task
-from subnet_ft.tasks.preferences import labelled_dataset, preference_dataset
+from subnet_ft.tasks.preferences import labelled_dataset, preference_dataset, preference_key
 from subnet_ft.tasks.prompts import prompt_key
 from subnet_ft.tasks.task import Task
 
@@ -33,7 +33,10 @@ class RecipeData:
     """That dataset, in the format of its trainer; `None` otherwise."""
 
     evaluation: Task | None
-    """The task whose held-out examples are answered; `None` when evaluation is off."""
+    """The task whose held-out examples are answered; `None` when evaluation is off, or when pairs are told apart."""
+
+    held_out_rows: Dataset | None = None
+    """The held-out preferences of a reward model that learns from a dataset; `None` otherwise."""
 
 
 def load_recipe_data(recipe: Recipe) -> RecipeData:
@@ -45,6 +48,12 @@ def load_recipe_data(recipe: Recipe) -> RecipeData:
     task, rows = _training_data(recipe)
     if not recipe.evaluation.enabled:
         return RecipeData(task, rows, None)
+    if trains_reward_model(recipe.algorithm):
+        if rows is None:
+            return RecipeData(task, rows, None)  # pairs are made of the task's held-out examples
+        training = {preference_key(row) for row in rows}
+        held_out = preference_dataset(recipe.task, seed=recipe.seed, part="eval", exclude=training)
+        return RecipeData(task, rows, None, held_out)
     if recipe.evaluation.task is None:
         return RecipeData(task, rows, task)
     training = set(_training_keys(task, rows))

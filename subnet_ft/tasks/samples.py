@@ -48,9 +48,10 @@ def sample_completions(
     pairs: PairsSpec,
     *,
     seed: int,
+    held_out: bool = False,
     progress: bool = False,
 ) -> list[SampledPrompt]:
-    """Sample completions of the first `num_prompts` training prompts and score them.
+    """Sample completions of the first `num_prompts` training prompts, or of all held-out ones, and score them.
 
     A completion is kept as sampled, except that what follows the line of its answer is dropped. The same arguments give
     the same completions.
@@ -58,12 +59,12 @@ def sample_completions(
     Raises:
         TaskError: Fewer training examples than `num_prompts`.
     """
-    if len(task.train) < pairs.num_prompts:
+    if not held_out and len(task.train) < pairs.num_prompts:
         raise TaskError(
             f"task.pairs.num_prompts is {pairs.num_prompts}, but the task has {len(task.train)} training examples. "
             "Raise task.num_train or lower task.pairs.num_prompts."
         )
-    examples = task.train[: pairs.num_prompts]
+    examples = task.evaluation if held_out else task.train[: pairs.num_prompts]
     sampled = generate(
         model,
         tokenizer,

@@ -95,7 +95,12 @@ def train(
     from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete
 
     spec = recipe.model
-    model, tokenizer = load_model(base, dtype=spec.dtype, attn_implementation=spec.attn_implementation)
+    model, tokenizer = load_model(
+        base,
+        dtype=spec.dtype,
+        attn_implementation=spec.attn_implementation,
+        kind=ALGORITHMS[recipe.algorithm].model_kind,
+    )
     # All weights are trained, saved and compared in one dtype.
     undo_upcasts(model, dtype=spec.dtype)
     _refuse_other_dtypes(model, base, spec.dtype)
