@@ -32,9 +32,13 @@ class HeldOutPairs:
     num_prompts: int | None = None
 
     @property
-    def without_pair(self) -> int:
-        """Held-out prompts that gave no pair."""
-        return 0 if self.num_prompts is None else self.num_prompts - len(self.rows)
+    def not_measured(self) -> list[str]:
+        """What a report by these pairs must say that it does not show, one sentence each."""
+        left_out = 0 if self.num_prompts is None else self.num_prompts - len(self.rows)
+        return [
+            f"{left_out:,} of the {self.num_prompts:,} held-out prompts: the language model's samples were all right "
+            "or all wrong, which gives no pair."
+        ] * (left_out > 0)
 
 
 HeldOut: TypeAlias = Task | HeldOutPairs

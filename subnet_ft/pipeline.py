@@ -232,10 +232,13 @@ class Pipeline:
             environment=full.results["environment"],
             seeds=[self.recipe.seed],
             not_measured=[
-                f"The whole training time of `{name}`: it was interrupted and resumed from "
-                f"{run.results['resumed_from']}, and the time shown is that of the last part."
-                for name, run in trained.items()
-                if run.results["resumed_from"]
+                *(self.held_out.not_measured if isinstance(self.held_out, HeldOutPairs) else ()),
+                *(
+                    f"The whole training time of `{name}`: it was interrupted and resumed from "
+                    f"{run.results['resumed_from']}, and the time shown is that of the last part."
+                    for name, run in trained.items()
+                    if run.results["resumed_from"]
+                ),
             ],
         )
         self._describe(full)

@@ -48,6 +48,7 @@ def verdict(
     margin: float,
     confidence: float,
     subject: str = "subnetwork",
+    judged_on: str = "prompts",
 ) -> Verdict:
     """Judge whether `subnet` recovered what `full` gained over `base`.
 
@@ -63,6 +64,7 @@ def verdict(
         margin: Largest difference in accuracy that counts as none, in (0, 1).
         confidence: Confidence of each claim, in (0.5, 1).
         subject: What the sentence calls the run judged.
+        judged_on: What it calls that of which the outcomes are.
 
     Raises:
         ValueError: `margin` or `confidence` is out of range, or the outcomes are not over the same prompts.
@@ -92,9 +94,9 @@ def verdict(
         return Verdict(name, f"The {subject} is below the full run by more than {within}: {numbers}.")
     needed = prompts_to_decide(gap, gain, margin=margin)
     outlook = (
-        "no number of prompts would decide it at this difference"
+        f"no number of {judged_on} would decide it at this difference"
         if needed is None
-        else f"about {needed:,} prompts would decide it if difference and discordance stayed as observed"
+        else f"about {needed:,} {judged_on} would decide it if difference and discordance stayed as observed"
     )
     if gain.low <= margin:
         smaller, lies = ("smaller", "lies") if gain.difference <= margin else ("shown to be smaller", "may lie")
@@ -102,7 +104,7 @@ def verdict(
             name,
             f"A margin of {within} is not {smaller} than the gain, so the base model itself {lies} within it: "
             f"{_difference_text(gain, 'full run minus base')}, {numbers}; {outlook}. "
-            "Choose a smaller margin, evaluate more prompts or train the full run for longer.",
+            f"Choose a smaller margin, evaluate more {judged_on} or train the full run for longer.",
         )
     return Verdict(name, f"The interval does not settle a margin of {within}: {numbers}; {outlook}.")
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,8 @@ class RunEvidence:
     name: str
     """Unique among the models of a report, such as `full` or `control-uniform`."""
     records: Sequence[Mapping[str, Any]] | None = None
-    """One per held-out prompt: prompt, completion, answer, score, correct."""
+    """One per held-out prompt or pair: prompt, completion, answer, score, correct; see `evidence.accuracy` and
+    `evidence.pairs`."""
     log_history: Sequence[Mapping[str, Any]] = ()
     """The trainer's log."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -91,9 +92,11 @@ def build_report(
     check_same_prompts(models)
     solved = {model.name: solved_prompts(model) for model in models}
 
+    judged_on = _judged_on(models)
+
     def judge(name: str, subject: str) -> Verdict:
         runs = solved[base.name], solved[full.name], solved[name]
-        return verdict(*runs, margin=margin, confidence=confidence, subject=subject)
+        return verdict(*runs, margin=margin, confidence=confidence, subject=subject, judged_on=judged_on)
 
     result = judge(subnet.name, "subnetwork")
     control_verdicts: dict[str, Verdict] = {}
@@ -136,7 +139,8 @@ def build_report(
         recipe=plain(recipe),
         seeds=list(seeds),
         samples=_samples(models),
-        not_measured=[*_gaps(models, solved, environment, seeds), *not_measured],
+        not_measured=[*_gaps(models, solved, environment, seeds, judged_on), *not_measured],
+        judged_on=judged_on,
     )
 
 
@@ -163,6 +167,11 @@ def check_same_prompts(models: Sequence[RunEvidence]) -> None:
                     f"Prompt {index} of `{model.name}` is {one!r}, that of `{answered[0].name}` is {other!r}; a paired "
                     "comparison needs the same prompts. Evaluate both again with one recipe."
                 )
+
+
+def _judged_on(models: Sequence[RunEvidence]) -> Literal["prompts", "pairs"]:
+    first = next((record for model in models for record in model.records or ()), {})
+    return "pairs" if "chosen_reward" in first else "prompts"
 
 
 def accuracy_of(solved: NDArray[np.bool_], confidence: float) -> Accuracy:
@@ -285,6 +294,7 @@ def _gaps(
     solved: Mapping[str, NDArray[np.bool_] | None],
     environment: Mapping[str, Any],
     seeds: Sequence[int],
+    judged_on: str,
 ) -> list[str]:
     """Say what this report cannot know."""
     gaps = []
@@ -293,15 +303,19 @@ def _gaps(
         gaps.append(f"Accuracy of {', '.join(missing)}.")
     if len(set(seeds)) <= 1:
         known = f"every run has seed {seeds[0]}. Intervals" if seeds else "intervals"
-        gaps.append(f"Variation between seeds: {known} cover the choice of prompts, not another training.")
+        gaps.append(f"Variation between seeds: {known} cover the choice of {judged_on}, not another training.")
     gaps.append("The floor: how far two full runs that differ only in their seed lie from each other.")
     if len(models) == 3:
         gaps.append(
             "A control: no mask of equal size was trained. Random masks can match full finetuning, so without one a "
             "recovery says nothing about this mask."
         )
-    gaps.append("The distance between the models' output distributions (KL), beyond whether answers are correct.")
-    gaps.append("Other tasks than the one evaluated here, and sampled instead of greedy answers.")
+    if judged_on == "pairs":
+        gaps.append("By how much the reward models differ, beyond which completion of a pair gets more reward.")
+        gaps.append("Other pairs than those of this task, and what a policy becomes that is trained on the reward.")
+    else:
+        gaps.append("The distance between the models' output distributions (KL), beyond whether answers are correct.")
+        gaps.append("Other tasks than the one evaluated here, and sampled instead of greedy answers.")
     if not environment.get("gpu"):
         gaps.append("Speed and memory on a GPU.")
     return gaps

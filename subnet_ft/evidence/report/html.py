@@ -52,6 +52,8 @@ def render_html(report: Report) -> str:
         off_mask=wording.off_mask_sentence(report),
         off_mask_broken=wording.is_mask_broken(report),
         controls=wording.control_sentences(report),
+        judged=wording.judged_sentence(report),
+        samples_note=wording.samples_sentence(report),
         rule=wording.rule_sentence(report),
         identity=wording.identity_sentence(report),
         cost=wording.cost_sentence(report),

@@ -62,7 +62,7 @@ def render_markdown(report: Report) -> str:
     blocks += [cost for cost in costs if cost] or ["Neither memory nor time was recorded."]
 
     if report.samples:
-        blocks += ["## Five prompts", "Evenly spaced over the held-out prompts, not chosen by their answers."]
+        blocks += [f"## Five {report.judged_on}", wording.samples_sentence(report)]
         for sample in report.samples:
             blocks.append(_fenced(sample.prompt))
             lines = [f"- reference: {code(sample.reference)}"] if sample.reference else []

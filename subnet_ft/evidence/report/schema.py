@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from subnet_ft.evidence.verdict import Comparison, Verdict
 from subnet_ft.evidence.weights import WeightComparison
@@ -134,7 +134,7 @@ class Report:
     confidence: float
     """Confidence of every claim."""
     num_prompts: int
-    """Held-out prompts; 0 when accuracy was not measured."""
+    """Held-out prompts, or pairs; 0 when accuracy was not measured."""
     accuracy: dict[str, Accuracy]
     """By model name."""
     differences: list[Difference]
@@ -161,6 +161,8 @@ class Report:
     """A few held-out prompts, evenly spaced, with the answers."""
     not_measured: list[str]
     """What this report cannot say, one sentence each."""
+    judged_on: Literal["prompts", "pairs"] = "prompts"
+    """What was right or wrong: greedy answers to held-out prompts, or which of two completions got more reward."""
 
     @property
     def runs(self) -> list[str]:

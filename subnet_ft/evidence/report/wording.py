@@ -170,6 +170,22 @@ def identity_sentence(report: Report) -> str | None:
     )
 
 
+def judged_sentence(report: Report) -> str:
+    """Say what accuracy counts."""
+    if report.judged_on == "pairs":
+        return (
+            f"Share of {report.num_prompts:,} held-out pairs in which the reward model gives the chosen completion the "
+            "higher reward"
+        )
+    return f"Greedy answers to {report.num_prompts:,} held-out prompts"
+
+
+def samples_sentence(report: Report) -> str:
+    """Say how the samples were chosen."""
+    by = "rewards" if report.judged_on == "pairs" else "answers"
+    return f"Evenly spaced over the held-out {report.judged_on}, not chosen by their {by}."
+
+
 def rule_sentence(report: Report) -> str:
     """State the rule of the verdict with its numbers."""
     narrow = 2 * report.confidence - 1
@@ -180,7 +196,7 @@ def rule_sentence(report: Report) -> str:
         f"below the margin. The full run must first be above the base model at {report.confidence * 100:g} %, and for "
         "lying within the margin to count, by more than the margin: otherwise the base model itself could lie within "
         "it. Intervals are Tango's for paired proportions, over "
-        f"{report.num_prompts:,} held-out prompts, and cover the choice of prompts only."
+        f"{report.num_prompts:,} held-out {report.judged_on}, and cover the choice of {report.judged_on} only."
     )
 
 
