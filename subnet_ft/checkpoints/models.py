@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from subnet_ft.checkpoints.quantized import Quantization, config_of, settle
 from subnet_ft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -24,7 +25,12 @@ _CLASSIFIER = "ForSequenceClassification"
 
 
 def load_model(
-    folder: Path, *, dtype: str, attn_implementation: str | None = None, kind: Kind = "language_model"
+    folder: Path,
+    *,
+    dtype: str,
+    attn_implementation: str | None = None,
+    kind: Kind = "language_model",
+    quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model in `folder` onto the GPU, if there is one, and its tokenizer.
 
@@ -33,9 +39,12 @@ def load_model(
         dtype: Dtype of the weights in memory, such as `bfloat16`, those excepted that transformers keeps in float32.
         attn_implementation: Passed to transformers; `None` lets it choose.
         kind: A causal language model, or a reward model.
+        quantization: Hold the weights of linear layers in 8 or 4 bits, frozen; `None` as they are stored.
 
     Raises:
-        CheckpointError: The folder holds the other kind, or transformers refuses it or the options.
+        CheckpointError: The folder holds the other kind, transformers refuses it or the options, or this machine cannot
+            run quantized layers, or there are none.
+        MissingDependencyError: bitsandbytes is not installed, and `quantization` needs it.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -45,13 +54,17 @@ def load_model(
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = config_of(quantization, folder)
     try:
         with _without_bars():
             model: PreTrainedModel = auto.from_pretrained(folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, ImportError, OSError) as error:
         raise CheckpointError(f"The model in `{folder}` cannot be loaded with {options}: {error}") from error
-    if torch.cuda.is_available():
+    if quantization is not None:
+        settle(model, quantization=quantization)  # transformers has put it onto the GPU
+    elif torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     return model, tokenizer
 
