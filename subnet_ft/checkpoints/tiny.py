@@ -40,7 +40,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 8},
     "gemma3_text": {"query_pre_attn_scalar": 8},
     "olmo2": {},
-    "granite": {},
+    # Its scale factors, of which the config's defaults are all 1.
+    "granite": {
+        "embedding_multiplier": 4.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 2.0,
+    },
     "deepseek_v3": {
         "num_key_value_heads": 4,
         "moe_intermediate_size": 16,
