@@ -11,13 +11,15 @@ from typing import Any
 
 # Beside the weights: what decides how a checkpoint is loaded, tokenized and prompted.
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_ADAPTER = "adapter_model.safetensors"
 _NOT_THE_MODEL = ("stage.json", "started.json", "log.json")
 
 
 def checkpoint_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a checkpoint's weights, config, tokenizer and templates, by name and content."""
+    """Return the SHA-256 of a model's or an adapter's weights, config, tokenizer and templates, by name and content."""
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    names.add(_ADAPTER)
     names |= {path.name for pattern in _SIDE_FILES for path in folder.glob(pattern)} - set(_NOT_THE_MODEL)
     digest = hashlib.sha256()
     for name in sorted(name for name in names if (folder / name).is_file()):

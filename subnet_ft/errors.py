@@ -13,6 +13,7 @@
     │   └── NonFiniteGradientError                  a gradient with NaN or infinite values on the mask
     ├── FrozenWeightError           (RuntimeError)  a weight outside the mask that changed
     ├── TrainerError                (ValueError)    a trainer that a masked optimizer cannot serve
+    ├── MethodError                 (ValueError)    a method that cannot train this model with this algorithm
     ├── TaskError                   (ValueError)    data or rewards that cannot be used
     ├── StageError                  (RuntimeError)  a run folder that cannot be continued
     └── MissingDependencyError      (ImportError)   an optional package that is not installed
@@ -86,6 +87,10 @@ class FrozenWeightError(SubnetError, RuntimeError):
 
 class TrainerError(SubnetError, ValueError):
     """A trainer is set up in a way that a masked optimizer cannot serve."""
+
+
+class MethodError(SubnetError, ValueError):
+    """A method cannot train this model, or not with this algorithm."""
 
 
 class TaskError(SubnetError, ValueError):

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from subnet_ft.checkpoints.models import load_model
 from subnet_ft.evidence.accuracy import evaluate_model
 from subnet_ft.evidence.pairs import evaluate_pairs
 from subnet_ft.inputs import RunInputs
-from subnet_ft.recipe import Recipe
+from subnet_ft.methods.saved import is_adapter, load_trained
 from subnet_ft.tasks import Task, preference_pairs
 from subnet_ft.training_data import sampled_completions
 
@@ -34,11 +33,12 @@ class HeldOutPairs:
     @property
     def not_measured(self) -> list[str]:
         """What a report by these pairs must say that it does not show, one sentence each."""
-        left_out = 0 if self.num_prompts is None else self.num_prompts - len(self.rows)
+        if self.num_prompts is None or self.num_prompts == len(self.rows):
+            return []
         return [
-            f"{left_out:,} of the {self.num_prompts:,} held-out prompts: the language model's samples were all right "
-            "or all wrong, which gives no pair."
-        ] * (left_out > 0)
+            f"{self.num_prompts - len(self.rows):,} of the {self.num_prompts:,} held-out prompts: the language model's "
+            "samples were all right or all wrong, which gives no pair."
+        ]
 
 
 HeldOut: TypeAlias = Task | HeldOutPairs
@@ -69,13 +69,27 @@ def held_out(
     return HeldOutPairs([dict(row) for row in preference_pairs(samples)], len(samples))
 
 
-def judge(folder: Path, recipe: Recipe, held_out: HeldOut, *, progress: bool = False) -> list[dict[str, Any]]:
-    """Load the model in `folder` and return one record per held-out prompt, answered greedily, or per pair."""
+def judge(
+    folder: Path, inputs: RunInputs, held_out: HeldOut, *, quantization: str | None = None, progress: bool = False
+) -> list[dict[str, Any]]:
+    """Load the model in `folder` and return one record per held-out prompt, answered greedily, or per pair.
+
+    Args:
+        folder: A checkpoint, or an adapter on the recipe's base.
+        inputs: The recipe with its base.
+        held_out: Prompts or pairs.
+        quantization: `int8` or `nf4`: quantise the checkpoint, or the base under an adapter.
+        progress: Show a bar on stderr.
+    """
+    recipe = inputs.recipe
     spec, batch_size = recipe.model, recipe.evaluation.batch_size
     loading: dict[str, Any] = {"dtype": spec.dtype, "attn_implementation": spec.attn_implementation}
+    if quantization is not None:
+        loading["quantization"] = quantization
+    base = inputs.base.folder if is_adapter(folder) else folder
     if isinstance(held_out, HeldOutPairs):
-        model, tokenizer = load_model(folder, **loading, kind="reward_model")
+        model, tokenizer = load_trained(folder, base, **loading, kind="reward_model")
         return evaluate_pairs(model, tokenizer, held_out.rows, batch_size=batch_size, progress=progress)
-    model, tokenizer = load_model(folder, **loading)
+    model, tokenizer = load_trained(folder, base, **loading)
     limits = {"max_new_tokens": recipe.evaluation.max_new_tokens, "batch_size": batch_size}
     return evaluate_model(model, tokenizer, held_out, **limits, progress=progress)

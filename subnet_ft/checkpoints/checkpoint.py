@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from subnet_ft.checkpoints.conversion import plan_conversion
+from subnet_ft.checkpoints.conversion import meta_model, plan_conversion
 from subnet_ft.checkpoints.resolve import locate
 from subnet_ft.checkpoints.shards import ShardReader, TensorSpec
 from subnet_ft.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Checkpoint:
@@ -51,6 +51,10 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.name!r}, {len(self.specs)} parameters in {str(self.folder)!r})"
+
+    def empty_model(self) -> PreTrainedModel:
+        """Return the model on the meta device: its modules and names, without weights."""
+        return meta_model(self.config, self.folder)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one parameter in its stored dtype, contiguous.

@@ -100,7 +100,7 @@ def plan_conversion(config: PretrainedConfig, reader: ShardReader, where: object
             shape than its parameter; or transformers' internals are not the ones that this module was written for.
     """
     check_internals()
-    model = _meta_model(config, where)
+    model = meta_model(config, where)
     groups, unmatched = _group(model, reader, where)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ignored: dict[str, str] = {}
@@ -173,7 +173,16 @@ def check_internals() -> None:
         )
 
 
-def _meta_model(config: PretrainedConfig, where: object) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, where: object) -> PreTrainedModel:
+    """Return the model that `config` describes, on the meta device.
+
+    Args:
+        config: Names the architecture and its sizes.
+        where: What messages call the checkpoint.
+
+    Raises:
+        CheckpointError: The architecture is unknown.
+    """
     import transformers
 
     architecture = next(iter(config.architectures or ()), None)

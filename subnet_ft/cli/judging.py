@@ -17,13 +17,16 @@ def evaluate(options: argparse.Namespace, emit: Emit) -> int:
     from subnet_ft.evidence.statistics import wilson_interval
     from subnet_ft.held_out import HeldOutPairs, held_out, judge
     from subnet_ft.inputs import RunInputs
+    from subnet_ft.methods.saved import is_adapter
 
     recipe = recipe_to_judge(options.recipe, options.overrides)
-    folder = open_checkpoint(options.model).folder
-    judged_on = held_out(RunInputs(recipe), progress=not options.quiet)
+    path = Path(options.model)
+    folder = path if is_adapter(path) else open_checkpoint(options.model).folder
+    inputs = RunInputs(recipe)
+    judged_on = held_out(inputs, progress=not options.quiet)
     if judged_on is None:
         raise RecipeError(str(options.recipe), ["evaluation.enabled: is false, so there are no held-out prompts"])
-    records = judge(folder, recipe, judged_on, progress=not options.quiet)
+    records = judge(folder, inputs, judged_on, progress=not options.quiet)
     is_pairs = isinstance(judged_on, HeldOutPairs)
     task = recipe.task if is_pairs else recipe.evaluation.task or recipe.task
     what = "pairs" if is_pairs else "prompts"

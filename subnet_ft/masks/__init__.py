@@ -7,6 +7,7 @@ from subnet_ft.masks.file import check_writable
 from subnet_ft.masks.mask import SubnetMask, TensorMask
 from subnet_ft.masks.names import by_canonical_name, canonical_name
 from subnet_ft.masks.provenance import COMPARE_DTYPES, ModelRecord, Provenance, format_fingerprint
+from subnet_ft.masks.record import record_base
 
 __all__ = [
     "COMPARE_DTYPES",
@@ -24,4 +25,5 @@ __all__ = [
     "extract",
     "format_fingerprint",
     "layer_and_kind",
+    "record_base",
 ]

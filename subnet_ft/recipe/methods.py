@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from subnet_ft.recipe.algorithms import load_object
+
+if TYPE_CHECKING:
+    from subnet_ft.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from subnet_ft.recipe.schema import Recipe
 
 Trains = Literal["mask", "adapter"]
 """What a method trains: `mask`, a part of the model's own weights; `adapter`, weights added to a frozen one."""
@@ -22,6 +28,7 @@ class Method:
         config: `module:class` of its config, whose fields are `methods.NAME.config`; `None` where there is none.
         defaults: Config fields with another default than the config's own; a recipe may change them.
         fixed: Config fields without which it would be another method; a recipe may only repeat them.
+        training: Fields of `training` without which it does not train; a recipe may only repeat them.
         is_quantized: The frozen model is held in 4 bits (NF4, arXiv 2305.14314).
         source: Where the method comes from.
     """
@@ -31,6 +38,7 @@ class Method:
     config: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     is_quantized: bool = False
     source: str = ""
 
@@ -100,6 +108,8 @@ METHODS: dict[str, Method] = {
             "peft:PrefixTuningConfig",
             {"num_virtual_tokens": 16},
             _CAUSAL,
+            # Its prefix is a cache, and layers that are computed again have none.
+            {"activation_checkpointing": False},
             source="arXiv 2101.00190",
         ),
         Method(
@@ -119,8 +129,15 @@ METHODS: dict[str, Method] = {
     )
 }
 
+
 HYPER_PARAMETERS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm",
 )  # fmt: skip
 """What `methods.NAME.training` may set: how a method is optimized. Data, batches and steps are those of the recipe."""
+
+
+def training_of(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Return the `training` section that a method is trained with: the recipe's, with the method's own values."""
+    own = recipe.methods[name].training if name in recipe.methods else {}
+    return {**recipe.training, **own, **METHODS[name].training}

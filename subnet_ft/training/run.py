@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.listing import listing
 from subnet_ft.checkpoints.models import load_model, save_model, undo_upcasts
 from subnet_ft.errors import CheckpointError, TrainerError
 from subnet_ft.masks import SubnetMask
+from subnet_ft.methods.adapters import adapter_mask, attach
+from subnet_ft.methods.masks import method_mask
+from subnet_ft.methods.saved import save_adapter
 from subnet_ft.optim import memory_ledger
+from subnet_ft.recipe.methods import METHODS, training_of
+from subnet_ft.recipe.schema import MethodSpec
+from subnet_ft.training.adapters import left_as_built, prompt_texts
 from subnet_ft.training.algorithms import ALGORITHMS, Algorithm, run_config
 from subnet_ft.training.peak_memory import PeakMemory
 from subnet_ft.training.restrict import restrict
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from subnet_ft.recipe import Recipe
@@ -47,6 +57,9 @@ class TrainingRun:
         memory: Bytes by component: weights, gradients, moments, masters, mask, the trainer's reference model if it
             holds one, what it trains beside the policy, and `peak_rss` or `peak_device`.
         num_steps: Optimizer steps taken in all.
+        num_trainable: Weights that train: of the mask, or of the adapter.
+        num_parameters: Weights of the model, those of an adapter included.
+        step_seconds: Median wall time of an optimizer step, generation included; 0.0 when a finished run was resumed.
     """
 
     log_history: list[dict[str, Any]]
@@ -54,6 +67,9 @@ class TrainingRun:
     resumed_from: str | None
     memory: dict[str, int]
     num_steps: int
+    num_trainable: int
+    num_parameters: int
+    step_seconds: float
 
 
 def full_mask(model: PreTrainedModel) -> SubnetMask:
@@ -70,9 +86,10 @@ def train(
     dataset: Dataset,
     task: Task | None,
     teacher: Path | None = None,
+    method: str = "full",
     progress: bool = False,
 ) -> TrainingRun:
-    """Train from `base` and save an ordinary checkpoint in `folder`.
+    """Train from `base`, and save in `folder` an ordinary checkpoint, or the adapter of a method that trains one.
 
     An interrupted run continues from its newest trainer checkpoint in `folder/trainer`.
 
@@ -80,37 +97,52 @@ def train(
         recipe: Algorithm, hyper-parameters, optimizer and seed.
         base: Folder of the base checkpoint.
         folder: Where the tuned checkpoint, its tokenizer and its log go.
-        mask: The subnetwork; `None` trains everything, through the same code.
+        mask: The subnetwork; `None` trains what `method` says, through the same code.
         dataset: What the algorithm learns from, in the format of its trainer.
         task: Scores completions, for algorithms that need rewards; `None` for the others.
         teacher: Folder of the teacher's checkpoint, for algorithms that need one.
+        method: A name in `METHODS`, whose settings in the recipe apply.
         progress: Show a bar on stderr.
 
     Raises:
         CheckpointError: Weights of the base have another dtype than the recipe's once they are loaded, or the teacher
             has another vocabulary.
+        MethodError: The method cannot train this model.
         TrainerError: There is less data than one batch.
     """
     from subnet_ft.training.progress import show_progress
     from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete
+    from subnet_ft.training.step_times import StepTimes
 
     spec = recipe.model
-    model, tokenizer = load_model(
+    loaded, tokenizer = load_model(
         base,
         dtype=spec.dtype,
         attn_implementation=spec.attn_implementation,
         kind=ALGORITHMS[recipe.algorithm].model_kind,
     )
     # All weights are trained, saved and compared in one dtype.
-    undo_upcasts(model, dtype=spec.dtype)
-    _refuse_other_dtypes(model, base, spec.dtype)
-    trainer = _build_trainer(recipe, model, tokenizer, folder, dataset, task, teacher)
+    undo_upcasts(loaded, dtype=spec.dtype)
+    _refuse_other_dtypes(loaded, base, spec.dtype)
+    model: Any = loaded
+    settings = recipe.methods.get(method, MethodSpec())
+    is_adapter = METHODS[method].trains == "adapter"
+    if is_adapter:
+        texts = prompt_texts(dataset, tokenizer) if method == "eva" else []
+        model = attach(model, tokenizer, method, settings.config, seed=recipe.seed, texts=texts)
+        mask = adapter_mask(model)
+    elif mask is None:
+        mask = full_mask(model) if METHODS[method].config is None else _mask_of(recipe, method, base)
+    trainer = _build_trainer(recipe, training_of(recipe, method), model, tokenizer, folder, dataset, task, teacher)
     trainer.add_callback(NoSaveAtTheEnd())
+    times = StepTimes()
+    trainer.add_callback(times)
     show_progress(trainer, progress=progress)
     restrict(
         trainer,
-        full_mask(model) if mask is None else mask,
-        master=recipe.subnet.optimizer.master,
+        mask,
+        # The weights of an adapter are float32 already; what is left of bfloat16 completes none of them.
+        master="fp32" if is_adapter else recipe.subnet.optimizer.master,
         clip_norm=recipe.subnet.optimizer.clip_norm,
         nonfinite=recipe.subnet.optimizer.nonfinite,
         audit_steps=recipe.subnet.audit_steps,
@@ -129,7 +161,10 @@ def train(
             f"Not one step was trained: {len(dataset)} rows give no batch. Ask for more data (`task.num_train`, "
             "`task.pairs`), or lower `training.per_device_train_batch_size`."
         )
-    save_model(model, tokenizer, folder)
+    if is_adapter:
+        save_adapter(model, tokenizer, folder, method=method, base=base, base_name=spec.name)
+    else:
+        save_model(model, tokenizer, folder)
     log_history = list(trainer.state.log_history)
     (folder / LOG).write_text(json.dumps(log_history, indent=1) + "\n")
     return TrainingRun(
@@ -142,7 +177,18 @@ def train(
             **peak.measured,
         },
         num_steps=trainer.state.global_step,
+        num_trainable=mask.num_trainable,
+        num_parameters=mask.num_parameters,
+        step_seconds=times.median,
     )
+
+
+def _mask_of(recipe: Recipe, method: str, base: Path) -> SubnetMask:
+    """Return the mask of a method that follows from the base, as its weights are when they are trained."""
+    checkpoint = open_checkpoint(base)
+    stored = {str(spec.dtype).removeprefix("torch.") for spec in checkpoint.specs.values()}
+    dtype = None if stored == {recipe.model.dtype} else recipe.model.dtype
+    return method_mask(method, checkpoint, recipe.methods.get(method, MethodSpec()).config, dtype=dtype)
 
 
 def _refuse_other_dtypes(model: PreTrainedModel, base: Path, dtype: str) -> None:
@@ -158,7 +204,8 @@ def _refuse_other_dtypes(model: PreTrainedModel, base: Path, dtype: str) -> None
 
 def _build_trainer(
     recipe: Recipe,
-    model: PreTrainedModel,
+    training: Mapping[str, Any],
+    model: PreTrainedModel | PeftModel,
     tokenizer: Any,
     folder: Path,
     dataset: Dataset,
@@ -168,7 +215,7 @@ def _build_trainer(
     algorithm = ALGORITHMS[recipe.algorithm]
     args = run_config(
         algorithm,
-        recipe.training,
+        training,
         output_dir=str(folder / TRAINER),
         seed=recipe.seed,
         optim=_OPTIM[recipe.subnet.optimizer.name],
@@ -182,9 +229,12 @@ def _build_trainer(
         options["teacher_model"] = _load_teacher(recipe, teacher, tokenizer)
     if algorithm.adds_bos:
         tokenizer = _without_bos(tokenizer, dataset)
-    trainer = algorithm.trainer_class(
-        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options
-    )
+    from peft import PeftModel
+
+    with left_as_built(model) if isinstance(model, PeftModel) else contextlib.nullcontext():
+        trainer = algorithm.trainer_class(
+            model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options
+        )
     for reference in _references(trainer, algorithm):
         # The reference is the base as the policy started from it; TRL before 1.16 loads it in float32.
         if reference.dtype != model.dtype:

@@ -1,0 +1,1 @@
+"""What else can be trained: masks by rule, and adapters, built, saved and loaded by the name of a method."""

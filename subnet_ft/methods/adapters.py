@@ -1,0 +1,114 @@
+"""Adapters: weights added to a frozen base, by PEFT or by `bottleneck.py`, and what they start as.
+
+One rule for dtypes: the trainable weights of an adapter are float32, whatever the base is in, so that no update is lost
+and no second copy is needed; PEFT's layers cast what they compute. `adaption_prompt` is the exception, because PEFT
+feeds its prompts to the base's own projections: it stays in the base's dtype, and the optimizer keeps float32 masters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from subnet_ft.errors import MethodError
+from subnet_ft.masks import Provenance, SubnetMask, TensorMask, by_canonical_name
+from subnet_ft.recipe.methods import METHODS, Method
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER = "default"
+"""PEFT's name of the one adapter that a model has."""
+
+
+def attach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    config: Mapping[str, Any] | None = None,
+    *,
+    seed: int,
+    texts: Sequence[str] = (),
+) -> PeftModel:
+    """Freeze a model and add a method's trainable weights to it.
+
+    Args:
+        model: The base. In-out: its weights stay, its modules are wrapped.
+        tokenizer: Its tokenizer.
+        name: A method that trains an adapter.
+        config: Fields of the method's config, over its defaults.
+        seed: Of the new weights; the same seed gives the same bits. The global random state is left as it was.
+        texts: Training prompts, for `eva`, which starts from what the layers see of them.
+
+    Raises:
+        MethodError: The method cannot serve this model, or not with this config.
+    """
+    method = METHODS[name]
+    built = adapter_config(method, config or {})
+    with _refusals_of(method, model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = wrap(model, built)
+        if name == "eva":
+            from subnet_ft.methods.eva import start_from_activations
+
+            start_from_activations(adapted, tokenizer, texts)
+    return adapted
+
+
+def adapter_config(method: Method, config: Mapping[str, Any]) -> PeftConfig:
+    """Build a method's PEFT config: its defaults, what a recipe changes, and what makes it this method."""
+    fields = {**method.defaults, **config, **method.fixed}
+    if method.name == "eva":
+        from peft import EvaConfig
+
+        fields["eva_config"] = EvaConfig(**fields.get("eva_config") or {})
+    built: PeftConfig = method.config_class(**fields)
+    return built
+
+
+def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Add an adapter of `config`, its weights as PEFT draws them and in the dtype of the rule above."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # EVA's batches fit beside the random weights that it replaces; and PEFT asks the model by an old name.
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
+        warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")
+        adapted: Any = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and not config.is_adaption_prompt:
+            parameter.data = parameter.data.to(torch.float32)
+    return adapted  # type: ignore[no-any-return]  # `Any`, because upstream's types are wider than what it returns
+
+
+def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the trainable weights of a model with an adapter, by their canonical names."""
+    return {name: p for name, p in by_canonical_name(model.named_parameters()).items() if p.requires_grad}
+
+
+def adapter_mask(model: torch.nn.Module) -> SubnetMask:
+    """Return the mask that is full on an adapter's weights and empty on the base's."""
+    parameters = by_canonical_name(model.named_parameters())
+    trained = SubnetMask.full({name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()})
+    tensors = {
+        name: trained.tensors.get(name) or TensorMask(torch.empty(0, dtype=torch.uint8), tuple(parameter.shape), 0)
+        for name, parameter in parameters.items()
+    }
+    return SubnetMask(tensors, Provenance(source={"kind": "adapter"}))
+
+
+@contextlib.contextmanager
+def _refusals_of(method: Method, model: PreTrainedModel) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MethodError(
+            f"`{method.name}` cannot be added to `{type(model).__name__}`: {reason} Change "
+            f"`methods.{method.name}.config`, or choose another method."
+        ) from error

@@ -1,0 +1,53 @@
+"""What a trainer needs to train an adapter as it was built, and what TRL does to one, undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from subnet_ft.methods.adapters import adapter_parameters
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+
+_TRL_REFERENCE = "ref"
+_MOST_TEXTS = 1000
+
+
+@contextmanager
+def left_as_built(model: PeftModel) -> Iterator[None]:
+    """Build a trainer inside, and the adapter is afterwards what it was before.
+
+    TRL copies an adapter that it is given, as the reference model, and computes with the copy. The reference of every
+    method here is the base, so the copy goes, and TRL switches the adapter off instead: bit for bit the base, and no
+    weights more. On a quantized base TRL rounds adapters to bfloat16; their values come back.
+
+    Args:
+        model: The base with its adapter. In-out.
+    """
+    values = {name: parameter.data for name, parameter in adapter_parameters(model).items()}
+    yield
+    inner: Any = model.base_model
+    if "forward" in vars(inner):
+        # PEFT's adaption prompt keeps the forward that the base had before TRL replaced it.
+        inner.forward = inner.model.forward
+    if _TRL_REFERENCE in model.peft_config:
+        model.delete_adapter(_TRL_REFERENCE)
+    for name, parameter in adapter_parameters(model).items():
+        parameter.data = values[name]
+
+
+def prompt_texts(dataset: Dataset, tokenizer: Any) -> list[str]:
+    """Return the first training prompts as the model reads them, for methods that look at data before they train.
+
+    Args:
+        dataset: In TRL's format: a prompt as text or messages, or whole conversations.
+        tokenizer: Renders messages.
+    """
+    texts = []
+    for row in dataset.select(range(min(len(dataset), _MOST_TEXTS))):
+        value = next(row[key] for key in ("prompt", "chosen", "messages", "text") if key in row)
+        texts.append(value if isinstance(value, str) else tokenizer.apply_chat_template(value, tokenize=False))
+    return texts
