@@ -23,6 +23,7 @@ task: {name: reasoning_gym/chain_sum, num_train: 100, num_eval: 10, pairs: {num_
 algorithm: dpo
 output: runs/x
 """
+REWARD = DPO.replace("dpo", "reward")
 PREFERENCES = """
 model: {name: tiny:llama}
 task: {name: dataset, dataset: {path: some/preferences}, num_train: 100}

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.checkpoints.models import save_with_reward_head
 from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.cli import main
 
@@ -70,6 +72,17 @@ def test_evaluate_prints_the_keys_that_scripts_rely_on(capsys: pytest.CaptureFix
     assert {"accuracy", "num_prompts", "ci_low", "ci_high", "version"} <= set(figures)
     assert 0 <= figures["ci_low"] <= figures["accuracy"] <= figures["ci_high"] <= 1
     assert figures["num_prompts"] == 20
+
+
+def test_evaluate_counts_pairs_for_a_reward_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_with_reward_head(open_checkpoint("tiny:llama").folder, tmp_path, dtype="bfloat16", seed=0)
+    small = ["task.num_eval=30", "task.num_train=20", "task.pairs.num_prompts=20"]
+    code, figures = run_json(capsys, "evaluate", str(tmp_path), "tiny/reward", *small)
+    assert code == 0
+    assert 3 < figures["num_pairs"] <= 30
+    assert 0 <= figures["ci_low"] <= figures["accuracy"] <= figures["ci_high"] <= 1
+    assert main(["evaluate", "tiny:llama", "tiny/reward", *small, "-q"]) == 2
+    assert "no reward model" in capsys.readouterr().err
 
 
 def test_evaluate_says_when_a_recipe_has_no_held_out_prompts(capsys: pytest.CaptureFixture[str]) -> None:

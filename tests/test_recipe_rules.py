@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_texts import DPO, GRPO, PREFERENCES, load_text, problems_of
+from recipe_texts import DPO, GRPO, PREFERENCES, REWARD, load_text, problems_of
 
 from subnet_ft.errors import RecipeError
 from subnet_ft.recipe import load_recipe
@@ -281,3 +281,39 @@ def test_load_recipe_lists_what_the_config_refuses_with_all_other_problems(tmp_p
     with pytest.raises(RecipeError, match="1 problem"):  # a default in place of a bad value proves nothing
         load_recipe(path, ["training.num_generations=1"], check_config=check)
     assert len(asked) == 1
+
+
+REWARD_ON_DATASET = PREFERENCES.partition("evaluation:")[0].replace("dpo", "reward") + "output: runs/x"
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "key", "reason"),
+    [
+        (REWARD, "task.rewards=[score]", "task.rewards", "which learns a reward from pairs"),
+        (REWARD, "evaluation.task={name: reasoning_gym/chain_sum, num_eval: 5}", "evaluation.task", "held-out prompts"),
+        (REWARD, "task.num_eval=0", "task.num_eval", "missing"),
+        (REWARD, "task.pairs=null", "task.pairs", "`reward` learns from preferences"),
+        (REWARD, "teacher={name: tiny:llama}", "teacher", "not used by `reward`"),
+        (REWARD, "task.completion=x", "task.completion", "not used by `reward`"),
+        (REWARD_ON_DATASET, "task.num_eval=0", "task.num_eval", "missing"),
+        (
+            REWARD_ON_DATASET.replace("num_train", "num_eval: 5, num_train"),
+            "evaluation.task={name: reasoning_gym/chain_sum, num_eval: 5}",
+            "evaluation.task",
+            "rows of `dataset.eval_split`",
+        ),
+    ],
+)
+def test_load_recipe_refuses_what_makes_no_reward_model(
+    text: str, override: str, key: str, reason: str, tmp_path: Path
+) -> None:
+    (problem,) = problems_of(tmp_path, text, override)
+    assert problem.startswith(f"{key}: ")
+    assert reason in problem
+
+
+def test_load_recipe_judges_a_reward_model_by_pairs_alone(tmp_path: Path) -> None:
+    assert load_text(tmp_path, REWARD).evaluation.task is None
+    rows = REWARD_ON_DATASET.replace("num_train", "num_eval: 5, num_train")
+    assert load_text(tmp_path, rows).task.num_eval == 5
+    assert not load_text(tmp_path, REWARD_ON_DATASET, "evaluation.enabled=false").evaluation.enabled

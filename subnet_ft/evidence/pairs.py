@@ -84,25 +84,25 @@ def _rewards(model: Any, texts: list[list[int]], batch_size: int, *, progress: b
     from tqdm import tqdm
 
     pad = model.config.get_text_config().pad_token_id
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    rewards = [0.0] * len(texts)
+    # A text scored twice may differ in its last bits from one batch to the next, which would break a tie.
+    order = sorted({tuple(text) for text in texts}, key=lambda text: (len(text), text))
+    rewards: dict[tuple[int, ...], float] = {}
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), tqdm(total=len(texts), desc="score", unit="text", disable=not progress) as bar:
+        with torch.no_grad(), tqdm(total=len(order), desc="score", unit="text", disable=not progress) as bar:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                longest = len(texts[batch[-1]])
-                rows = [texts[index] + [pad] * (longest - len(texts[index])) for index in batch]
-                seen = [[1] * len(texts[index]) + [0] * (longest - len(texts[index])) for index in batch]
+                longest = len(batch[-1])
+                rows = [[*text, *[pad] * (longest - len(text))] for text in batch]
+                seen = [[1] * len(text) + [0] * (longest - len(text)) for text in batch]
                 logits = model(
                     input_ids=torch.tensor(rows, device=model.device),
                     attention_mask=torch.tensor(seen, device=model.device),
                     use_cache=False,
                 ).logits
-                for index, reward in zip(batch, logits.squeeze(-1).float().tolist(), strict=True):
-                    rewards[index] = reward
+                rewards.update(zip(batch, logits.squeeze(-1).float().tolist(), strict=True))
                 bar.update(len(batch))
     finally:
         model.train(training)
-    return rewards
+    return [rewards[tuple(text)] for text in texts]

@@ -395,3 +395,28 @@ def test_reports_say_when_a_random_mask_recovers_as_well():
         assert report.verdict == "recovered"
         assert (too in render_markdown(report)) is said
         assert (too in " ".join(" ".join(lines_for_terminal(report)).split())) is said
+
+
+def test_build_report_speaks_of_pairs_where_reward_models_are_judged() -> None:
+    def pairs(accuracy: float) -> list[dict]:
+        return [{**record, "chosen_reward": 1.0, "rejected_reward": 0.0} for record in records(accuracy)]
+
+    runs = {name: RunEvidence(name, records=pairs(share)) for name, share in (("base", 0.5), ("full", 0.8))}
+    report = build_report(version="0", **runs, subnet=RunEvidence("subnet", records=pairs(0.77)))
+    assert report.judged_on == "pairs"
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))).judged_on == "pairs"
+    for page in (render_markdown(report), render_html(report), "\n".join(lines_for_terminal(report))):
+        assert "pairs" in page
+        assert "prompts" not in page
+        assert "reedy" not in page
+    assert "about " in report.verdict_reason
+    assert " pairs would decide it" in report.verdict_reason
+
+
+def test_build_report_speaks_of_prompts_where_answers_are_judged() -> None:
+    runs = {name: RunEvidence(name, records=records(share)) for name, share in (("base", 0.5), ("full", 0.8))}
+    report = build_report(version="0", **runs, subnet=RunEvidence("subnet", records=records(0.77)))
+    assert report.judged_on == "prompts"
+    for page in (render_markdown(report), render_html(report)):
+        assert "held-out pairs" not in page
+        assert "held-out prompts" in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from subnet_ft.errors import TaskError
 from subnet_ft.recipe import DatasetSpec, TaskSpec
 from subnet_ft.tasks import labelled_dataset, preference_dataset
+from subnet_ft.tasks.preferences import preference_key
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +126,29 @@ def test_labelled_dataset_makes_two_rows_of_a_preference(tmp_path: Path, rows: l
 def test_labelled_dataset_explains_what_is_wrong(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         labelled_dataset(_spec(tmp_path, rows, 1))
+
+
+def test_preference_dataset_holds_rows_out_of_the_split_that_it_trains_on(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i // 2} =", "chosen": f" {i}", "rejected": " ?"} for i in range(20)]
+    spec = _spec(tmp_path, rows, 6, num_eval=7)
+    spec = dataclasses.replace(spec, dataset=DatasetSpec(path=str(tmp_path / "d.jsonl"), eval_split="train"))
+    training = preference_dataset(spec, seed=3)
+    held_out = preference_dataset(spec, seed=3, part="eval", exclude={preference_key(row) for row in training})
+    assert (len(training), len(held_out)) == (6, 7)
+    assert not set(training["prompt"]) & set(held_out["prompt"])
+
+
+def test_preference_dataset_says_when_too_few_rows_are_left_to_hold_out(tmp_path: Path) -> None:
+    spec = _spec(tmp_path, TEXT, 2, num_eval=3)
+    spec = dataclasses.replace(spec, dataset=DatasetSpec(path=str(tmp_path / "d.jsonl"), eval_split="train"))
+    with pytest.raises(
+        TaskError, match=r"3 rows, of which 1 are not about a training prompt.*task\.num_eval asks for 3"
+    ):
+        preference_dataset(spec, part="eval", exclude={preference_key(row) for row in preference_dataset(spec)})
+
+
+def test_preference_key_is_the_prompt_wherever_it_stands() -> None:
+    implicit = {"chosen": USER + RIGHT, "rejected": USER + WRONG}
+    assert preference_key(implicit) == preference_key({"prompt": USER, "chosen": RIGHT, "rejected": WRONG})
+    texts = [{"chosen": "a b", "rejected": "a c"}, {"chosen": "a b", "rejected": "a d"}]
+    assert preference_key(texts[0]) != preference_key(texts[1])
