@@ -11,8 +11,9 @@ from typing import Any
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
 from subnet_ft.digests import checkpoint_sha256, json_sha256, rewards_sha256
 from subnet_ft.masks import SubnetMask
-from subnet_ft.recipe import Recipe
+from subnet_ft.recipe import MethodSpec, Recipe
 from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, trains_reward_model
+from subnet_ft.recipe.methods import training_of
 from subnet_ft.tasks import RecipeData, load_recipe_data, reward_functions
 
 BASE = "base"
@@ -131,9 +132,17 @@ class RunInputs:
             "seed": self.recipe.seed,
         }
 
-    def of_training(self, mask: SubnetMask | None) -> dict[str, Any]:
-        """What a training run depends on; `mask` is `None` for the full run."""
+    def of_training(self, mask: SubnetMask | None, method: str) -> dict[str, Any]:
+        """What a training run depends on.
+
+        Args:
+            mask: `None` where a method trains all weights, or added ones.
+            method: Whose settings apply.
+        """
         recipe = self.recipe
+        training = training_of(recipe, method)
+        settings = recipe.methods.get(method, MethodSpec())
+        own = {} if method in ("full", "subnet") else {"method": method, "config": settings.config}
         return {
             "base": self.base_sha256,
             "model": self.of_loading(),
@@ -142,10 +151,11 @@ class RunInputs:
             "data": self.data_sha256,
             "rewards": rewards_sha256(recipe.task.rewards) if self.needs_rewards else {},
             "algorithm": recipe.algorithm,
-            "training": {key: value for key, value in recipe.training.items() if key not in _NOT_COMPUTED},
+            "training": {key: value for key, value in training.items() if key not in _NOT_COMPUTED},
             "optimizer": asdict(recipe.subnet.optimizer),
             "seed": recipe.seed,
             "mask": None if mask is None else mask.fingerprint,
+            **own,
         }
 
     def _of_teacher(self) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from subnet_ft.evidence.weights import RunWeights, compare_weights
 from subnet_ft.held_out import HeldOut, HeldOutPairs, held_out, judge
 from subnet_ft.inputs import RunInputs
 from subnet_ft.masks import SubnetMask, control_mask, extract
-from subnet_ft.recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
+from subnet_ft.methods.masks import method_mask
+from subnet_ft.recipe import MethodSpec, Recipe, load_recipe, recipe_to_dict, save_recipe
+from subnet_ft.recipe.methods import METHODS
 from subnet_ft.stages import finished_results, read_json, run_stage, write_json
 from subnet_ft.training import config_fields, train
 from subnet_ft.training.config_check import config_problems
@@ -39,9 +41,20 @@ logger = logging.getLogger(__name__)
 MASK_FILE = "mask.subnet.safetensors"
 RECIPE_FILE = "recipe.resolved.yaml"
 
+_WITHOUT_MASK = {"mask": "every weight", "adapter": "added weights"}
 
-def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a recipe with its `training` section checked against the config of its algorithm."""
+
+def load_checked_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, methods: Sequence[str] = (), quantizations: Sequence[str] = ()
+) -> Recipe:
+    """Load a recipe with its `training` section checked against the config of its algorithm.
+
+    Args:
+        path: As in `load_recipe`.
+        overrides: As in `load_recipe`.
+        methods: What will be trained, so that what the machine lacks for it is known; the recipe's `method` if empty.
+        quantizations: Of copies that will be judged; likewise.
+    """
     return load_recipe(path, overrides, algorithms=config_fields(), check_config=config_problems)
 
 
@@ -74,7 +87,7 @@ class Pipeline:
 
     def run(self) -> Report:
         """Do every stage that is not done yet, and write the report."""
-        self._start()
+        self.start()
         _ = self.held_out  # too few pairs to judge by are better known before hours of training
         full = self.full_run()
         mask = self.mask(full)
@@ -84,20 +97,11 @@ class Pipeline:
 
     def train(self) -> TrainedStage:
         """Do the one run that the recipe's `method` names."""
-        self._start()
-        if self.recipe.method == "full":
-            return self.full_run()
-        if self.recipe.subnet.source.kind == "file":
-            return self.masked_run("subnet", self.inputs.mask_from_file())
-        results = finished_results(self.folder / "full", self._training_inputs(None))
-        if results is None:
-            raise StageError(
-                f"`method: subnet` extracts its mask from the full run, and `{self.folder / 'full'}` holds no finished "
-                "one of this recipe. Train with `method=full` first, or set `subnet.source.kind` to `file`."
-            )
-        return self.masked_run("subnet", self.mask(self._checked("full", None, results)))
+        self.start()
+        return self.method_run(self.recipe.method)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Read and check what the stages need."""
         self.folder.mkdir(parents=True, exist_ok=True)
         make_base(self.inputs, self.folder, overwrite=self.overwrite)
         self.inputs.check()
@@ -114,11 +118,34 @@ class Pipeline:
 
     def full_run(self) -> TrainedStage:
         """Train every weight."""
-        return self._train("full", None)
+        return self._train("full", None, "full")
 
     def masked_run(self, name: str, mask: SubnetMask) -> TrainedStage:
         """Train the weights of `mask` from the base, with everything else as in the full run."""
-        return self._train(name, mask)
+        return self._train(name, mask, "subnet")
+
+    def method_run(self, method: str) -> TrainedStage:
+        """Train what a method trains, with its settings, in a stage of its name."""
+        if method == "full":
+            return self.full_run()
+        if method == "subnet":
+            return self.masked_run("subnet", self._mask_of_finished())
+        if METHODS[method].trains == "adapter":
+            return self._train(method, None, method)
+        dtype = compare_dtype(self.inputs.base, self.recipe)
+        settings = self.recipe.methods.get(method, MethodSpec())
+        return self._train(method, method_mask(method, self.inputs.base, settings.config, dtype=dtype), method)
+
+    def _mask_of_finished(self) -> SubnetMask:
+        if self.recipe.subnet.source.kind == "file":
+            return self.inputs.mask_from_file()
+        results = finished_results(self.folder / "full", self._training_inputs(None, "full"))
+        if results is None:
+            raise StageError(
+                f"`method: subnet` extracts its mask from the full run, and `{self.folder / 'full'}` holds no finished "
+                "one of this recipe. Train with `method=full` first, or set `subnet.source.kind` to `file`."
+            )
+        return self.mask(self._checked("full", None, results))
 
     def mask(self, full: TrainedStage) -> SubnetMask:
         """Make the subnetwork's mask, or load the one that the recipe names."""
@@ -165,14 +192,25 @@ class Pipeline:
         control.save(self.folder / f"control-{kind}.subnet.safetensors")
         return stage
 
-    def answers(self, name: str, folder: Path, sha256: str) -> list[dict[str, Any]] | None:
-        """Judge the model in `folder` on the held-out prompts or pairs; `None` when evaluation is off."""
+    def answers(
+        self, name: str, run: TrainedStage | None = None, *, quantization: str | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Judge a model on the held-out prompts or pairs; `None` when evaluation is off.
+
+        Args:
+            name: Of its stage; `base` for the base model.
+            run: The stage that trained it; `None` for the base.
+            quantization: Judge a copy whose weights are quantised like this, those of an adapter excepted.
+        """
         judged_on = self.held_out
         if judged_on is None:
             return None
+        folder, sha256 = self.inputs.base.folder, self.inputs.base_sha256
+        if run is not None:
+            folder, sha256 = run.folder, run.results["sha256"]
 
         def work(stage: Path) -> dict[str, Any]:
-            records = judge(folder, self.recipe, judged_on, progress=self.progress)
+            records = judge(folder, self.inputs, judged_on, quantization=quantization, progress=self.progress)
             write_json(stage / "records.json", records)
             return {"accuracy": sum(record["correct"] for record in records) / len(records)}
 
@@ -182,6 +220,8 @@ class Pipeline:
         else:
             logger.info("evaluate %s: greedy answers to %d held-out prompts", name, len(judged_on.evaluation))
             inputs = self.inputs.of_answers(sha256)
+        if quantization is not None:
+            name, inputs = f"{name}-{quantization}", {**inputs, "quantization": quantization}
         stage = self.folder / "evaluation" / name
         path = stage / "records.json"
         run_stage(stage, inputs, work, overwrite=self.overwrite, cheap=True, products=[path])
@@ -190,9 +230,9 @@ class Pipeline:
 
     def report(self, full: TrainedStage, subnet: TrainedStage, controls: dict[str, TrainedStage]) -> Report:
         """Evaluate every model, compare their weights, and write the report's three files."""
-        base_records = self.answers("base", self.inputs.base.folder, self.inputs.base_sha256)
+        base_records = self.answers("base")
         trained = {"full": full, "subnet": subnet, **controls}
-        records = {name: self.answers(name, run.folder, run.results["sha256"]) for name, run in trained.items()}
+        records = {name: self.answers(name, run) for name, run in trained.items()}
         logger.info("verify: comparing weights")
         weights = compare_weights(
             self.inputs.base,
@@ -245,7 +285,7 @@ class Pipeline:
         write_report(report, self.folder)
         return report
 
-    def _train(self, name: str, mask: SubnetMask | None) -> TrainedStage:
+    def _train(self, name: str, mask: SubnetMask | None, method: str) -> TrainedStage:
         folder = self.folder / name
 
         def work(folder: Path) -> dict[str, Any]:
@@ -255,6 +295,7 @@ class Pipeline:
                 base=self.inputs.base.folder,
                 folder=folder,
                 mask=mask,
+                method=method,
                 dataset=self.dataset,
                 task=self.inputs.data.task if self.inputs.needs_rewards else None,
                 teacher=None if self.inputs.teacher is None else self.inputs.teacher.folder,
@@ -263,17 +304,22 @@ class Pipeline:
             gc.collect()
             return {
                 "sha256": checkpoint_sha256(folder),
-                "density": 1.0 if mask is None else mask.density,
+                "density": run.num_trainable / run.num_parameters,
+                "num_trainable": run.num_trainable,
+                "num_parameters": run.num_parameters,
                 "train_seconds": run.seconds,
+                "step_seconds": run.step_seconds,
                 "num_steps": run.num_steps,
                 "resumed_from": run.resumed_from,
                 "memory": run.memory,
                 "environment": environment(),
             }
 
-        what = "every weight" if mask is None else f"{mask.num_trainable:,} of {mask.num_parameters:,} weights"
+        what = _WITHOUT_MASK[METHODS[method].trains]
+        if mask is not None:
+            what = f"{mask.num_trainable:,} of {mask.num_parameters:,} weights"
         logger.info("%s: %s on %s", name, self.recipe.algorithm, what)
-        inputs = self._training_inputs(mask)
+        inputs = self._training_inputs(mask, method)
         results = run_stage(folder, inputs, work, overwrite=self.overwrite, products=[folder / LOG])
         stage = self._checked(name, mask, results)
         if not self.recipe.keep_checkpoints:
@@ -292,10 +338,10 @@ class Pipeline:
             )
         return TrainedStage(folder, mask, results)
 
-    def _training_inputs(self, mask: SubnetMask | None) -> dict[str, Any]:
+    def _training_inputs(self, mask: SubnetMask | None, method: str) -> dict[str, Any]:
         known = self.inputs.learns_from == "prompts" or self.inputs.data.rows is not None
         made = {} if known else {"rows": json_sha256(self.dataset)}
-        return {**self.inputs.of_training(mask), **made}
+        return {**self.inputs.of_training(mask, method), **made}
 
     def _describe(self, stage: TrainedStage) -> None:
         """Write down what this folder holds: at its first stage, and when all stages have accepted the recipe."""

@@ -53,10 +53,11 @@ def verify(
     )
     records: dict[str, list[dict[str, Any]]] = {}
     if recipe is not None and recipe.evaluation.enabled:
-        judged_on = held_out(RunInputs(recipe), progress=progress)
+        inputs = RunInputs(recipe)
+        judged_on = held_out(inputs, progress=progress)
         assert judged_on is not None
         for name, checkpoint in checkpoints.items():
-            records[name] = judge(checkpoint.folder, recipe, judged_on, progress=progress)
+            records[name] = judge(checkpoint.folder, inputs, judged_on, progress=progress)
     report = build_report(
         version=subnet_ft.__version__,
         base=RunEvidence("base", records=records.get("base")),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from subnet_ft import __version__
+from subnet_ft.cli.comparing import compare_methods, names
 from subnet_ft.cli.judging import evaluate, verify_run
 from subnet_ft.cli.machine import bench, densities, env, recipes
 from subnet_ft.cli.masks import extract_mask, mask_info
@@ -42,9 +43,21 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_arguments(run_command)
     run_command.add_argument("--json", action="store_true", help="print the verdict as one JSON object")
 
-    train_command = _command(commands, train, "train", "one run: `method=full` or `method=subnet`")
+    train_command = _command(commands, train, "train", "one run: `method=full`, `method=subnet`, `method=lora`, ...")
     _recipe_arguments(train_command)
     train_command.add_argument("--json", action="store_true", help="print what was measured as one JSON object")
+
+    compare_command = _command(
+        commands, compare_methods, "compare", "several methods on one recipe, with equal data, seed and steps"
+    )
+    _recipe_arguments(compare_command)
+    compare_command.add_argument(
+        "--methods", type=names, required=True, metavar="A,B,C", help="such as full,subnet,lora (docs/methods.md)"
+    )
+    compare_command.add_argument(
+        "--quantized", type=names, default=[], metavar="Q", help="judge quantised copies of the results, too: int8,nf4"
+    )
+    compare_command.add_argument("--json", action="store_true", help="print the table as one JSON object")
 
     extract_command = _command(
         commands, extract_mask, "extract", "write the mask of the weights that differ between two checkpoints"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ def run(options: argparse.Namespace, emit: Emit) -> int:
     from subnet_ft.stages import lock_run
     from subnet_ft.verification import has_failed
 
-    pipeline = _checked_pipeline(options, emit)
+    pipeline = checked_pipeline(options, emit)
     if pipeline is None:
         return FINE
     with lock_run(pipeline.folder):
@@ -36,7 +37,7 @@ def train(options: argparse.Namespace, emit: Emit) -> int:
     """Train one method and print what was measured."""
     from subnet_ft.stages import lock_run
 
-    pipeline = _checked_pipeline(options, emit)
+    pipeline = checked_pipeline(options, emit)
     if pipeline is None:
         return FINE
     with lock_run(pipeline.folder):
@@ -53,14 +54,23 @@ def train(options: argparse.Namespace, emit: Emit) -> int:
     return FINE
 
 
-def _checked_pipeline(options: argparse.Namespace, emit: Emit) -> Pipeline | None:
-    """Check recipe, launch and output folder; `None` after a dry run, which ends with the recipe."""
+def checked_pipeline(
+    options: argparse.Namespace, emit: Emit, *, methods: Sequence[str] = (), quantizations: Sequence[str] = ()
+) -> Pipeline | None:
+    """Check recipe, launch and output folder; `None` after a dry run, which ends with the recipe.
+
+    Args:
+        options: The command line.
+        emit: Writes to stdout.
+        methods: What will be trained; the recipe's own `method` when there are none.
+        quantizations: Of copies that will be judged.
+    """
     from subnet_ft.pipeline import Pipeline, load_checked_recipe
     from subnet_ft.recipe import recipe_to_dict
     from subnet_ft.training.one_process import refuse_many_devices, refuse_many_processes
 
     refuse_many_processes()
-    recipe = load_checked_recipe(options.recipe, options.overrides)
+    recipe = load_checked_recipe(options.recipe, options.overrides, methods=methods, quantizations=quantizations)
     if options.dry_run:
         if options.json:
             emit(json.dumps({"version": __version__, "recipe": recipe_to_dict(recipe)}))

@@ -116,6 +116,7 @@ METHODS: dict[str, Method] = {
             "adapters",
             "adapter",
             "subnet_ft.methods.bottleneck:BottleneckConfig",
+            fixed=_CAUSAL,
             source="arXiv 1902.00751",
         ),
         Method(
