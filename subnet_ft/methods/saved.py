@@ -111,6 +111,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from subnet_ft.methods import bottleneck  # noqa: F401  # puts its config in PEFT's table
+
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"`{folder}` has no `{WEIGHTS}`. Remove the folder to train again.")
     config: Any = PeftConfig.from_pretrained(str(folder))
