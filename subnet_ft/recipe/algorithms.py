@@ -32,6 +32,7 @@ class Algorithm:
         learns_from: Its data.
         judge: What judges completions while it trains, if anything: the task's `rewards`, or the recipe's `teacher`.
         references: Attributes of the trainer that hold frozen models of the base's weights, or `None`.
+        reference_weight: Config field without which, at 0, it holds no reference model; `None`: it always does.
         defaults: Config fields with another default than TRL's; a recipe may change them.
         fixed: Config fields without which it would be another algorithm; a recipe may only repeat them.
         ranges: Annotations of config fields, narrower than those that all algorithms share.
@@ -45,6 +46,7 @@ class Algorithm:
     learns_from: LearnsFrom = "prompts"
     judge: Literal["rewards", "teacher"] | None = None
     references: tuple[str, ...] = ()
+    reference_weight: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     ranges: Mapping[str, Any] = field(default_factory=dict)
@@ -99,8 +101,8 @@ ALGORITHMS: dict[str, Algorithm] = {
             ranges={"beta": Annotated[float, Range(above=0.0)]},  # the margin is `simpo_gamma` / `beta`
             adds_bos=True,
         ),
-        Algorithm("grpo", "trl:GRPOTrainer", "trl:GRPOConfig", "prompts", "rewards", _REFERENCE),
-        Algorithm("rloo", "trl:RLOOTrainer", "trl:RLOOConfig", "prompts", "rewards", _REFERENCE),
+        Algorithm("grpo", "trl:GRPOTrainer", "trl:GRPOConfig", "prompts", "rewards", _REFERENCE, "beta"),
+        Algorithm("rloo", "trl:RLOOTrainer", "trl:RLOOConfig", "prompts", "rewards", _REFERENCE, "beta"),
         Algorithm(
             "ppo",
             "subnet_ft.training.ppo:PPOTrainer",
@@ -108,6 +110,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             "prompts",
             "rewards",
             _REFERENCE,
+            "kl_coef",
         ),
         Algorithm(
             "prime",

@@ -20,6 +20,9 @@ from subnet_ft.recipe.yaml_text import read_yaml, write_yaml
 
 logger = logging.getLogger(__name__)
 
+MachineCheck: TypeAlias = Callable[[Recipe], Iterable[tuple[str, str]]]
+"""Recipe to what this machine lacks for it, each a dotted key and the end of a sentence."""
+
 ConfigCheck: TypeAlias = Callable[[str, Mapping[str, Any]], Iterable[tuple[str, str]]]
 """Algorithm and `training` section to problems, each a dotted key and the end of a sentence."""
 
@@ -30,6 +33,7 @@ def load_recipe(
     *,
     algorithms: Mapping[str, Mapping[str, Any]] | None = None,
     check_config: ConfigCheck | None = None,
+    check_machine: MachineCheck | None = None,
 ) -> Recipe:
     """Read a recipe, apply `overrides` and check all of it before anything is loaded or trained.
 
@@ -40,6 +44,7 @@ def load_recipe(
             only the training layer imports TRL; `None` checks no names under `training`.
         check_config: Asks the algorithm's config itself what it refuses, and what this machine lacks for it; called
             when nothing else is wrong with `training`. Injected likewise.
+        check_machine: Says what this machine lacks for the rest of the recipe. Injected likewise.
 
     Raises:
         RecipeError: The file is missing, or the recipe has problems; all of them are listed at once.
@@ -55,7 +60,7 @@ def load_recipe(
         raise RecipeError(str(path), [*problems, f"must be a map of keys to values, got {show(tree)}"])
     for override in overrides:
         problems.extend(_apply_override(tree, override))
-    recipe, found = _parse(tree, algorithms, check_config)
+    recipe, found = _parse(tree, algorithms, check_config, check_machine)
     if problems or found:
         raise RecipeError(str(path), problems + found)
     if recipe.model.dtype == "float32" and recipe.subnet.source.criterion == "exact":
@@ -115,7 +120,10 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def _parse(
-    tree: dict[str, Any], algorithms: Mapping[str, Mapping[str, Any]] | None, check_config: ConfigCheck | None
+    tree: dict[str, Any],
+    algorithms: Mapping[str, Mapping[str, Any]] | None,
+    check_config: ConfigCheck | None,
+    check_machine: MachineCheck | None,
 ) -> tuple[Recipe, list[str]]:
     parser = Parser()
     recipe: Recipe = parser.parse(Recipe, tree)
@@ -129,6 +137,9 @@ def _parse(
         for key, message in check_config(recipe.algorithm, recipe.training):
             parser.report(key, message)
     check_combinations(parser, recipe)
+    for key, message in check_machine(recipe) if check_machine is not None else ():
+        if parser.is_usable(key):
+            parser.report(key, message)
     if not parser.problems and "max_new_tokens" not in (tree.get("evaluation") or {}):
         evaluation = dataclasses.replace(recipe.evaluation, max_new_tokens=_longest_answer(recipe))
         recipe = dataclasses.replace(recipe, evaluation=evaluation)

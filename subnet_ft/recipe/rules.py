@@ -33,7 +33,8 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
     """Apply every rule whose fields are usable; each problem is a dotted key and the end of a sentence."""
     rules: list[tuple[tuple[str, ...], Callable[[Recipe], Problems]]] = [
         (("subnet.source",), _mask_source),
-        (("subnet.optimizer.master", "model.dtype"), _optimizer),
+        (("subnet.optimizer.master", "subnet.optimizer.name", "model.dtype"), _optimizer),
+        (("reference", "algorithm", "training"), _reference),
         (("subnet.optimizer.clip_norm", "subnet.log_norms", "training"), _whole_norm),
         (("subnet.audit_steps",), _audits),
         (("controls",), _controls),
@@ -77,6 +78,22 @@ def _optimizer(recipe: Recipe) -> Problems:
             "subnet.optimizer.master",
             f"`remainder` completes a bfloat16 weight, but `model.dtype` is {recipe.model.dtype}; use `fp32`",
         )
+    elif recipe.subnet.optimizer.master == "remainder" and recipe.subnet.optimizer.name == "adamw_8bit":
+        yield "subnet.optimizer.master", "`remainder` is for `adamw` and `sgd`; `adamw_8bit` needs `fp32`"
+
+
+def _reference(recipe: Recipe) -> Problems:
+    known, kind = ALGORITHMS.get(recipe.algorithm), recipe.reference.quantization
+    if known is None or kind is None:
+        return
+    key = "reference.quantization"
+    if not known.references:
+        others = ", ".join(f"`{name}`" for name, other in ALGORITHMS.items() if other.references)
+        yield key, f"not used by `{known.name}`, which has no reference model, only by {others}; remove it"
+    if recipe.training.get("sync_ref_model"):
+        yield key, f"a model in {kind} stays as it is, and `training.sync_ref_model` moves it; set one of the two"
+    if recipe.training.get("precompute_ref_log_probs"):
+        yield key, "not used with `training.precompute_ref_log_probs`, which asks the base once; remove one of them"
 
 
 def _whole_norm(recipe: Recipe) -> Problems:

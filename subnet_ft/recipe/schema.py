@@ -174,9 +174,10 @@ class SourceSpec:
 class OptimizerSpec:
     """The optimizer of every run; the full run uses it with a full mask."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """`adamw`: MaskedAdamW; `sgd`: MaskedSGD without momentum. Learning rate, betas, epsilon, decay and clipping come
-    from `training`."""
+    name: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
+    """`adamw`: MaskedAdamW; `adamw_8bit`: bitsandbytes' AdamW with moments in 8 bits, those of tensors with fewer than
+    4096 trainable weights in fp32; `sgd`: MaskedSGD without momentum. Learning rate, betas, epsilon, decay and clipping
+    come from `training`."""
 
     master: Literal["fp32", "remainder"] = "fp32"
     """Exact fp32 master weights as 4 bytes each, or as a 2-byte remainder beside a bfloat16 weight."""
@@ -203,6 +204,15 @@ class SubnetSpec:
 
     log_norms: bool = False
     """Log the norm on the mask and that of the whole gradient beside the one that clipping goes by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSpec:
+    """The frozen reference model, for algorithms that hold one."""
+
+    quantization: Literal["int8", "nf4"] | None = None
+    """Hold its linear layers in 8 bits (LLM.int8) or 4 bits (NF4) by bitsandbytes; `None`: as the base is stored. Its
+    log-probabilities, and so the loss, are then those of the rounded model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +268,9 @@ class Recipe:
 
     teacher: ModelSpec | None = None
     """The model that `distillation` learns from, with the tokenizer of `model`; only for that algorithm."""
+
+    reference: ReferenceSpec = field(default_factory=ReferenceSpec)
+    """How the frozen reference model is held, if the algorithm has one."""
 
     subnet: SubnetSpec = field(default_factory=SubnetSpec)
     """The subnetwork run."""
