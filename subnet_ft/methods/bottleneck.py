@@ -45,7 +45,7 @@ class BottleneckConfig(PeftConfig):
     """The nonlinearity between the projections."""
 
     init_std: float = 0.01
-    """Standard deviation of the down-projection's first weights. The up-projection starts at zero, and with it the model
+    """Standard deviation of the down-projection's first weights. The up-projection starts at zero, so the model starts
     as its base."""
 
     target_modules: list[str] | set[str] | str | None = field(default=None)
@@ -119,7 +119,14 @@ class BottleneckModel(BaseTuner):
             peft_config.target_modules = set(blocks_of(model))
 
     def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: Any,
+        current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
         model: Any = self.model
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target)
@@ -145,7 +152,7 @@ def blocks_of(model: torch.nn.Module) -> list[str]:
         found = [name for name, child in layer.named_children() if _is_block(child, hidden_size)]
         if len(found) != 2:
             raise MethodError(
-                f"Layer {index} of `{type(model).__name__}` has {len(found)} blocks ({', '.join(found) or 'none'}), and "
+                f"Layer {index} of `{type(model).__name__}` has {len(found)} blocks ({', '.join(found) or 'none'}); "
                 "bottleneck adapters follow an attention block and an MLP block. Name the blocks in "
                 "`methods.adapters.config.target_modules`."
             )

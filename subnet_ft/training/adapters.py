@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from subnet_ft.methods.adapters import adapter_parameters
+from subnet_ft.methods.adapters import ADAPTER, adapter_parameters
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,9 +29,9 @@ def left_as_built(model: PeftModel) -> Iterator[None]:
     """
     values = {name: parameter.data for name, parameter in adapter_parameters(model).items()}
     yield
-    inner: Any = model.base_model
-    if "forward" in vars(inner):
-        # PEFT's adaption prompt keeps the forward that the base had before TRL replaced it.
+    if model.peft_config[ADAPTER].is_adaption_prompt:
+        # PEFT keeps the forward that the base had before TRL replaced it.
+        inner: Any = model.base_model
         inner.forward = inner.model.forward
     if _TRL_REFERENCE in model.peft_config:
         model.delete_adapter(_TRL_REFERENCE)
