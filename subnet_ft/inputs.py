@@ -15,6 +15,7 @@ from subnet_ft.recipe import MethodSpec, Recipe
 from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, trains_reward_model
 from subnet_ft.recipe.methods import training_of
 from subnet_ft.tasks import RecipeData, load_recipe_data, reward_functions
+from subnet_ft.tasks.task import Prompt
 
 BASE = "base"
 """Folder, in that of the run, of the base of an algorithm that puts a new head on the recipe's model."""
@@ -129,6 +130,22 @@ class RunInputs:
             "data": json_sha256([example.prompt, example.answer] for example in examples),
             "verifier": {**verifier, "answer_pattern": self.recipe.task.answer_pattern},
             "sampling": sampling,
+            "seed": self.recipe.seed,
+        }
+
+    def of_rationales(self, prompts: Iterable[Prompt]) -> dict[str, Any]:
+        """What the texts of the teacher depend on; not what is found in them, and which are kept.
+
+        Args:
+            prompts: What the teacher is given.
+        """
+        rationales = self.recipe.task.rationales
+        assert rationales is not None
+        writing = ("max_new_tokens", "temperature", "batch_size")
+        return {
+            **self._of_teacher(),
+            "prompts": json_sha256(prompts),
+            "writing": {name: getattr(rationales, name) for name in writing},
             "seed": self.recipe.seed,
         }
 

@@ -1,10 +1,11 @@
-"""What a recipe's trainer reads: prompts, rows of a dataset, or what is made of completions sampled from the base."""
+"""What a recipe's trainer reads: prompts, rows of a dataset, or what is made of texts that a model wrote beforehand."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,10 @@ from subnet_ft.tasks import (
     dataset_of_samples,
     demonstration_dataset,
     prompt_dataset,
+    rationale_dataset,
     sample_completions,
+    teacher_prompts,
+    write_rationales,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAMPLES = "samples.json"
+RATIONALES = "rationales.json"
 
 
 def training_dataset(inputs: RunInputs, folder: Path, *, overwrite: bool, progress: bool) -> Dataset:
@@ -35,7 +40,8 @@ def training_dataset(inputs: RunInputs, folder: Path, *, overwrite: bool, progre
 
     Args:
         inputs: The recipe with its base and data.
-        folder: The run's folder; what is sampled from the base becomes its stage `samples`.
+        folder: The run's folder; what is sampled from the base becomes its stage `samples`, what the teacher writes its
+            stage `rationales`.
         overwrite: Replace samples that were made with other settings, instead of refusing.
         progress: Show a bar on stderr while sampling.
 
@@ -50,6 +56,8 @@ def training_dataset(inputs: RunInputs, folder: Path, *, overwrite: bool, progre
         return prompt_dataset(data.task)
     if inputs.learns_from == "demonstrations":
         return demonstration_dataset(data.task, recipe.task)
+    if inputs.learns_from == "rationales":
+        return _rationales(inputs, folder / "rationales", overwrite=overwrite, progress=progress)
     assert recipe.task.pairs is not None  # the recipe was checked
     samples = sampled_completions(inputs, folder / "samples", overwrite=overwrite, progress=progress)
     return dataset_of_samples(samples, inputs.learns_from, recipe.task.pairs, seed=recipe.seed)
@@ -70,33 +78,79 @@ def sampled_completions(
     task, pairs, model = inputs.data.task, inputs.recipe.task.pairs, inputs.recipe.model
     assert task is not None
     assert pairs is not None
-    stage_inputs = inputs.of_samples(held_out=held_out)
-    num_prompts = len(task.evaluation) if held_out else pairs.num_prompts
-    name = f"samples/{_cache_key(stage_inputs)}"
 
-    def sample(into: Path) -> None:
+    def sample() -> list[SampledPrompt]:
         folder = inputs.language_model.folder
         loaded = load_model(folder, dtype=model.dtype, attn_implementation=model.attn_implementation)
-        sampled = sample_completions(
-            *loaded, task, pairs, seed=inputs.recipe.seed, held_out=held_out, progress=progress
-        )
-        write_json(into / SAMPLES, sampled)
+        return sample_completions(*loaded, task, pairs, seed=inputs.recipe.seed, held_out=held_out, progress=progress)
 
-    def work(stage: Path) -> dict[str, Any]:
-        if (cache_folder() / name).is_dir():
-            logger.info("samples: another run has sampled them, `%s`", cache_folder() / name)
-        shutil.copyfile(build_once(name, sample) / SAMPLES, stage / SAMPLES)
-        return {"num_prompts": num_prompts, "num_completions": num_prompts * pairs.num_samples}
-
+    num_prompts = len(task.evaluation) if held_out else pairs.num_prompts
     which = "held-out prompts" if held_out else "prompts"
     logger.info("samples: %d of each of %d %s from the base model", pairs.num_samples, num_prompts, which)
-    if folder is None:
-        path = build_once(name, sample) / SAMPLES
-    else:
-        path = folder / SAMPLES
-        run_stage(folder, stage_inputs, work, overwrite=overwrite, products=[path])
-    samples: list[SampledPrompt] = json.loads(path.read_text())
+    results = {"num_prompts": num_prompts, "num_completions": num_prompts * pairs.num_samples}
+    samples: list[SampledPrompt] = _written_once(
+        SAMPLES, inputs.of_samples(held_out=held_out), sample, results, folder, overwrite=overwrite
+    )
     return samples
+
+
+def _rationales(inputs: RunInputs, folder: Path, *, overwrite: bool, progress: bool) -> Dataset:
+    """Let the teacher write; recipes for which it would write the same share its texts through the cache."""
+    task, spec, teacher = inputs.data.task, inputs.recipe.task, inputs.recipe.teacher
+    assert task is not None
+    assert spec.rationales is not None
+    rationales, prompts = spec.rationales, teacher_prompts(task, spec)
+
+    def write() -> list[dict[str, Any]]:
+        assert teacher is not None
+        assert inputs.teacher is not None  # the recipe was checked
+        folder = inputs.teacher.folder
+        loaded = load_model(folder, dtype=teacher.dtype, attn_implementation=teacher.attn_implementation)
+        texts = write_rationales(*loaded, prompts, rationales, seed=inputs.recipe.seed, progress=progress)
+        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+    logger.info("rationales: %d texts of the teacher", len(prompts))
+    texts = _written_once(
+        RATIONALES, inputs.of_rationales(prompts), write, {"num_texts": len(prompts)}, folder, overwrite=overwrite
+    )
+    return rationale_dataset(task, spec, [row["text"] for row in texts])
+
+
+def _written_once(
+    file: str,
+    stage_inputs: dict[str, Any],
+    write: Callable[[], list[Any]],
+    results: dict[str, Any],
+    folder: Path | None,
+    *,
+    overwrite: bool,
+) -> Any:
+    """Return what a model writes: made at most once for the same inputs, kept in the cache and copied into a stage.
+
+    Args:
+        file: Name of the JSON file, `samples.json`; the cache's folder is named after it.
+        stage_inputs: Everything that it depends on but the machine.
+        write: Loads the model and lets it write.
+        results: What the stage says of it.
+        folder: The stage that holds the run's copy; `None` reads the cache itself.
+        overwrite: Replace a copy that was made from other inputs, instead of refusing.
+    """
+    kind = file.partition(".")[0]
+    name = f"{kind}/{_cache_key(stage_inputs)}"
+
+    def cached() -> Path:
+        if (cache_folder() / name).is_dir():
+            logger.info("%s: another run has made them, `%s`", kind, cache_folder() / name)
+        return build_once(name, lambda into: write_json(into / file, write())) / file
+
+    def work(stage: Path) -> dict[str, Any]:
+        shutil.copyfile(cached(), stage / file)
+        return results
+
+    if folder is None:
+        return json.loads(cached().read_text())
+    run_stage(folder, stage_inputs, work, overwrite=overwrite, products=[folder / file])
+    return json.loads((folder / file).read_text())
 
 
 def _cache_key(stage_inputs: dict[str, Any]) -> str:

@@ -77,7 +77,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         (DPO, ["algorithm=kto", "task.pairs.max_right=1"], "task.pairs.max_right", "not used by `kto`"),
         (DPO, ["algorithm=raft", "task.pairs.max_right=0"], "task.pairs.max_right", ">= 1"),
         (GRPO, ["algorithm=distillation"], "teacher", "missing; `distillation` learns from another model"),
-        (GRPO, ["teacher.name=tiny:qwen3"], "teacher", "not used by `grpo`, only by `distillation`; remove it"),
+        (GRPO, ["teacher.name=tiny:qwen3"], "teacher", "not used by `grpo`, only by `distillation`, `distilling_step_by_step`; remove it"),
         (GRPO, ["algorithm=distillation", "teacher={}"], "teacher.name", "missing, and required"),
         (
             GRPO,

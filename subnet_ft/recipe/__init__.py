@@ -6,18 +6,16 @@ from subnet_ft.recipe.loading import load_recipe, recipe_to_dict, save_recipe, s
 from subnet_ft.recipe.schema import (
     Control,
     Criterion,
-    DatasetSpec,
     Dtype,
     EvaluationSpec,
     MethodSpec,
     ModelSpec,
     OptimizerSpec,
-    PairsSpec,
     Recipe,
     SourceSpec,
     SubnetSpec,
-    TaskSpec,
 )
+from subnet_ft.recipe.task_schema import DatasetSpec, PairsSpec, RationalesSpec, TaskSpec
 
 __all__ = [
     "Control",
@@ -29,6 +27,7 @@ __all__ = [
     "ModelSpec",
     "OptimizerSpec",
     "PairsSpec",
+    "RationalesSpec",
     "Recipe",
     "SourceSpec",
     "SubnetSpec",

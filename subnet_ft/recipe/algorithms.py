@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from subnet_ft.recipe.schema import Range
+from subnet_ft.recipe.ranges import Range
 
-LearnsFrom = Literal["prompts", "preferences", "labelled", "demonstrations", "samples"]
+LearnsFrom = Literal["prompts", "preferences", "labelled", "demonstrations", "samples", "rationales"]
 """What an algorithm learns from:
 
 - `prompts`: samples completions itself, and has them judged; nothing else to read.
@@ -18,6 +18,7 @@ LearnsFrom = Literal["prompts", "preferences", "labelled", "demonstrations", "sa
 - `labelled`: single completions, right or wrong, sampled from the base or of a dataset.
 - `demonstrations`: completions to copy, made from the task's reference answers or of a dataset.
 - `samples`: right completions that the base sampled itself.
+- `rationales`: answers and rationales that the teacher wrote.
 """
 
 
@@ -52,6 +53,11 @@ class Algorithm:
     ranges: Mapping[str, Any] = field(default_factory=dict)
     adds_bos: bool = False
     model_kind: Literal["language_model", "reward_model"] = "language_model"
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a recipe must name a teacher: to judge completions, or to write what is learned."""
+        return self.judge == "teacher" or self.learns_from == "rationales"
 
     @property
     def trainer_class(self) -> Any:
@@ -130,6 +136,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
         Algorithm("sft", "trl:SFTTrainer", "trl:SFTConfig", "demonstrations", defaults=_ON_COMPLETIONS),
         Algorithm("raft", "trl:SFTTrainer", "trl:SFTConfig", "samples", defaults=_ON_COMPLETIONS),
+        Algorithm(
+            "distilling_step_by_step",
+            "subnet_ft.training.step_by_step:StepByStepTrainer",
+            "subnet_ft.training.step_by_step:StepByStepConfig",
+            "rationales",
+            # The trainer needs the column that says which rows are rationales.
+            fixed={**_ON_COMPLETIONS, **_ALL_COLUMNS},
+        ),
         Algorithm("reward", "trl:RewardTrainer", "trl:RewardConfig", "preferences", model_kind="reward_model"),
     )
 }

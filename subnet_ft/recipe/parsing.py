@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal, Union
 
-from subnet_ft.recipe.schema import Range
+from subnet_ft.recipe.ranges import Range
 
 _WORDS = {
     bool: "true or false",
@@ -40,7 +40,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), names, n=1)
     if close:
         return f"; did you mean `{close[0]}`?"
-    return f"; known: {', '.join(names)}" if 0 < len(names) <= 12 else ""
+    return f"; known: {', '.join(names)}" if 0 < len(names) <= 16 else ""
 
 
 class Parser:

@@ -10,7 +10,8 @@ from typing import TypeAlias
 
 from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, learns_from, trains_reward_model
 from subnet_ft.recipe.parsing import Parser, show
-from subnet_ft.recipe.schema import PairsSpec, Recipe, TaskSpec
+from subnet_ft.recipe.schema import Recipe
+from subnet_ft.recipe.task_schema import PairsSpec, TaskSpec
 
 Problems: TypeAlias = Iterator[tuple[str, str]]
 
@@ -41,6 +42,7 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
         (("algorithm", "task.pairs", "task.dataset", "task.name", "task.completion"), _learning_data),
         (("algorithm", "teacher"), _teacher),
         (("algorithm", "task.rewards"), _task_rewards),
+        (("task.rationales", "task.answer_pattern", "task.num_train"), _rationales),
         (("algorithm", "task.num_train", "task.pairs"), _amount_to_train),
         (("evaluation", "task.num_eval", "task.dataset", "task.pairs", "algorithm"), _evaluation),
         (("output",), _output),
@@ -139,22 +141,54 @@ def _learning_data(recipe: Recipe) -> Problems:
         yield "task.pairs", f"not used by `{name}`, which copies reference answers; remove it"
     if data in ("preferences", "labelled") and task.pairs is not None and task.pairs.max_right is not None:
         yield "task.pairs.max_right", f"not used by `{name}`, only by {_those_of('samples')}; remove it"
-    if data not in (None, "demonstrations") and task.completion is not None:
-        yield "task.completion", f"not used by `{name}`, only by {_those_of('demonstrations')}; remove it"
+    if data not in (None, "demonstrations", "rationales") and task.completion is not None:
+        users = _those_of("demonstrations", "rationales")
+        yield "task.completion", f"not used by `{name}`, only by {users}; remove it"
+    if data == "rationales" and task.pairs is not None:
+        yield "task.pairs", f"not used by `{name}`, which learns what its teacher writes; remove it"
+    if data == "rationales" and task.rationales is None:
+        yield "task.rationales", f"missing; `{name}` learns from rationales: say how the teacher is made to reason"
+    if data not in (None, "rationales") and task.rationales is not None:
+        yield "task.rationales", f"not used by `{name}`, only by {_those_of('rationales')}; remove it"
 
 
-def _those_of(data: LearnsFrom) -> str:
-    return ", ".join(f"`{name}`" for name, algorithm in ALGORITHMS.items() if algorithm.learns_from == data)
+def _those_of(*data: LearnsFrom) -> str:
+    return ", ".join(f"`{name}`" for name, algorithm in ALGORITHMS.items() if algorithm.learns_from in data)
+
+
+def _rationales(recipe: Recipe) -> Problems:
+    spec, prefix = recipe.task.rationales, "task.rationales"
+    if spec is None:
+        return
+    if spec.num_prompts > recipe.task.num_train > 0:
+        yield (
+            f"{prefix}.num_prompts",
+            f"must be <= task.num_train ({recipe.task.num_train}), got {spec.num_prompts}",
+        )
+    if spec.answer_pattern is None and recipe.task.answer_pattern is None and spec.rationale_pattern is None:
+        yield (
+            f"{prefix}.answer_pattern",
+            "missing, as is task.answer_pattern: without one the whole text is the answer, and no rationale is left",
+        )
+    for name in ("answer_pattern", "rationale_pattern"):
+        yield from _one_group(f"{prefix}.{name}", getattr(spec, name))
+    for name in ("prompt", "completion"):
+        yield from _template(f"{prefix}.{name}", getattr(spec, name))
+    if spec.label_prefix == spec.rationale_prefix:
+        yield (
+            f"{prefix}.rationale_prefix",
+            f"must differ from `label_prefix`, or one prompt has two completions, got {show(spec.label_prefix)}",
+        )
 
 
 def _teacher(recipe: Recipe) -> Problems:
     known = ALGORITHMS.get(recipe.algorithm)
     if known is None:
         return
-    if known.judge == "teacher" and recipe.teacher is None:
+    if known.has_teacher and recipe.teacher is None:
         yield "teacher", f"missing; `{known.name}` learns from another model: name it, `teacher: {{name: ...}}`"
-    if known.judge != "teacher" and recipe.teacher is not None:
-        others = ", ".join(f"`{name}`" for name, other in ALGORITHMS.items() if other.judge == "teacher")
+    if not known.has_teacher and recipe.teacher is not None:
+        others = ", ".join(f"`{name}`" for name, other in ALGORITHMS.items() if other.has_teacher)
         yield "teacher", f"not used by `{known.name}`, only by {others}; remove it"
 
 
@@ -195,6 +229,8 @@ def _evaluation(recipe: Recipe) -> Problems:
             yield "evaluation.task.pairs", "not used in evaluation; remove it"
         if evaluation.task.completion is not None:
             yield "evaluation.task.completion", "not used in evaluation; remove it"
+        if evaluation.task.rationales is not None:
+            yield "evaluation.task.rationales", "not used in evaluation; remove it"
     elif _trains_on_rows(recipe):
         yield (
             "evaluation.task",
@@ -259,17 +295,22 @@ def _template(name: str, template: str | None) -> Problems:
 
 
 def _answer_pattern(task: TaskSpec) -> Problems:
-    if task.answer_pattern is None:
+    yield from _one_group("answer_pattern", task.answer_pattern)
+
+
+def _one_group(key: str, pattern: str | None) -> Problems:
+    if pattern is None:
         return
     try:
-        groups = re.compile(task.answer_pattern).groups
+        groups = re.compile(pattern).groups
     except re.error as error:
-        yield "answer_pattern", f"not a regular expression ({error}), got {show(task.answer_pattern)}"
+        yield key, f"not a regular expression ({error}), got {show(pattern)}"
         return
     if groups != 1:
+        what = key.rpartition(".")[2].partition("_")[0]
         yield (
-            "answer_pattern",
-            f"must have exactly one group, around the answer, got {groups} in {show(task.answer_pattern)}; "
+            key,
+            f"must have exactly one group, around the {what}, got {groups} in {show(pattern)}; "
             "write other groups as `(?:...)`",
         )
 

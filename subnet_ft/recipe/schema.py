@@ -7,39 +7,14 @@ numbers, and a field without a default is a required key.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Annotated, Any, Literal
+
+from subnet_ft.recipe.ranges import Count, CountOrZero, Range
+from subnet_ft.recipe.task_schema import TaskSpec
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 Criterion = Literal["exact", "absolute", "relative"]
 Control = Literal["uniform", "magnitude_matched"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """The finite numbers a field accepts; `least` and `most` are included, `above` and `below` are not."""
-
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-
-    def __contains__(self, value: float) -> bool:
-        return (
-            isfinite(value)
-            and (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.most is None or value <= self.most)
-            and (self.below is None or value < self.below)
-        )
-
-    def __str__(self) -> str:
-        signs = ((">=", self.least), (">", self.above), ("<=", self.most), ("<", self.below))
-        return " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None) or "finite"
-
-
-Count = Annotated[int, Range(least=1)]
-CountOrZero = Annotated[int, Range(least=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,100 +32,6 @@ class ModelSpec:
 
     attn_implementation: str | None = None
     """Passed to transformers (`sdpa`, `eager`, `flash_attention_2`, ...); `None` lets transformers choose."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetSpec:
-    """A dataset on the Hub or on disk, loaded with `datasets`."""
-
-    path: str
-    """Hub id, local folder, or a `.jsonl`, `.json`, `.csv` or `.parquet` file."""
-
-    name: str | None = None
-    """The dataset's configuration, such as `main` of `openai/gsm8k`."""
-
-    train_split: str = "train"
-    """Split that training examples come from."""
-
-    eval_split: str = "test"
-    """Split that held-out examples come from; may equal `train_split`, the two sets are kept apart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairsSpec:
-    """Completions sampled from the base model, scored, and kept: recipes with the same settings share them.
-
-    An algorithm that learns from preferences gets a right completion against a wrong one of each prompt, one that
-    learns from labelled completions gets them all, and one that copies samples gets the right ones.
-    """
-
-    num_prompts: Count
-    """Training prompts to sample for; those with only right or only wrong completions give no pair."""
-
-    num_samples: Annotated[int, Range(least=2)] = 8
-    """Completions per prompt."""
-
-    temperature: Annotated[float, Range(above=0.0)] = 0.8
-    """Sampling temperature."""
-
-    max_new_tokens: Count = 256
-    """Longest completion, in tokens."""
-
-    batch_size: Count = 64
-    """Completions generated at a time; changes speed, memory and the random draws."""
-
-    max_right: Count | None = None
-    """Different right completions of a prompt that `raft` copies, at most, in the order sampled; `None`: one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSpec:
-    """Prompts and how an answer to them is judged."""
-
-    name: str
-    """`reasoning_gym/DATASET`, such as `reasoning_gym/chain_sum`, or `dataset` for what `dataset` names."""
-
-    params: dict[str, Any] = field(default_factory=dict)
-    """reasoning-gym's own fields of that dataset's config, verbatim; empty for `dataset`."""
-
-    dataset: DatasetSpec | None = None
-    """The data of a `dataset` task: prompts with answers or completions, preferences (columns prompt, chosen,
-    rejected), or labelled completions (columns prompt, completion, label)."""
-
-    num_train: CountOrZero = 0
-    """Training examples; required, except in `evaluation.task`."""
-
-    num_eval: CountOrZero = 0
-    """Held-out examples; required of the task that evaluation uses."""
-
-    prompt: str | None = None
-    """Format template over an example's fields: `{question}`, `{answer}` and metadata of a reasoning-gym example, or
-    the columns of a dataset. `None`: the example's own question, or the column `prompt`."""
-
-    chat: bool = False
-    """Wrap the prompt as one user message and render it with the model's chat template."""
-
-    system_prompt: str | None = None
-    """System message before the user message; needs `chat: true`."""
-
-    answer: str | None = None
-    """Format template of the reference answer over a dataset's columns; `None`: the column `answer`, else
-    `completion`."""
-
-    answer_pattern: str | None = None
-    """Regular expression with one group that finds the answer in a completion, and in a dataset's reference answer;
-    `None`: the whole text without surrounding white space."""
-
-    rewards: list[str] = field(default_factory=lambda: ["correct"])
-    """Rewards that are added up: `correct` (1 for a fully right answer, else 0), `score` (the verifier's own score in
-    [0, 1]) or `package.module:function` with TRL's reward-function signature."""
-
-    completion: str | None = None
-    """Format template of what `sft` learns to write after a prompt, over the same fields as `prompt`: `' {answer}'`
-    after a prompt that ends without a space. `None`: a dataset's column `completion`, else the reference answer."""
-
-    pairs: PairsSpec | None = None
-    """Sample completions from the base model, for an algorithm that learns from pairs, labels or samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +148,8 @@ class Recipe:
     """The TRL config's own fields, verbatim."""
 
     teacher: ModelSpec | None = None
-    """The model that `distillation` learns from, with the tokenizer of `model`; only for that algorithm."""
+    """The model that `distillation` learns from, with the tokenizer of `model`; or the one that writes the rationales
+    of `distilling_step_by_step`, with any tokenizer. Only for these algorithms."""
 
     reference: ReferenceSpec = field(default_factory=ReferenceSpec)
     """How the frozen reference model is held, if the algorithm has one."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from subnet_ft.recipe.algorithms import ALGORITHMS, learns_from
 from subnet_ft.recipe.parsing import Parser, did_you_mean, show
-from subnet_ft.recipe.schema import Count, CountOrZero, Range
+from subnet_ft.recipe.ranges import Count, CountOrZero, Range
 
 _RANGES: dict[str, Any] = {
     "learning_rate": Annotated[float, Range(least=0.0)],
@@ -59,6 +59,7 @@ _RANGES: dict[str, Any] = {
     "process_coef": Annotated[float, Range(least=0.0)],
     "accuracy_low": Annotated[float, Range(least=0.0, most=1.0)],
     "accuracy_high": Annotated[float, Range(least=0.0, most=1.0)],
+    "rationale_weight": Annotated[float, Range(least=0.0)],
     "desirable_weight": Annotated[float, Range(least=0.0)],
     "undesirable_weight": Annotated[float, Range(least=0.0)],
     "logging_steps": Annotated[float, Range(above=0.0)],

@@ -10,6 +10,7 @@ from subnet_ft.recipe.algorithms import learns_from, trains_reward_model
 from subnet_ft.tasks.load import load_task
 from subnet_ft.tasks.preferences import labelled_dataset, preference_dataset, preference_key
 from subnet_ft.tasks.prompts import prompt_key
+from subnet_ft.tasks.rationales import with_prefix
 from subnet_ft.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class RecipeData:
     """That dataset, in the format of its trainer; `None` otherwise."""
 
     evaluation: Task | None
-    """The task whose held-out examples are answered; `None` when evaluation is off, or when pairs are told apart."""
+    """The task whose held-out examples are answered, with the label's prefix where there is one; `None` when evaluation
+    is off, or when pairs are told apart."""
 
     held_out_rows: Dataset | None = None
     """The held-out preferences of a reward model that learns from a dataset; `None` otherwise."""
@@ -55,9 +57,13 @@ def load_recipe_data(recipe: Recipe) -> RecipeData:
         held_out = preference_dataset(recipe.task, seed=recipe.seed, part="eval", exclude=training)
         return RecipeData(task, rows, None, held_out)
     if recipe.evaluation.task is None:
-        return RecipeData(task, rows, task)
-    training = set(_training_keys(task, rows))
-    return RecipeData(task, rows, load_task(recipe.evaluation.task, seed=recipe.seed, exclude=training))
+        evaluation = task
+    else:
+        training = set(_training_keys(task, rows))
+        evaluation = load_task(recipe.evaluation.task, seed=recipe.seed, exclude=training)
+    if recipe.task.rationales is not None and evaluation is not None:
+        evaluation = with_prefix(evaluation, recipe.task.rationales.label_prefix)
+    return RecipeData(task, rows, evaluation)
 
 
 def _training_data(recipe: Recipe) -> tuple[Task | None, Dataset | None]:

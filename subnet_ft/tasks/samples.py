@@ -150,7 +150,7 @@ def right_completions(samples: list[SampledPrompt], *, max_right: int) -> Datase
         texts = dict.fromkeys(sample["text"] for sample in sampled["completions"] if sample["right"])
         num_prompts += bool(texts)
         rows += [
-            {"prompt": sampled["prompt"], "completion": _as_messages(sampled["prompt"], text)}
+            {"prompt": sampled["prompt"], "completion": as_messages(sampled["prompt"], text)}
             for text in list(texts)[:max_right]
         ]
     _check_yield(samples, num_prompts, "prompts with a right completion")
@@ -191,10 +191,10 @@ def _score(task: Task, example: Example, completion: str) -> Sample:
 
 
 def _completion(prompt: Prompt, sample: Sample) -> Any:
-    return _as_messages(prompt, sample["text"])
+    return as_messages(prompt, sample["text"])
 
 
-def _as_messages(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
+def as_messages(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
     """Return a completion in the form of its prompt: text, or one message."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 

@@ -56,9 +56,16 @@ class Task:
 
     def score(self, example: Example, completion: str) -> float:
         """Score `completion` in [0, 1]; 0 when it holds no answer or the verifier cannot make sense of it."""
+        return self._score(example, completion, self.answer_pattern)
+
+    def score_answer(self, example: Example, answer: str) -> float:
+        """Score an answer that was found already, by whatever pattern, as `score` does."""
+        return self._score(example, answer, None)
+
+    def _score(self, example: Example, completion: str, pattern: re.Pattern[str] | None) -> float:
         try:
             with time_limit(SCORE_SECONDS):
-                answer = find_answer(self.answer_pattern, completion)
+                answer = find_answer(pattern, completion)
                 score = 0.0 if answer is None else float(self.verifier(example, answer))
         except TimeoutError:
             logger.warning("%s: scoring took over %g s and counts as 0: %.80r", self.name, SCORE_SECONDS, completion)
