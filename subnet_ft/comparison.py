@@ -12,10 +12,10 @@ import torch
 import subnet_ft
 from subnet_ft.evidence.comparison import CopyEvidence, MethodComparison, MethodEvidence, build_comparison
 from subnet_ft.masks import extract
-from subnet_ft.pipeline import Pipeline, TrainedStage
+from subnet_ft.pipeline import Pipeline
 from subnet_ft.recipe import recipe_to_dict
 from subnet_ft.recipe.methods import HYPER_PARAMETERS, METHODS, training_of
-from subnet_ft.stages import run_stage
+from subnet_ft.stages import TrainedStage, run_stage
 from subnet_ft.verification import compare_dtype
 
 logger = logging.getLogger(__name__)

@@ -6,28 +6,27 @@ import gc
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import subnet_ft
 from subnet_ft.base_stage import make_base
-from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.digests import checkpoint_sha256, json_sha256
 from subnet_ft.environment import environment
 from subnet_ft.errors import StageError
-from subnet_ft.evidence.report import Report, RunEvidence, build_report, write_report
-from subnet_ft.evidence.weights import RunWeights, compare_weights
+from subnet_ft.evidence.report import Report, write_report
 from subnet_ft.held_out import HeldOut, HeldOutPairs, held_out, judge
 from subnet_ft.inputs import RunInputs
 from subnet_ft.masks import SubnetMask, control_mask, extract
 from subnet_ft.methods.masks import method_mask
-from subnet_ft.recipe import MethodSpec, Recipe, load_recipe, recipe_to_dict, save_recipe
+from subnet_ft.recipe import MethodSpec, Recipe, load_recipe, save_recipe
 from subnet_ft.recipe.methods import METHODS
-from subnet_ft.stages import finished_results, read_json, run_stage, write_json
+from subnet_ft.run_report import run_report
+from subnet_ft.stages import TrainedStage, finished_results, run_stage, write_json
 from subnet_ft.training import config_fields, train
 from subnet_ft.training.config_check import config_problems
+from subnet_ft.training.platform_check import platform_problems
 from subnet_ft.training.resume import remove_checkpoints
 from subnet_ft.training.run import LOG, TRAINER
 from subnet_ft.training_data import training_dataset
@@ -55,16 +54,13 @@ def load_checked_recipe(
         methods: What will be trained, so that what the machine lacks for it is known; the recipe's `method` if empty.
         quantizations: Of copies that will be judged; likewise.
     """
-    return load_recipe(path, overrides, algorithms=config_fields(), check_config=config_problems)
-
-
-@dataclass(frozen=True)
-class TrainedStage:
-    """A finished training stage: its folder, its mask (`None` for the full run) and what it measured."""
-
-    folder: Path
-    mask: SubnetMask | None
-    results: dict[str, Any]
+    return load_recipe(
+        path,
+        overrides,
+        algorithms=config_fields(),
+        check_config=config_problems,
+        check_machine=partial(platform_problems, methods=methods, quantizations=quantizations),
+    )
 
 
 class Pipeline:
@@ -230,57 +226,11 @@ class Pipeline:
 
     def report(self, full: TrainedStage, subnet: TrainedStage, controls: dict[str, TrainedStage]) -> Report:
         """Evaluate every model, compare their weights, and write the report's three files."""
-        base_records = self.answers("base")
         trained = {"full": full, "subnet": subnet, **controls}
-        records = {name: self.answers(name, run) for name, run in trained.items()}
+        records = {"base": self.answers("base"), **{name: self.answers(name, run) for name, run in trained.items()}}
         logger.info("verify: comparing weights")
-        weights = compare_weights(
-            self.inputs.base,
-            open_checkpoint(full.folder),
-            {
-                name: RunWeights(open_checkpoint(run.folder), run.mask)
-                for name, run in trained.items()
-                if name != "full"
-            },
-            dtype=compare_dtype(self.inputs.base, self.recipe),
-        )
-
-        def evidence(name: str) -> RunEvidence:
-            run = trained[name]
-            return RunEvidence(
-                name,
-                records=records[name],
-                log_history=json.loads((run.folder / LOG).read_text()),
-                seconds={"train": run.results["train_seconds"], **self._evaluation_seconds(name)},
-                memory=run.results["memory"],
-                weights=weights.get(name),
-            )
-
-        from_full = self.recipe.subnet.source.kind == "extract"
-        mask_stage = read_json(self.folder / "mask" / "stage.json") if from_full else None
-        report = build_report(
-            version=subnet_ft.__version__,
-            base=RunEvidence("base", records=base_records, seconds=self._evaluation_seconds("base")),
-            full=evidence("full"),
-            subnet=evidence("subnet"),
-            controls=[evidence(name) for name in controls],
-            mask=subnet.mask,
-            mask_seconds=mask_stage["results"]["seconds"] if mask_stage else None,
-            margin=self.recipe.evaluation.margin,
-            confidence=self.recipe.evaluation.confidence,
-            recipe=recipe_to_dict(self.recipe),
-            environment=full.results["environment"],
-            seeds=[self.recipe.seed],
-            not_measured=[
-                *(self.held_out.not_measured if isinstance(self.held_out, HeldOutPairs) else ()),
-                *(
-                    f"The whole training time of `{name}`: it was interrupted and resumed from "
-                    f"{run.results['resumed_from']}, and the time shown is that of the last part."
-                    for name, run in trained.items()
-                    if run.results["resumed_from"]
-                ),
-            ],
-        )
+        notes = self.held_out.not_measured if isinstance(self.held_out, HeldOutPairs) else ()
+        report = run_report(self.inputs, self.folder, trained, records, not_measured=notes)
         self._describe(full)
         write_report(report, self.folder)
         return report
@@ -347,7 +297,3 @@ class Pipeline:
         """Write down what this folder holds: at its first stage, and when all stages have accepted the recipe."""
         save_recipe(self.recipe, self.folder / RECIPE_FILE)
         write_json(self.folder / "environment.json", stage.results["environment"])
-
-    def _evaluation_seconds(self, name: str) -> dict[str, float]:
-        stage = read_json(self.folder / "evaluation" / name / "stage.json")
-        return {"evaluate": stage["results"]["seconds"]} if stage else {}

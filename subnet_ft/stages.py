@@ -9,16 +9,29 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from subnet_ft.errors import StageError
+
+if TYPE_CHECKING:
+    from subnet_ft.masks import SubnetMask
 
 logger = logging.getLogger(__name__)
 
 FINISHED = "stage.json"
 STARTED = "started.json"
+
+
+@dataclass(frozen=True)
+class TrainedStage:
+    """A finished training stage: its folder, what it measured, and its mask; `None` where there is none to keep to."""
+
+    folder: Path
+    mask: SubnetMask | None
+    results: dict[str, Any]
 
 
 def run_stage(

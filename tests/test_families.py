@@ -25,7 +25,8 @@ from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import FAMILIES, save_tiny
 from subnet_ft.cli import main
 from subnet_ft.masks import SubnetMask, extract
-from subnet_ft.pipeline import MASK_FILE, Pipeline, TrainedStage, load_checked_recipe
+from subnet_ft.pipeline import MASK_FILE, Pipeline, load_checked_recipe
+from subnet_ft.stages import TrainedStage
 from subnet_ft.training import restrict
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
