@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
-from subnet_ft.checkpoints.models import load_model
+from subnet_ft.checkpoints.models import Kind, load_model, undo_upcasts
+from subnet_ft.checkpoints.quantized import Quantization
 from subnet_ft.errors import CheckpointError, CheckpointMismatchError
 from subnet_ft.masks import record_base
 from subnet_ft.methods.adapters import ADAPTER, wrap
+from subnet_ft.recipe.methods import METHODS
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,8 +55,13 @@ def save_adapter(
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, all blanks
     tokenizer.save_pretrained(folder)
-    digest = base_digest(open_checkpoint(base))
-    belongs_to = {"format": _FORMAT, "method": method, "base": base_name, "base_sha256": digest}
+    belongs_to = {
+        "format": _FORMAT,
+        "method": method,
+        "base": base_name,
+        "base_sha256": base_digest(open_checkpoint(base)),
+        "quantization": METHODS[method].quantization,
+    }
     (folder / BASE).write_text(json.dumps(belongs_to, indent=1) + "\n")
 
 
@@ -70,7 +79,8 @@ def load_trained(
     revision: str | None = None,
     dtype: str,
     attn_implementation: str | None = None,
-    **options: Any,
+    quantization: Quantization | None = None,
+    kind: Kind = "language_model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load what a stage saved: a whole checkpoint, or an adapter on its base.
 
@@ -80,17 +90,20 @@ def load_trained(
         revision: Branch, tag or commit of a base on the Hub.
         dtype: Dtype of the base's weights in memory; those of an adapter are float32.
         attn_implementation: Passed to transformers; `None` lets it choose.
-        options: Other options of `load_model`.
+        quantization: Hold the model, or the base under an adapter, in 8 or 4 bits; `None`: as it was trained.
+        kind: A language model or a reward model.
 
     Raises:
         CheckpointMismatchError: The adapter belongs to another base.
         CheckpointError: A file is missing, or does not hold what its config says.
     """
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, "kind": kind}
     if not is_adapter(folder):
-        return load_model(folder, dtype=dtype, attn_implementation=attn_implementation, **options)
-    checkpoint = open_checkpoint(base, revision=revision)
-    _check_base(folder, _belongs_to(folder), checkpoint)
-    model, _ = load_model(checkpoint.folder, dtype=dtype, attn_implementation=attn_implementation, **options)
+        return load_model(folder, **options, quantization=quantization)
+    checkpoint, belongs_to = open_checkpoint(base, revision=revision), _belongs_to(folder)
+    _check_base(folder, belongs_to, checkpoint)
+    model, _ = load_model(checkpoint.folder, **options, quantization=quantization or belongs_to["quantization"])
+    undo_upcasts(model, dtype=dtype)  # as it was when the adapter was trained
     from transformers import AutoTokenizer
 
     adapted: Any = load_adapter(model, folder)  # generates and computes as its base does
@@ -109,6 +122,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
     import torch
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from subnet_ft.methods import bottleneck  # noqa: F401  # puts its config in PEFT's table
@@ -118,17 +132,28 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     config: Any = PeftConfig.from_pretrained(str(folder))
     with torch.random.fork_rng():
         adapted: Any = wrap(model, config)
-    stored = load_file(folder / WEIGHTS)
-    own = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False)
-    missing, odd = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
-    if missing or odd:
+    try:
+        stored = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
         raise CheckpointError(
-            f"`{folder / WEIGHTS}` does not hold the adapter of its `{CONFIG}`: {len(missing)} weights are missing, "
-            f"{len(odd)} belong to none, the first is `{(missing + odd)[0]}`. Remove the folder to train again."
+            f"`{folder / WEIGHTS}` is not whole: {error}. Remove the folder to train again."
+        ) from error
+    own = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False)
+    wanted, found = _shapes(own), _shapes(stored)
+    odd = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+    if odd:
+        raise CheckpointError(
+            f"`{folder / WEIGHTS}` does not hold the adapter of its `{CONFIG}`: {len(odd)} weights are missing, unknown "
+            f"or of another shape, the first is `{odd[0]}`, {found.get(odd[0], 'not there')} instead of "
+            f"{wanted.get(odd[0], 'none')}. Remove the folder to train again."
         )
     set_peft_model_state_dict(adapted, stored, adapter_name=ADAPTER)
     adapted.requires_grad_(False)
     return adapted.eval()  # type: ignore[no-any-return]  # `Any`, because upstream's types are wider
+
+
+def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def _belongs_to(folder: Path) -> dict[str, Any]:
@@ -145,15 +170,17 @@ def _belongs_to(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"`{folder / BASE}` is of another format than {_FORMAT}. Use the subnet-ft that wrote it."
         )
+    if not {"method", "base", "base_sha256", "quantization"} <= belongs_to.keys():
+        raise CheckpointError(f"`{folder / BASE}` lacks what it should say. Remove the folder to train again.")
     return belongs_to
 
 
 def _check_base(folder: Path, belongs_to: dict[str, Any], base: Checkpoint) -> None:
     found = base_digest(base)
-    wanted = str(belongs_to.get("base_sha256"))
+    wanted = str(belongs_to["base_sha256"])
     if found != wanted:
         raise CheckpointMismatchError(
-            f"The adapter in `{folder}` ({belongs_to.get('method')}) was trained on `{belongs_to.get('base')}`, whose "
+            f"The adapter in `{folder}` ({belongs_to['method']}) was trained on `{belongs_to['base']}`, whose "
             f"weights are not those of `{base.name}` (digest {wanted[:16]} there, {found[:16]} here). "
             "Load it on the base that it was trained on: `model.name` of its recipe."
         )

@@ -43,6 +43,11 @@ class Method:
     source: str = ""
 
     @property
+    def quantization(self) -> Literal["nf4"] | None:
+        """How the frozen model is held, if not as it is stored."""
+        return "nf4" if self.is_quantized else None
+
+    @property
     def config_class(self) -> Any:
         """The config dataclass, or `None`."""
         return None if self.config is None else load_object(self.config)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.listing import listing
 from subnet_ft.checkpoints.models import load_model, save_model, undo_upcasts
+from subnet_ft.checkpoints.quantized import quantized_size
 from subnet_ft.errors import CheckpointError, TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.methods.adapters import adapter_mask, attach
@@ -26,6 +28,7 @@ from subnet_ft.recipe.schema import MethodSpec
 from subnet_ft.training.adapters import left_as_built, prompt_texts
 from subnet_ft.training.algorithms import ALGORITHMS, Algorithm, run_config
 from subnet_ft.training.peak_memory import PeakMemory
+from subnet_ft.training.reference import hold_quantized
 from subnet_ft.training.restrict import restrict
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ TRAINER = "trainer"
 LOG = "log.json"
 
 # transformers' names of the optimizers of `subnet.optimizer.name`.
-_OPTIM = {"adamw": "adamw_torch", "sgd": "sgd"}
+_OPTIM = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "sgd": "sgd"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def train(
         dtype=spec.dtype,
         attn_implementation=spec.attn_implementation,
         kind=ALGORITHMS[recipe.algorithm].model_kind,
+        quantization=METHODS[method].quantization,
     )
     # All weights are trained, saved and compared in one dtype.
     undo_upcasts(loaded, dtype=spec.dtype)
@@ -133,7 +137,9 @@ def train(
         mask = adapter_mask(model)
     elif mask is None:
         mask = full_mask(model) if METHODS[method].config is None else _mask_of(recipe, method, base)
-    trainer = _build_trainer(recipe, training_of(recipe, method), model, tokenizer, folder, dataset, task, teacher)
+    trainer = _build_trainer(
+        recipe, training_of(recipe, method), model, tokenizer, base, folder, dataset, task, teacher
+    )
     trainer.add_callback(NoSaveAtTheEnd())
     times = StepTimes()
     trainer.add_callback(times)
@@ -173,14 +179,20 @@ def train(
         resumed_from=None if last is None else last.name,
         memory={
             **memory_ledger(model, trainer.masked_optimizer),
+            **({"weights": quantized_size(model)} if METHODS[method].quantization else {}),
             **_memory_beside(trainer, ALGORITHMS[recipe.algorithm]),
             **peak.measured,
         },
         num_steps=trainer.state.global_step,
         num_trainable=mask.num_trainable,
-        num_parameters=mask.num_parameters,
+        num_parameters=_num_parameters(base, mask) if is_adapter else mask.num_parameters,
         step_seconds=times.median,
     )
+
+
+def _num_parameters(base: Path, mask: SubnetMask) -> int:
+    """Count the weights of a base, two of which may lie in one byte, and of the adapter on it."""
+    return sum(math.prod(spec.shape) for spec in open_checkpoint(base).specs.values()) + mask.num_trainable
 
 
 def _mask_of(recipe: Recipe, method: str, base: Path) -> SubnetMask:
@@ -192,7 +204,8 @@ def _mask_of(recipe: Recipe, method: str, base: Path) -> SubnetMask:
 
 
 def _refuse_other_dtypes(model: PreTrainedModel, base: Path, dtype: str) -> None:
-    others = [name for name, parameter in model.named_parameters() if str(parameter.dtype) != f"torch.{dtype}"]
+    floats = [(name, weight) for name, weight in model.named_parameters() if weight.is_floating_point()]
+    others = [name for name, weight in floats if str(weight.dtype) != f"torch.{dtype}"]
     if others:
         raise CheckpointError(
             f"`{base}` stores weights more precisely than `model.dtype: {dtype}`, and transformers does not round "
@@ -207,6 +220,7 @@ def _build_trainer(
     training: Mapping[str, Any],
     model: PreTrainedModel | PeftModel,
     tokenizer: Any,
+    base: Path,
     folder: Path,
     dataset: Dataset,
     task: Task | None,
@@ -225,7 +239,7 @@ def _build_trainer(
         from subnet_ft.tasks import reward_functions
 
         options["reward_funcs"] = reward_functions(task, recipe.task)
-    if teacher is not None:
+    if teacher is not None and algorithm.judge == "teacher":
         options["teacher_model"] = _load_teacher(recipe, teacher, tokenizer)
     if algorithm.adds_bos:
         tokenizer = _without_bos(tokenizer, dataset)
@@ -240,6 +254,8 @@ def _build_trainer(
         if reference.dtype != model.dtype:
             reference.to(model.dtype)
         undo_upcasts(reference, dtype=recipe.model.dtype)
+        if recipe.reference.quantization is not None:
+            hold_quantized(reference, base, recipe)
     return trainer
 
 
@@ -272,7 +288,7 @@ def _references(trainer: Any, algorithm: Algorithm) -> list[Any]:
 def _memory_beside(trainer: Any, algorithm: Algorithm) -> dict[str, int]:
     """Count the bytes of reference models, of a teacher, and of what is trained beside the policy."""
     references = _references(trainer, algorithm)
-    memory = {"reference_model": sum(p.nbytes for model in references for p in model.parameters())}
+    memory = {"reference_model": sum(quantized_size(model) for model in references)}
     teacher = getattr(trainer, "teacher_model", None)
     if teacher is not None:
         memory["teacher_model"] = sum(p.nbytes for p in teacher.parameters())
