@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import subnet_ft
+from subnet_ft.checkpoints.quantized import Quantization, quantized_size
+from subnet_ft.errors import StageError
 from subnet_ft.evidence.comparison import CopyEvidence, MethodComparison, MethodEvidence, build_comparison
 from subnet_ft.masks import extract
+from subnet_ft.methods.saved import load_trained
 from subnet_ft.pipeline import Pipeline
-from subnet_ft.recipe import recipe_to_dict
+from subnet_ft.recipe import MethodSpec, recipe_to_dict
 from subnet_ft.recipe.methods import HYPER_PARAMETERS, METHODS, training_of
 from subnet_ft.stages import TrainedStage, run_stage
 from subnet_ft.verification import compare_dtype
@@ -21,7 +24,7 @@ from subnet_ft.verification import compare_dtype
 logger = logging.getLogger(__name__)
 
 
-def compare(pipeline: Pipeline, methods: Sequence[str], *, quantizations: Sequence[str] = ()) -> MethodComparison:
+def compare(pipeline: Pipeline, methods: Sequence[str], *, quantizations: Sequence[Quantization] = ()) -> MethodComparison:
     """Train every method from the base with the recipe's data, seed and steps, judge it, and compare.
 
     Stages are those of the run: what `subnet-ft run` or an earlier comparison finished is not repeated. A subnetwork
@@ -47,46 +50,72 @@ def compare(pipeline: Pipeline, methods: Sequence[str], *, quantizations: Sequen
     )
 
 
-def _evidence(pipeline: Pipeline, name: str, quantizations: Sequence[str]) -> tuple[MethodEvidence, TrainedStage]:
+def _evidence(pipeline: Pipeline, name: str, quantizations: Sequence[Quantization]) -> tuple[MethodEvidence, TrainedStage]:
     if name == "subnet" and pipeline.recipe.subnet.source.kind == "extract":
         pipeline.method_run("full")
     stage = pipeline.method_run(name)
-    method, recipe = METHODS[name], pipeline.recipe
-    spec = recipe.methods.get(name)
-    sizes = _sizes(pipeline, name, stage, quantizations)
-    copies = []
-    for quantization in quantizations:
-        records = pipeline.answers(name, stage, quantization=quantization)
-        copies.append(CopyEvidence(quantization, records, sizes[quantization]))
-    training = training_of(recipe, name)
-    own = () if spec is None else spec.training
+    if "num_trainable" not in stage.results:
+        raise StageError(
+            f"`{stage.folder}` was made by an older subnet-ft, which did not measure what is compared. Choose another "
+            "`output`, or remove that folder to train again."
+        )
+    recipe = pipeline.recipe
+    settings, training = recipe.methods.get(name, MethodSpec()), training_of(recipe, name)
     return MethodEvidence(
         method=name,
-        trains=method.trains,
+        trains=METHODS[name].trains,
         results=stage.results,
         checkpoint_bytes=_weight_bytes(stage.folder),
-        patch_bytes=sizes["patch"],
-        training={key: training[key] for key in HYPER_PARAMETERS if key == "learning_rate" or key in own},
-        config={} if spec is None else spec.config,
+        patch_bytes=_patch_bytes(pipeline, name, stage),
+        training={
+            key: training[key]
+            for key in HYPER_PARAMETERS
+            if key in training and (key == "learning_rate" or key in settings.training)
+        },
+        config=settings.config,
         records=pipeline.answers(name, stage),
-        copies=copies,
+        copies=[
+            CopyEvidence(
+                quantization,
+                pipeline.answers(name, stage, quantization=quantization),
+                _copy_bytes(pipeline, name, stage, quantization),
+            )
+            for quantization in quantizations
+        ],
     ), stage
 
 
-def _sizes(pipeline: Pipeline, name: str, stage: TrainedStage, quantizations: Sequence[str]) -> dict[str, int]:
-    """Measure what a result takes in storage: as a patch of its base, and quantised."""
-    recipe, base = pipeline.recipe, pipeline.inputs.base
+def _patch_bytes(pipeline: Pipeline, name: str, stage: TrainedStage) -> int:
+    """Count what a result needs in storage beside its base: an adapter's file, or changed values and their bits."""
+    if METHODS[name].trains == "adapter":
+        return _weight_bytes(stage.folder)
 
     def work(folder: Path) -> dict[str, Any]:
-        if METHODS[name].trains == "adapter":
-            return {"patch": _weight_bytes(stage.folder)}
+        base, recipe = pipeline.inputs.base, pipeline.recipe
         changed = extract(base, stage.folder, dtype=compare_dtype(base, recipe), progress=pipeline.progress)
         itemsize = getattr(torch, recipe.model.dtype).itemsize
         tensors = [tensor for tensor in changed.tensors.values() if tensor.count]
-        return {"patch": sum(-(-tensor.num_elements // 8) + itemsize * tensor.count for tensor in tensors)}
+        return {"bytes": sum(-(-tensor.num_elements // 8) + itemsize * tensor.count for tensor in tensors)}
 
-    inputs = {"base": pipeline.inputs.base_sha256, "result": stage.results["sha256"]}
-    return run_stage(pipeline.folder / "sizes" / name, inputs, work, overwrite=pipeline.overwrite, cheap=True)
+    return _measured(pipeline, name, {"base": pipeline.inputs.base_sha256, "result": stage.results["sha256"]}, work)
+
+
+def _copy_bytes(pipeline: Pipeline, name: str, stage: TrainedStage, quantization: Quantization) -> int:
+    """Count the tensors of a quantised copy, those of its adapter included."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        loading = pipeline.inputs.of_loading()
+        model, _ = load_trained(stage.folder, pipeline.inputs.base.folder, quantization=quantization, **loading)
+        return {"bytes": quantized_size(model)}
+
+    inputs = {"result": stage.results["sha256"], "quantization": quantization, "load": pipeline.inputs.of_loading()}
+    return _measured(pipeline, f"{name}-{quantization}", inputs, work)
+
+
+def _measured(pipeline: Pipeline, name: str, inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> int:
+    results = run_stage(pipeline.folder / "sizes" / name, inputs, work, overwrite=pipeline.overwrite, cheap=True)
+    size: int = results["bytes"]
+    return size
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -75,6 +75,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "comparison": {
         *_WEIGHTS,
+        "methods",
         "recipe",
         "evidence",
         "stages",
