@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ def test_compare_measures_each_method_by_its_own_run(compared: tuple[Path, Metho
     folder, result = compared
     full, subnet, last_layers, lora = result.methods
     base = open_checkpoint("tiny:llama")
-    assert full.num_trainable == full.num_parameters == sum(spec.shape.numel() for spec in base.specs.values())
+    assert full.num_trainable == full.num_parameters == sum(math.prod(spec.shape) for spec in base.specs.values())
     assert 0 < subnet.num_trainable < full.num_trainable
     assert last_layers.num_trainable == sum(
-        spec.shape.numel() for name, spec in base.specs.items() if name.startswith("model.layers.1.")
+        math.prod(spec.shape) for name, spec in base.specs.items() if name.startswith("model.layers.1.")
     )
     adapter = load_file(folder / "lora" / "adapter_model.safetensors")
     assert lora.num_trainable == sum(tensor.numel() for tensor in adapter.values())
