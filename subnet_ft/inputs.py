@@ -170,6 +170,7 @@ class RunInputs:
             "algorithm": recipe.algorithm,
             "training": {key: value for key, value in training.items() if key not in _NOT_COMPUTED},
             "optimizer": asdict(recipe.subnet.optimizer),
+            "reference": asdict(recipe.reference),
             "seed": recipe.seed,
             "mask": None if mask is None else mask.fingerprint,
             **own,

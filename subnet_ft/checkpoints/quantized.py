@@ -117,14 +117,19 @@ def settle(model: PreTrainedModel, *, quantization: Quantization) -> None:
     Raises:
         CheckpointError: None of its layers is quantized.
     """
-    bitsandbytes = import_bitsandbytes()
-    kind = bitsandbytes.nn.Linear8bitLt if quantization == "int8" else bitsandbytes.nn.Linear4bit
-    if not any(isinstance(module, kind) for module in model.modules()):
+    if not quantized_layers(model):
         raise CheckpointError(
             f"`{type(model).__name__}` has no linear layer beside its output embedding, so {quantization} would hold "
             "nothing in fewer bits. Load it without `quantization`."
         )
-    _keep_one_layout(model, bitsandbytes)
+    _keep_one_layout(model, import_bitsandbytes())
+
+
+def quantized_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the linear layers of a model that bitsandbytes holds in 8 or 4 bits, by name."""
+    layers = import_bitsandbytes().nn
+    kinds = (layers.Linear8bitLt, layers.Linear4bit)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def quantized_size(model: torch.nn.Module) -> int:

@@ -111,9 +111,12 @@ class MaskedOptimizer(MaskedBase):
         """
         held = super().memory()
         kept = [value for entries in self.state.values() for key, value in entries.items() if key != "master"]
+        tensors = [value for value in kept if isinstance(value, torch.Tensor) and value.dim()]
+        # One that all parameters share, such as a table of quantized values, counts once.
+        sizes = {(value.data_ptr(), value.shape): value.nbytes for value in tensors}
         return {
             **held,
-            "moments": sum(value.nbytes for value in kept if isinstance(value, torch.Tensor) and value.dim()),
+            "moments": sum(sizes.values()),
             # Those of tensors that took no step yet are not part of the state.
             "masters": held["masters"] + sum(master.nbytes for master in self._masters.values()),
         }

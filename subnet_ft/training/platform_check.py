@@ -40,9 +40,10 @@ def platform_problems(recipe: Recipe, *, methods: Sequence[str] = (), quantizati
         A dotted key, or an option of the command line, and the end of a sentence.
     """
     for name in dict.fromkeys([recipe.method, *methods]):
-        if name in METHODS and METHODS[name].is_quantized:
+        held = METHODS[name].quantization if name in METHODS else None
+        if held is not None:
             key = "method" if name == recipe.method else f"methods.{name}"
-            yield from _quantized(key, f"`{name}` holds the base in NF4", "nf4")
+            yield from _quantized(key, f"`{name}` holds the base in {held}", held)
     for kind in quantizations:
         if kind in ("int8", "nf4"):
             yield from _quantized("--quantized", f"no copy can be held in {kind}", kind)  # type: ignore[arg-type]
