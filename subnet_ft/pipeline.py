@@ -19,6 +19,7 @@ from subnet_ft.evidence.report import Report, write_report
 from subnet_ft.held_out import HeldOut, HeldOutPairs, held_out, judge
 from subnet_ft.inputs import RunInputs
 from subnet_ft.masks import SubnetMask, control_mask, extract
+from subnet_ft.methods.config_check import method_problems
 from subnet_ft.methods.masks import method_mask
 from subnet_ft.recipe import MethodSpec, Recipe, load_recipe, save_recipe
 from subnet_ft.recipe.methods import METHODS
@@ -59,6 +60,7 @@ def load_checked_recipe(
         overrides,
         algorithms=config_fields(),
         check_config=config_problems,
+        check_methods=partial(method_problems, compared=methods),
         check_machine=partial(platform_problems, methods=methods, quantizations=quantizations),
     )
 

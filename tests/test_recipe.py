@@ -85,7 +85,7 @@ def test_load_recipe_reports_every_problem_at_once(tmp_path: Path) -> None:
         ("subnet.source.tolerance=-0.1", "subnet.source.tolerance: must be >= 0, got -0.1"),
         ("seed=-1", "seed: must be >= 0, got -1"),
         ("output=' '", 'output: must name a folder, got " "'),
-        ("method=lora", 'method: must be one of full, subnet, got "lora"'),
+        ("method=3", "method: must be a string, got 3"),
         ("algorithm=grop", 'algorithm: unknown, got "grop"; did you mean `grpo`?'),
         (
             "algorithm=xyz",

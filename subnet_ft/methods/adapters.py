@@ -49,7 +49,7 @@ def attach(
         MethodError: The method cannot serve this model, or not with this config.
     """
     method = METHODS[name]
-    built = adapter_config(method, config or {})
+    built = adapter_config(method, config or {}, base=model.config._name_or_path)
     with _refusals_of(method, model), torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = wrap(model, built)
@@ -60,9 +60,17 @@ def attach(
     return adapted
 
 
-def adapter_config(method: Method, config: Mapping[str, Any]) -> PeftConfig:
-    """Build a method's PEFT config: its defaults, what a recipe changes, and what makes it this method."""
+def adapter_config(method: Method, config: Mapping[str, Any], *, base: str) -> PeftConfig:
+    """Build a method's PEFT config: its defaults, what a recipe changes, and what makes it this method.
+
+    Args:
+        method: The method.
+        config: Fields that a recipe sets.
+        base: Folder of the base, whose tokenizer a learned prompt that starts as text needs.
+    """
     fields = {**method.defaults, **config, **method.fixed}
+    if fields.get("prompt_tuning_init") == "TEXT":
+        fields["tokenizer_name_or_path"] = base
     if method.name == "eva":
         from peft import EvaConfig
 
@@ -75,13 +83,14 @@ def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Add an adapter of `config`, its weights as PEFT draws them and in the dtype of the rule above."""
     from peft import get_peft_model
 
+    base = {id(parameter) for parameter in model.parameters()}
     with warnings.catch_warnings():
         # EVA's batches fit beside the random weights that it replaces; and PEFT asks the model by an old name.
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
         warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")
         adapted: Any = get_peft_model(model, config)
     for parameter in adapted.parameters():
-        if parameter.requires_grad and not config.is_adaption_prompt:
+        if id(parameter) not in base and not config.is_adaption_prompt:
             parameter.data = parameter.data.to(torch.float32)
     return adapted  # type: ignore[no-any-return]  # `Any`, because upstream's types are wider than what it returns
 

@@ -143,7 +143,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     odd = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
     if odd:
         raise CheckpointError(
-            f"`{folder / WEIGHTS}` does not hold the adapter of its `{CONFIG}`: {len(odd)} weights are missing, unknown "
+            f"`{folder / WEIGHTS}` does not hold the adapter of its `{CONFIG}`: {len(odd)} weights are missing, odd "
             f"or of another shape, the first is `{odd[0]}`, {found.get(odd[0], 'not there')} instead of "
             f"{wanted.get(odd[0], 'none')}. Remove the folder to train again."
         )

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 MachineCheck: TypeAlias = Callable[[Recipe], Iterable[tuple[str, str]]]
 """Recipe to what this machine lacks for it, each a dotted key and the end of a sentence."""
 
+MethodCheck: TypeAlias = Callable[[Recipe, Mapping[str, Any] | None], Iterable[tuple[str, str]]]
+"""Recipe and the fields of its algorithm's config to problems with its methods, each as above."""
+
 ConfigCheck: TypeAlias = Callable[[str, Mapping[str, Any]], Iterable[tuple[str, str]]]
 """Algorithm and `training` section to problems, each a dotted key and the end of a sentence."""
 
@@ -33,6 +36,7 @@ def load_recipe(
     *,
     algorithms: Mapping[str, Mapping[str, Any]] | None = None,
     check_config: ConfigCheck | None = None,
+    check_methods: MethodCheck | None = None,
     check_machine: MachineCheck | None = None,
 ) -> Recipe:
     """Read a recipe, apply `overrides` and check all of it before anything is loaded or trained.
@@ -44,6 +48,7 @@ def load_recipe(
             only the training layer imports TRL; `None` checks no names under `training`.
         check_config: Asks the algorithm's config itself what it refuses, and what this machine lacks for it; called
             when nothing else is wrong with `training`. Injected likewise.
+        check_methods: Says what is wrong with `method` and `methods`, whose configs are PEFT's. Injected likewise.
         check_machine: Says what this machine lacks for the rest of the recipe. Injected likewise.
 
     Raises:
@@ -60,7 +65,7 @@ def load_recipe(
         raise RecipeError(str(path), [*problems, f"must be a map of keys to values, got {show(tree)}"])
     for override in overrides:
         problems.extend(_apply_override(tree, override))
-    recipe, found = _parse(tree, algorithms, check_config, check_machine)
+    recipe, found = _parse(tree, algorithms, check_config, check_methods, check_machine)
     if problems or found:
         raise RecipeError(str(path), problems + found)
     if recipe.model.dtype == "float32" and recipe.subnet.source.criterion == "exact":
@@ -123,6 +128,7 @@ def _parse(
     tree: dict[str, Any],
     algorithms: Mapping[str, Mapping[str, Any]] | None,
     check_config: ConfigCheck | None,
+    check_methods: MethodCheck | None,
     check_machine: MachineCheck | None,
 ) -> tuple[Recipe, list[str]]:
     parser = Parser()
@@ -130,11 +136,14 @@ def _parse(
     known: Collection[str] = algorithms if algorithms is not None else ALGORITHMS
     if parser.is_usable("algorithm") and recipe.algorithm not in known:
         parser.report("algorithm", f"unknown, got {show(recipe.algorithm)}{did_you_mean(recipe.algorithm, known)}")
+    fields = algorithms.get(recipe.algorithm) if algorithms is not None and parser.is_usable("algorithm") else None
     if parser.is_usable("training"):
-        fields = algorithms.get(recipe.algorithm) if algorithms is not None else None
         check_training(parser, recipe.training, recipe.algorithm, fields)
     if check_config is not None and parser.is_usable("algorithm", "training"):
         for key, message in check_config(recipe.algorithm, recipe.training):
+            parser.report(key, message)
+    if check_methods is not None and parser.has("method") and parser.has("methods"):
+        for key, message in check_methods(recipe, fields):
             parser.report(key, message)
     check_combinations(parser, recipe)
     for key, message in check_machine(recipe) if check_machine is not None else ():

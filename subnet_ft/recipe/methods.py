@@ -28,7 +28,8 @@ class Method:
         config: `module:class` of its config, whose fields are `methods.NAME.config`; `None` where there is none.
         defaults: Config fields with another default than the config's own; a recipe may change them.
         fixed: Config fields without which it would be another method; a recipe may only repeat them.
-        training: Fields of `training` without which it does not train; a recipe may only repeat them.
+        training: Fields of `training` without which it does not train, whatever the recipe says.
+        refuses: Algorithms that it cannot train with, each with the reason as the end of a sentence.
         is_quantized: The frozen model is held in 4 bits (NF4, arXiv 2305.14314).
         source: Where the method comes from.
     """
@@ -39,6 +40,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    refuses: Mapping[str, str] = field(default_factory=dict)
     is_quantized: bool = False
     source: str = ""
 
@@ -56,6 +58,10 @@ class Method:
 _CAUSAL = {"task_type": "CAUSAL_LM"}
 # Every linear layer but the output embedding, as in QLoRA; PEFT's own default is the query and value projections.
 _ALL_LINEAR = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+_WITHOUT_PROMPTS = {
+    "distillation": "its trainer asks the model below the learned prompt, which would never be seen; choose `lora`"
+}
+_LONGER = "its trainer compares logits with labels one by one, and a learned prompt makes more logits; choose `lora`"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -105,6 +111,7 @@ METHODS: dict[str, Method] = {
             "peft:PromptTuningConfig",
             {"num_virtual_tokens": 16},
             _CAUSAL,
+            refuses={**_WITHOUT_PROMPTS, **dict.fromkeys(("orpo", "simpo"), _LONGER)},
             source="arXiv 2104.08691",
         ),
         Method(
@@ -115,6 +122,7 @@ METHODS: dict[str, Method] = {
             _CAUSAL,
             # Its prefix is a cache, and layers that are computed again have none.
             {"activation_checkpointing": False},
+            _WITHOUT_PROMPTS,
             source="arXiv 2101.00190",
         ),
         Method(
