@@ -32,10 +32,17 @@ SHORT = [
 
 def recipe(name: str, output: Path, *overrides: str) -> Recipe:
     """Return the shipped tiny recipe with few steps on little data."""
-    own = ["task.pairs.num_prompts=60"] if ALGORITHMS[name].learns_from not in ("prompts", "demonstrations") else []
+    section = {"prompts": None, "demonstrations": None, "rationales": "rationales"}.get(
+        ALGORITHMS[name].learns_from, "pairs"
+    )
+    own = [f"task.{section}.num_prompts=60"] if section else []
     own += [f"training.{KL[name]}"] if name in KL else []
     if ALGORITHMS[name].judge == "teacher":
         own += ["teacher.name=tiny:qwen3", "training.per_device_train_batch_size=16"]
+    if section == "rationales":
+        # Whatever a random teacher writes is a rationale and its last character the answer.
+        found = ["answer_pattern='(.)$'", "rationale_pattern='(?s)(.+)'", "keep=all"]
+        own += ["teacher.name=tiny:qwen3", *(f"task.rationales.{one}" for one in found)]
     return load_checked_recipe(f"tiny/{name}", [*SHORT, *own, f"output={output}", *overrides])
 
 
@@ -122,8 +129,10 @@ def test_the_page_names_every_algorithm_with_its_trainer_and_data() -> None:
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("dpo", "grpo")])
 def test_tiny_recipe_gives_the_report_of_its_head(name: str, tmp_path: Path) -> None:
     own = []
-    if ALGORITHMS[name].judge == "teacher":
-        teacher = load_checked_recipe("tiny/sft", [f"output={tmp_path / 'teacher'}", "method=full"])
+    if ALGORITHMS[name].has_teacher:
+        explaining = ["task.completion=letter {target_letter} occurs {answer}", "training.max_steps=150"]
+        more = explaining if ALGORITHMS[name].learns_from == "rationales" else []
+        teacher = load_checked_recipe("tiny/sft", [f"output={tmp_path / 'teacher'}", "method=full", *more])
         own = [f"teacher.name={Pipeline(teacher).train().folder}"]
     report = Pipeline(load_checked_recipe(f"tiny/{name}", [f"output={tmp_path}", *own])).run()
     assert report.verdict == "recovered"

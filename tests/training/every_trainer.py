@@ -79,6 +79,8 @@ class Kind:
         arguments: Builds the other arguments of its constructor.
         options: Config fields.
         long_rollouts: Config fields with which several micro-batches come from one batch of sampled completions.
+        passes: Forward passes of a micro-batch with gradients.
+        is_reentrant_refused: Its config refuses re-entrant activation checkpointing.
     """
 
     trainer: str
@@ -87,6 +89,8 @@ class Kind:
     arguments: Callable[[], dict[str, Any]]
     options: dict[str, Any]
     long_rollouts: dict[str, Any] = field(default_factory=dict)
+    passes: int = 1
+    is_reentrant_refused: bool = False
 
 
 def letters(completions: list[str], **columns: Any) -> list[float]:
@@ -122,6 +126,15 @@ def _labelled() -> Dataset:
     return Dataset.from_list(rows)
 
 
+def _explained() -> Dataset:
+    rows = [
+        {"prompt": f"[{name}] {prompt}", "completion": text, "is_rationale": name == "rationale"}
+        for prompt, answer in _sums()
+        for name, text in (("label", answer), ("rationale", f"{prompt} {answer}"))
+    ]
+    return Dataset.from_list(rows[:ROWS])
+
+
 def _tokenizer() -> dict[str, Any]:
     return {"processing_class": tiny_tokenizer()}
 
@@ -135,6 +148,15 @@ _SAMPLING = {"num_generations": 2, "max_completion_length": 4}
 TRAINERS: dict[str, Kind] = {
     "Trainer": Kind("transformers:Trainer", "transformers:TrainingArguments", _tokens, dict, {}),
     "SFT": Kind("trl:SFTTrainer", "trl:SFTConfig", _texts, _tokenizer, {}),
+    "StepByStep": Kind(
+        "subnet_ft.training.step_by_step:StepByStepTrainer",
+        "subnet_ft.training.step_by_step:StepByStepConfig",
+        _explained,
+        _tokenizer,
+        {},
+        passes=2,  # one of labels, one of rationales
+        is_reentrant_refused=True,
+    ),
     "DPO": Kind("trl:DPOTrainer", "trl:DPOConfig", _pairs, _with_reference, {}),
     "KTO": Kind("trl:KTOTrainer", "trl:KTOConfig", _labelled, _with_reference, {}),
     "GRPO": Kind(

@@ -22,6 +22,7 @@ RESUME = "subnet_ft/training/resume.py"
 OPTIMIZER = "subnet_ft/optim/base.py"
 PRIME = "subnet_ft/training/prime/trainer.py"
 PPO = "subnet_ft/training/ppo/trainer.py"
+STEP_BY_STEP = "subnet_ft/training/step_by_step/trainer.py"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ TAKEN = [
     Taken("trl:GRPOTrainer._calculate_rewards", "self, inputs, prompts, completions, completion_ids_list", PRIME),
     Taken("trl:GRPOTrainer._generate_and_score_completions", "self, inputs", PRIME),
     Taken("trl.trainer.utils:create_model_from_path", "model_id, architecture=None, ...", PRIME),
+    Taken(
+        "trl.trainer.sft_trainer:SFTTrainer.compute_loss",
+        "self, model, inputs, return_outputs=False, num_items_in_batch=None",
+        STEP_BY_STEP,
+    ),
+    Taken("transformers:Trainer.get_batch_samples", "self, epoch_iterator, num_batches, device", STEP_BY_STEP),
     *(
         Taken(f"trl.trainer.grpo_trainer:GRPOTrainer.{name}", takes, PPO)
         for name, takes in (

@@ -42,3 +42,10 @@ class StepByStepConfig(SFTConfig):
         for name in ("packing", "padding_free"):
             if getattr(self, name):
                 yield f"`{name}` must stay false: it puts labels and rationales into one sequence, and so into one mean"
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # the second before TRL 1.16
+            given = getattr(self, name, None)
+            if isinstance(given, dict) and given.get("use_reentrant"):
+                yield (
+                    f"`{name}` must not ask for re-entrant checkpointing: it would round the gradients of labels and "
+                    "rationales one by one, and give other bits than a run without checkpointing"
+                )
