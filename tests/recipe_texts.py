@@ -32,6 +32,17 @@ evaluation:
   task: {name: dataset, dataset: {path: openai/gsm8k, name: main}, num_eval: 10}
 output: runs/x
 """
+STEP_BY_STEP = """
+model: {name: tiny:llama}
+task:
+  name: reasoning_gym/chain_sum
+  num_train: 100
+  num_eval: 10
+  rationales: {prompt: 'Explain {question}', num_prompts: 50, answer_pattern: 'so (.)'}
+algorithm: distilling_step_by_step
+teacher: {name: tiny:qwen3}
+output: runs/x
+"""
 
 
 def load_text(folder: Path, text: str, *overrides: str, algorithms: Any = None) -> Recipe:

@@ -41,7 +41,7 @@ def recipe(name: str, output: Path, *overrides: str) -> Recipe:
         own += ["teacher.name=tiny:qwen3", "training.per_device_train_batch_size=16"]
     if section == "rationales":
         # Whatever a random teacher writes is a rationale and its last character the answer.
-        found = ["answer_pattern='(.)$'", "rationale_pattern='(?s)(.+)'", "keep=all"]
+        found = ["answer_pattern='(.)$'", "rationale_pattern='(?s)(.+)'", "keep=all", "temperature=1.0"]
         own += ["teacher.name=tiny:qwen3", *(f"task.rationales.{one}" for one in found)]
     return load_checked_recipe(f"tiny/{name}", [*SHORT, *own, f"output={output}", *overrides])
 

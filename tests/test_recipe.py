@@ -90,7 +90,8 @@ def test_load_recipe_reports_every_problem_at_once(tmp_path: Path) -> None:
         (
             "algorithm=xyz",
             'algorithm: unknown, got "xyz"; '
-            "known: dpo, kto, orpo, simpo, grpo, rloo, ppo, prime, distillation, sft, raft, distilling_step_by_step, reward",
+            "known: dpo, kto, orpo, simpo, grpo, rloo, ppo, prime, distillation, sft, raft, distilling_step_by_step, "
+            "reward",
         ),
         ("subnet.source.a=1", "subnet.source.a: unknown key; known: kind, criterion, tolerance, path"),
         (

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_texts import DPO, GRPO, PREFERENCES, REWARD, load_text, problems_of
+from recipe_texts import DPO, GRPO, PREFERENCES, REWARD, STEP_BY_STEP, load_text, problems_of
 
 from subnet_ft.errors import RecipeError
 from subnet_ft.recipe import load_recipe
@@ -77,7 +77,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         (DPO, ["algorithm=kto", "task.pairs.max_right=1"], "task.pairs.max_right", "not used by `kto`"),
         (DPO, ["algorithm=raft", "task.pairs.max_right=0"], "task.pairs.max_right", ">= 1"),
         (GRPO, ["algorithm=distillation"], "teacher", "missing; `distillation` learns from another model"),
-        (GRPO, ["teacher.name=tiny:qwen3"], "teacher", "not used by `grpo`, only by `distillation`, `distilling_step_by_step`; remove it"),
+        (
+            GRPO,
+            ["teacher.name=tiny:qwen3"],
+            "teacher",
+            "not used by `grpo`, only by `distillation`, `distilling_step_by_step`; remove it",
+        ),
         (GRPO, ["algorithm=distillation", "teacher={}"], "teacher.name", "missing, and required"),
         (
             GRPO,
@@ -317,3 +322,50 @@ def test_load_recipe_judges_a_reward_model_by_pairs_alone(tmp_path: Path) -> Non
     rows = REWARD_ON_DATASET.replace("num_train", "num_eval: 5, num_train")
     assert load_text(tmp_path, rows).task.num_eval == 5
     assert not load_text(tmp_path, REWARD_ON_DATASET, "evaluation.enabled=false").evaluation.enabled
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "reason"),
+    [
+        (["teacher=null"], "teacher", "learns from another model"),
+        (["task.rationales=null"], "task.rationales", "say how the teacher is made to reason"),
+        (["task.pairs={num_prompts: 5}"], "task.pairs", "learns what its teacher writes"),
+        (
+            ["task.rationales.num_prompts=101"],
+            "task.rationales.num_prompts",
+            "must be <= task.num_train (100), got 101",
+        ),
+        (["task.rationales.answer_pattern=null"], "task.rationales.answer_pattern", "no rationale is left"),
+        (["task.rationales.answer_pattern='so .'"], "task.rationales.answer_pattern", "around the answer, got 0"),
+        (["task.rationales.rationale_pattern='('"], "task.rationales.rationale_pattern", "not a regular expression"),
+        (["task.rationales.rationale_pattern='(a)(b)'"], "task.rationales.rationale_pattern", "the rationale, got 2"),
+        (["task.rationales.prompt='{a'"], "task.rationales.prompt", "not a format template"),
+        (["task.rationales.completion='a}'"], "task.rationales.completion", "not a format template"),
+        (["task.rationales.rationale_prefix='[label] '"], "task.rationales.rationale_prefix", "must differ"),
+        (["task.rationales.keep=rihgt"], "task.rationales.keep", "did you mean `right`?"),
+        (["task.rationales.num_promts=3"], "task.rationales.num_promts", "unknown key"),
+        (["task.rationales.temperature=-1"], "task.rationales.temperature", "must be >= 0"),
+        (
+            ["evaluation.task={name: reasoning_gym/chain_sum, num_eval: 3, rationales: {prompt: a, num_prompts: 1}}"],
+            "evaluation.task.rationales",
+            "not used in evaluation",
+        ),
+    ],
+)
+def test_load_recipe_refuses_rationales_that_cannot_be(
+    overrides: list[str], key: str, reason: str, tmp_path: Path
+) -> None:
+    (problem,) = problems_of(tmp_path, STEP_BY_STEP, *overrides)
+    assert problem.startswith(f"{key}: ")
+    assert reason in problem
+
+
+def test_load_recipe_wants_rationales_from_no_other_algorithm(tmp_path: Path) -> None:
+    problems = problems_of(tmp_path, GRPO, "task.rationales={prompt: a, num_prompts: 1, rationale_pattern: (.)}")
+    assert problems == ["task.rationales: not used by `grpo`, only by `distilling_step_by_step`; remove it"]
+    assert load_text(tmp_path, STEP_BY_STEP, "task.completion=' {answer}'").task.completion == " {answer}"
+
+
+def test_load_recipe_lists_all_problems_of_rationales_at_once(tmp_path: Path) -> None:
+    wrong = ["task.rationales.prompt='{a'", "task.rationales.answer_pattern='so'", "task.rationales.num_prompts=500"]
+    assert len(problems_of(tmp_path, STEP_BY_STEP, *wrong)) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +131,74 @@ def test_training_dataset_of_sft_is_the_task_itself(tmp_path: Path) -> None:
     assert not (tmp_path / "samples").exists()
 
 
+@pytest.fixture
+def writings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Start with an empty cache, and count how often a teacher writes."""
+    monkeypatch.setenv("SUBNET_FT_CACHE", str(tmp_path / "cache"))
+    write, counted = training_data.write_rationales, []
+
+    def count(*args: Any, **options: Any) -> Any:
+        counted.append(1)
+        return write(*args, **options)
+
+    monkeypatch.setattr(training_data, "write_rationales", count)
+    return counted
+
+
+# Whatever a random teacher writes is a rationale, and its last character the answer.
+EXPLAINED = [
+    *SMALL[:2], "teacher.name=tiny:qwen3", "task.rationales.num_prompts=12", "task.rationales.answer_pattern='(.)$'",
+    "task.rationales.rationale_pattern='(?s)(.+)'", "task.rationales.keep=all", "task.rationales.temperature=1.0",
+]  # fmt: skip
+
+
+def explained(folder: Path, *overrides: str) -> Any:
+    recipe = load_checked_recipe("tiny/distilling_step_by_step", [*EXPLAINED, f"output={folder}", *overrides])
+    return training_dataset(RunInputs(recipe), folder, overwrite=False, progress=False)
+
+
+def test_training_dataset_lets_the_teacher_write_once(tmp_path: Path, writings: list[int]) -> None:
+    first = explained(tmp_path / "a")
+    texts = json.loads((tmp_path / "a" / "rationales" / "rationales.json").read_text())
+    kept = [row["text"].strip() for row in texts if re.search(".$", row["text"]) and row["text"].strip()]
+    assert len(texts) == 12
+    assert len(first) == 2 * len(kept) > 12
+    assert first.column_names == ["prompt", "completion", "is_rationale"]
+    assert [row["completion"] for row in first][1::2] == kept
+    assert all(row["prompt"].startswith("[label] ") for row in list(first)[::2])
+    assert explained(tmp_path / "b").to_list() == first.to_list()
+    # What is found in the texts, and what is made of it, costs no new text.
+    other = explained(tmp_path / "b", "task.rationales.label_prefix='A '", "task.rationales.answer_pattern='^(.)'")
+    assert other[0]["prompt"].startswith("A ")
+    assert len(writings) == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["teacher.name=tiny:mistral", "task.rationales.prompt='{span[0]} has {target_letter}'", "seed=3",
+     "task.rationales.max_new_tokens=7", "task.rationales.num_prompts=13", "task.rationales.temperature=0.5"],
+)  # fmt: skip
+def test_training_dataset_asks_the_teacher_again_for_other_texts(
+    override: str, tmp_path: Path, writings: list[int]
+) -> None:
+    explained(tmp_path / "run")
+    with pytest.raises(StageError, match="was made with other settings"):
+        explained(tmp_path / "run", override)
+    explained(tmp_path / "other", override)
+    assert len(writings) == 2
+
+
 def test_inputs_of_training_change_with_the_teacher(tmp_path: Path) -> None:
     def inputs(*overrides: str) -> dict[str, Any]:
-        return RunInputs(load_checked_recipe("tiny/distillation", [f"output={tmp_path}", *overrides])).of_training(None)
+        return RunInputs(load_checked_recipe("tiny/distillation", [f"output={tmp_path}", *overrides])).of_training(
+            None, "full"
+        )
 
     first = inputs("teacher.name=tiny:qwen3")
     assert first == inputs("teacher.name=tiny:qwen3")
     assert first != inputs("teacher.name=tiny:mistral")
     assert first != inputs("teacher.name=tiny:qwen3", "teacher.dtype=float32")
-    assert "teacher" not in RunInputs(load_checked_recipe("tiny/sft", [f"output={tmp_path}"])).of_training(None)
+    assert "teacher" not in RunInputs(load_checked_recipe("tiny/sft", [f"output={tmp_path}"])).of_training(None, "full")
 
 
 def test_inputs_check_that_the_teacher_is_there(tmp_path: Path) -> None:

@@ -60,3 +60,16 @@ def test_load_recipe_data_reads_no_held_out_prompts_when_evaluation_is_off() -> 
     data = load_recipe_data(load_recipe("tiny/grpo", ["evaluation.enabled=false"]))
     assert data.evaluation is None
     assert data.task is not None
+
+
+def test_load_recipe_data_puts_the_prefix_of_labels_before_held_out_prompts() -> None:
+    name, plain = "tiny/distilling_step_by_step", load_recipe_data(load_recipe("tiny/sft")).evaluation
+    data = load_recipe_data(load_recipe(name))
+    assert data.task is not None
+    assert data.evaluation is not None
+    assert plain is not None
+    assert [one.prompt for one in data.evaluation.evaluation] == [f"[label] {one.prompt}" for one in plain.evaluation]
+    assert not any(str(one.prompt).startswith("[") for one in data.task.train)
+    other = load_recipe_data(load_recipe(name, [f"evaluation.task={one_digit_sums(5)}"])).evaluation
+    assert other is not None
+    assert all(str(one.prompt).startswith("[label] ") for one in other.evaluation)

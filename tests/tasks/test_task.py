@@ -67,3 +67,11 @@ def test_answer_end_is_where_the_group_ends() -> None:
     assert task.answer_end("a = 14. b") == 6
     assert task.answer_end("a") is None
     assert Task("t", [], [], _fail).answer_end("14") is None
+
+
+def test_score_answer_needs_no_pattern_to_find_it() -> None:
+    task = Task("t", [], [], lambda example, answer: float(answer == example.answer), re.compile("#### ([0-9]+)"))
+    assert task.score(EXAMPLE, "14") == 0.0
+    assert task.score_answer(EXAMPLE, " 14 ") == 1.0
+    assert task.score_answer(EXAMPLE, "15") == 0.0
+    assert Task("t", [], [], _fail).score_answer(EXAMPLE, "14") == 0.0
