@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from subnet_ft.errors import MethodError
+from subnet_ft.errors import MethodError, SubnetError
 from subnet_ft.masks import Provenance, SubnetMask, TensorMask, by_canonical_name
 from subnet_ft.recipe.methods import METHODS, Method
 
@@ -50,7 +50,7 @@ def attach(
     """
     method = METHODS[name]
     built = adapter_config(method, config or {}, base=model.config._name_or_path)
-    with _refusals_of(method, model), torch.random.fork_rng():
+    with refusals_of(method, type(model).__name__), torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = wrap(model, built)
         if name == "eva":
@@ -112,12 +112,23 @@ def adapter_mask(model: torch.nn.Module) -> SubnetMask:
 
 
 @contextlib.contextmanager
-def _refusals_of(method: Method, model: PreTrainedModel) -> Iterator[None]:
+def refusals_of(method: Method, where: str) -> Iterator[None]:
+    """Say what PEFT or TRL refuses in one sentence that names the method.
+
+    Args:
+        method: The method.
+        where: The class of the model or of the trainer.
+
+    Raises:
+        MethodError: Something inside was refused.
+    """
     try:
         yield
     except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, SubnetError):
+            raise
+        reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         raise MethodError(
-            f"`{method.name}` cannot be added to `{type(model).__name__}`: {reason} Change "
-            f"`methods.{method.name}.config`, or choose another method."
+            f"`{method.name}` does not go with `{where}`: {reason}. Change `methods.{method.name}.config`, or choose "
+            "another method."
         ) from error

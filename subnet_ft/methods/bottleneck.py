@@ -134,6 +134,13 @@ class BottleneckModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(new_module, BottleneckLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # Unloading: PEFT would hand on the one weight that it thinks every layer has.
+            setattr(parent, child_name, new_module)
+
 
 def blocks_of(model: torch.nn.Module) -> list[str]:
     """Return the names of the two blocks of every decoder layer: what has matrices and returns hidden states.

@@ -54,7 +54,7 @@ def method_mask(
         MethodError: The model has too few layers, or nothing that the method would train.
     """
     options = METHODS[name].config_class(**(config or {}))
-    names = _last_layers(checkpoint, options) if name == "last_layers" else _bitfit(checkpoint, options)
+    names = trained_names(name, checkpoint, config or {})
     full = SubnetMask.full({key: tuple(spec.shape) for key, spec in checkpoint.specs.items()})
     tensors = {
         key: tensor if key in names else TensorMask.build(torch.zeros_like(tensor.bits), tensor.shape)
@@ -64,6 +64,12 @@ def method_mask(
         base=record_base(checkpoint, dtype=dtype), compare_dtype=dtype, source={"kind": name, **asdict(options)}
     )
     return SubnetMask(tensors, provenance)
+
+
+def trained_names(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """Return the parameters that such a method trains; arguments and errors are those of `method_mask`."""
+    options = METHODS[name].config_class(**config)
+    return _last_layers(checkpoint, options) if name == "last_layers" else _bitfit(checkpoint, options)
 
 
 def _last_layers(checkpoint: Checkpoint, config: LastLayersConfig) -> list[str]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from subnet_ft.methods.adapters import ADAPTER, adapter_parameters
+from subnet_ft.methods.adapters import ADAPTER, adapter_parameters, refusals_of
+from subnet_ft.recipe.methods import Method
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,8 +17,14 @@ _TRL_REFERENCE = "ref"
 _MOST_TEXTS = 1000
 
 
+def index_nbytes(model: PeftModel) -> int:
+    """Count the bytes of the indices by which SHiRA knows its weights; they are neither parameters nor buffers."""
+    indices = [index for module in model.modules() for index in getattr(module, "shira_indices", {}).values()]
+    return sum(index.nbytes for index in indices)
+
+
 @contextmanager
-def left_as_built(model: PeftModel) -> Iterator[None]:
+def left_as_built(model: PeftModel, method: Method, trainer: str) -> Iterator[None]:
     """Build a trainer inside, and the adapter is afterwards what it was before.
 
     TRL copies an adapter that it is given, as the reference model, and computes with the copy. The reference of every
@@ -26,9 +33,15 @@ def left_as_built(model: PeftModel) -> Iterator[None]:
 
     Args:
         model: The base with its adapter. In-out.
+        method: Named where the trainer refuses it.
+        trainer: Name of the trainer's class.
+
+    Raises:
+        MethodError: The trainer refuses the adapter.
     """
     values = {name: parameter.data for name, parameter in adapter_parameters(model).items()}
-    yield
+    with refusals_of(method, trainer):
+        yield
     if model.peft_config[ADAPTER].is_adaption_prompt:
         # PEFT keeps the forward that the base had before TRL replaced it.
         inner: Any = model.base_model

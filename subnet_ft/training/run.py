@@ -8,10 +8,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.listing import listing
@@ -23,9 +24,9 @@ from subnet_ft.methods.adapters import adapter_mask, attach
 from subnet_ft.methods.masks import method_mask
 from subnet_ft.methods.saved import save_adapter
 from subnet_ft.optim import memory_ledger
-from subnet_ft.recipe.methods import METHODS, training_of
+from subnet_ft.recipe.methods import METHODS, Method, training_of
 from subnet_ft.recipe.schema import MethodSpec
-from subnet_ft.training.adapters import left_as_built, prompt_texts
+from subnet_ft.training.adapters import index_nbytes, left_as_built, prompt_texts
 from subnet_ft.training.algorithms import ALGORITHMS, Algorithm, run_config
 from subnet_ft.training.peak_memory import PeakMemory
 from subnet_ft.training.reference import hold_quantized
@@ -33,7 +34,6 @@ from subnet_ft.training.restrict import restrict
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from subnet_ft.recipe import Recipe
@@ -137,9 +137,7 @@ def train(
         mask = adapter_mask(model)
     elif mask is None:
         mask = full_mask(model) if METHODS[method].config is None else _mask_of(recipe, method, base)
-    trainer = _build_trainer(
-        recipe, training_of(recipe, method), model, tokenizer, base, folder, dataset, task, teacher
-    )
+    trainer = _build_trainer(recipe, METHODS[method], model, tokenizer, base, folder, dataset, task, teacher)
     trainer.add_callback(NoSaveAtTheEnd())
     times = StepTimes()
     trainer.add_callback(times)
@@ -173,13 +171,16 @@ def train(
         save_model(model, tokenizer, folder)
     log_history = list(trainer.state.log_history)
     (folder / LOG).write_text(json.dumps(log_history, indent=1) + "\n")
+    memory = memory_ledger(model, trainer.masked_optimizer)
+    if is_adapter:
+        memory["weights"] = quantized_size(model)
+        memory["mask"] += index_nbytes(model)
     return TrainingRun(
         log_history=log_history,
         seconds=seconds,
         resumed_from=None if last is None else last.name,
         memory={
-            **memory_ledger(model, trainer.masked_optimizer),
-            **({"weights": quantized_size(model)} if METHODS[method].quantization else {}),
+            **memory,
             **_memory_beside(trainer, ALGORITHMS[recipe.algorithm]),
             **peak.measured,
         },
@@ -217,8 +218,8 @@ def _refuse_other_dtypes(model: PreTrainedModel, base: Path, dtype: str) -> None
 
 def _build_trainer(
     recipe: Recipe,
-    training: Mapping[str, Any],
-    model: PreTrainedModel | PeftModel,
+    method: Method,
+    model: Any,
     tokenizer: Any,
     base: Path,
     folder: Path,
@@ -229,7 +230,7 @@ def _build_trainer(
     algorithm = ALGORITHMS[recipe.algorithm]
     args = run_config(
         algorithm,
-        training,
+        training_of(recipe, method.name),
         output_dir=str(folder / TRAINER),
         seed=recipe.seed,
         optim=_OPTIM[recipe.subnet.optimizer.name],
@@ -243,9 +244,10 @@ def _build_trainer(
         options["teacher_model"] = _load_teacher(recipe, teacher, tokenizer)
     if algorithm.adds_bos:
         tokenizer = _without_bos(tokenizer, dataset)
-    from peft import PeftModel
-
-    with left_as_built(model) if isinstance(model, PeftModel) else contextlib.nullcontext():
+    guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if method.trains == "adapter":
+        guard = left_as_built(model, method, algorithm.trainer_class.__name__)
+    with guard:
         trainer = algorithm.trainer_class(
             model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options
         )
@@ -281,8 +283,9 @@ def _without_bos(tokenizer: Any, dataset: Dataset) -> Any:
 
 
 def _references(trainer: Any, algorithm: Algorithm) -> list[Any]:
+    # What computes with the policy's own base, adapter off, holds no weights.
     models = [getattr(trainer, name) for name in algorithm.references]
-    return [model for model in models if model is not None]
+    return [model for model in models if isinstance(model, torch.nn.Module)]
 
 
 def _memory_beside(trainer: Any, algorithm: Algorithm) -> dict[str, int]:
