@@ -14,6 +14,7 @@ from subnet_ft.checkpoints.quantized import Quantization, quantized_size
 from subnet_ft.errors import StageError
 from subnet_ft.evidence.comparison import CopyEvidence, MethodComparison, MethodEvidence, build_comparison
 from subnet_ft.masks import extract
+from subnet_ft.methods.check import check_method
 from subnet_ft.methods.saved import load_trained
 from subnet_ft.pipeline import Pipeline
 from subnet_ft.recipe import MethodSpec, recipe_to_dict
@@ -36,6 +37,8 @@ def compare(pipeline: Pipeline, methods: Sequence[str], *, quantizations: Sequen
         quantizations: Judge copies of every result quantised like this, too: `int8`, `nf4`.
     """
     pipeline.start()
+    for name in methods:
+        check_method(name, pipeline.recipe, pipeline.inputs.base)  # before hours of the methods before it
     base_records = pipeline.answers("base", None)
     evidence = [_evidence(pipeline, name, quantizations) for name in methods]
     recipe = pipeline.recipe

@@ -19,6 +19,7 @@ from subnet_ft.evidence.report import Report, write_report
 from subnet_ft.held_out import HeldOut, HeldOutPairs, held_out, judge
 from subnet_ft.inputs import RunInputs
 from subnet_ft.masks import SubnetMask, control_mask, extract
+from subnet_ft.methods.check import check_method
 from subnet_ft.methods.config_check import method_problems
 from subnet_ft.methods.masks import method_mask
 from subnet_ft.recipe import MethodSpec, Recipe, load_recipe, save_recipe
@@ -96,6 +97,7 @@ class Pipeline:
     def train(self) -> TrainedStage:
         """Do the one run that the recipe's `method` names."""
         self.start()
+        check_method(self.recipe.method, self.recipe, self.inputs.base)
         return self.method_run(self.recipe.method)
 
     def start(self) -> None:
