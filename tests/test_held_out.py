@@ -122,11 +122,11 @@ def test_judge_scores_pairs_and_answers_prompts(tmp_path: Path) -> None:
     inputs = inputs_of("reward", tmp_path)
     make_base(inputs, tmp_path, overwrite=False)
     pairs = pairs_of(inputs)
-    records = judge(inputs.base.folder, inputs.recipe, pairs)
+    records = judge(inputs.base.folder, inputs, pairs)
     assert [record["prompt"] for record in records] == [row["prompt"] for row in pairs.rows]
     assert all("chosen_reward" in record for record in records)
     writer = inputs_of("dpo", tmp_path)
     task = held_out(writer)
     assert task is not None
-    answers = judge(writer.language_model.folder, writer.recipe, task)
+    answers = judge(writer.language_model.folder, writer, task)
     assert (len(answers), set(answers[0])) == (30, {"prompt", "completion", "answer", "score", "correct"})

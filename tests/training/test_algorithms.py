@@ -41,7 +41,7 @@ class OldConfig:
 
 
 def test_build_config_passes_a_field_under_its_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subnet_ft.recipe.algorithms._load", lambda path: OldConfig)
+    monkeypatch.setattr("subnet_ft.recipe.algorithms.load_object", lambda path: OldConfig)
     config = build_config(Algorithm("old", "a:b", "c:d"), {"activation_checkpointing": False})
     assert config == OldConfig(gradient_checkpointing=False)
     with pytest.raises(TypeError, match="unknown_field"):
