@@ -43,6 +43,12 @@ def import_bitsandbytes() -> Any:
     return bitsandbytes
 
 
+def keep_offline() -> None:
+    """Import bitsandbytes as `import_bitsandbytes` does, if it is there, before another package imports it."""
+    with contextlib.suppress(MissingDependencyError):
+        import_bitsandbytes()
+
+
 @functools.cache
 def why_not(quantization: Quantization) -> str | None:
     """Say why this machine cannot run a quantized layer, by running one of 64 x 64; `None` if it can.

@@ -7,9 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from subnet_ft.checkpoints.quantized import keep_offline
 from subnet_ft.recipe.algorithms import ALGORITHMS, Algorithm
 
 __all__ = ["ALGORITHMS", "Algorithm", "build_config", "config_fields", "run_config"]
+
+# TRL imports PEFT, and PEFT bitsandbytes.
+keep_offline()
 
 # TRL before 1.16, the newest for Python 3.10, knows this field by its old name.
 _OLD_NAMES = {
