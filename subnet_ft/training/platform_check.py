@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -134,13 +133,19 @@ def _attention(key: str, name: str | None, dtype: str) -> Problems:
             yield key, f"`{name}` computes in bfloat16 or float16, and the dtype is float32; use `sdpa` or `eager`"
         if flash is not None and not _has_flash(int(flash[1])):
             yield key, f"`{name}` needs its package, which is not installed; `pip install flash-attn`, or use `sdpa`"
-        if flash is None and importlib.util.find_spec("kernels") is None:
+        if flash is None and not _has_kernels():
             yield key, f"`{name}` is a kernel of the Hub; `pip install kernels`, or use `sdpa`"
     elif name == "flex_attention":
         if not torch.cuda.is_available():
             yield key, "`flex_attention` has no backward pass on a CPU, and torch finds no GPU here; use `sdpa`"
     else:
         yield key, f"unknown, got {name!r}; choose `sdpa`, `eager`, `flash_attention_2` or `flex_attention`"
+
+
+def _has_kernels() -> bool:
+    from transformers.utils import import_utils
+
+    return bool(import_utils.is_kernels_available())
 
 
 def _has_flash(version: int) -> bool:
