@@ -147,9 +147,22 @@ def quantized_size(model: torch.nn.Module) -> int:
     Args:
         model: In memory, on one device.
     """
-    # A tensor that shares memory with another, such as a tied output embedding, is saved once.
-    sizes = {(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in model.state_dict().values()}
-    return sum(sizes.values())
+    return _nbytes(model.state_dict())
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of a model's weights in memory, scales of quantized layers included, tied ones once.
+
+    Args:
+        model: In memory, on one device.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    return _nbytes({name: tensor for name, tensor in model.state_dict().items() if name not in buffers})
+
+
+def _nbytes(tensors: dict[str, torch.Tensor]) -> int:
+    # A tensor that shares memory with another, such as a tied output embedding, is stored once.
+    return sum({(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in tensors.values()}.values())
 
 
 def _refuse_quantized(folder: Path) -> None:

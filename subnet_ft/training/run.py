@@ -17,7 +17,7 @@ import torch
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.listing import listing
 from subnet_ft.checkpoints.models import load_model, save_model, undo_upcasts
-from subnet_ft.checkpoints.quantized import quantized_size
+from subnet_ft.checkpoints.quantized import weight_bytes
 from subnet_ft.errors import CheckpointError, TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.methods.adapters import adapter_mask, attach
@@ -173,7 +173,7 @@ def train(
     (folder / LOG).write_text(json.dumps(log_history, indent=1) + "\n")
     memory = memory_ledger(model, trainer.masked_optimizer)
     if is_adapter:
-        memory["weights"] = quantized_size(model)
+        memory["weights"] = weight_bytes(model)
         memory["mask"] += index_nbytes(model)
     return TrainingRun(
         log_history=log_history,
@@ -291,7 +291,7 @@ def _references(trainer: Any, algorithm: Algorithm) -> list[Any]:
 def _memory_beside(trainer: Any, algorithm: Algorithm) -> dict[str, int]:
     """Count the bytes of reference models, of a teacher, and of what is trained beside the policy."""
     references = _references(trainer, algorithm)
-    memory = {"reference_model": sum(quantized_size(model) for model in references)}
+    memory = {"reference_model": sum(weight_bytes(model) for model in references)}
     teacher = getattr(trainer, "teacher_model", None)
     if teacher is not None:
         memory["teacher_model"] = sum(p.nbytes for p in teacher.parameters())

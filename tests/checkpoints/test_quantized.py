@@ -14,7 +14,7 @@ from helpers import same_bits
 
 from subnet_ft.checkpoints import quantized
 from subnet_ft.checkpoints.models import load_model, save_model
-from subnet_ft.checkpoints.quantized import Quantization, import_bitsandbytes, quantized_size, why_not
+from subnet_ft.checkpoints.quantized import Quantization, import_bitsandbytes, quantized_size, weight_bytes, why_not
 from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.errors import CheckpointError, MissingDependencyError
 
@@ -121,6 +121,15 @@ def test_quantized_size_is_what_a_saved_copy_takes(family: str, kind: Quantizati
     assert size == saved_bytes(tmp_path / "copy")
     if kind is None:
         assert size == saved_bytes(tmp_path / "dense")
+
+
+def test_weight_bytes_leaves_buffers_out(tmp_path: Path) -> None:
+    save_tiny("deepseek_v3", tmp_path)
+    model, _ = load_model(tmp_path, dtype="bfloat16")
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert weight_bytes(model) == weights < quantized_size(model)
+    held, _ = load_model(tmp_path, dtype="bfloat16", quantization="int8")
+    assert weights > weight_bytes(held) > sum(parameter.nbytes for parameter in held.parameters())
 
 
 def test_quantized_size_shrinks_with_the_bits(tmp_path: Path) -> None:

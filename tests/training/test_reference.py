@@ -13,7 +13,7 @@ from recipe_texts import DPO, GRPO, problems_of
 
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.models import load_model
-from subnet_ft.checkpoints.quantized import Quantization, quantized_layers, quantized_size
+from subnet_ft.checkpoints.quantized import Quantization, quantized_layers, weight_bytes
 from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.pipeline import load_checked_recipe
 from subnet_ft.tasks import load_recipe_data, prompt_dataset
@@ -75,7 +75,7 @@ def test_train_holds_the_quantized_base_as_reference(
     assert trainer.ref_model.state_dict().keys() == stored.keys()
     for key, tensor in trainer.ref_model.state_dict().items():
         assert same_bits(tensor, stored[key]), key
-    assert run.memory["reference_model"] == quantized_size(by_hand)
+    assert run.memory["reference_model"] == weight_bytes(by_hand)
     # What is trained stays dense, and is an ordinary checkpoint.
     assert not quantized_layers(trainer.model)
     assert open_checkpoint(tmp_path / "full").specs == open_checkpoint(base).specs
