@@ -43,7 +43,8 @@ class PPOConfig(GRPOConfig):
 
     kl_coef: float = 0.05
     """Price of one nat that a token's log-probability is above that of the reference model, paid from its reward, >= 0.
-    0 needs no reference model. The reference is the policy as it was when the trainer was built."""
+    0 needs no reference model. The reference is the policy as it was when the trainer was built; of a policy with an
+    adapter it is the base."""
 
     whiten_advantages: bool = True
     """Shift and scale advantages to mean 0 and variance 1 over the tokens of a batch of completions."""

@@ -6,12 +6,14 @@ import copy
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import ProcessorMixin
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedAdamW
+from subnet_ft.training.base_of import BaseOf
 from subnet_ft.training.ppo.config import PPOConfig
 from subnet_ft.training.ppo.functions import (
     aggregate,
@@ -33,6 +35,11 @@ class PPOTrainer(GRPOTrainer):
     The score of a completion, the sum of its weighted rewards, is paid at its last token, also where it was cut off;
     every token pays for KL to the reference. A completion that no reward function scored is left out of everything.
     One backward pass serves policy and value model; each has its optimizer, and both step or neither.
+
+    The policy may be a model with an adapter (PEFT). The reference is then its base, computed with the adapter switched
+    off: no weights more, and where the adapter starts is not where the base is (prompt tuning, an adapter trained
+    before), that distance costs from the first step on. The value model starts from the base, has no adapter, and is
+    trained whole.
 
     Logged beside GRPO's metrics: `value/loss`, `value/clip_ratio`, `value/explained_variance`, `value/mean_return`,
     `value/grad_norm` and, with a reference, `kl`: per token of the completions, as it enters the reward. The column
@@ -83,7 +90,7 @@ class PPOTrainer(GRPOTrainer):
             max_grad_norm=self.args.value_max_grad_norm,
             nonfinite="ignore",  # `ValueSteps` looks, before the policy steps
         )
-        if self.args.kl_coef > 0:
+        if self.args.kl_coef > 0 and not is_peft_model(policy):
             self.ref_model = copy.deepcopy(policy).requires_grad_(False).eval()
         self._scores: torch.Tensor
         self.add_callback(ValueSteps(self))
@@ -114,7 +121,8 @@ class PPOTrainer(GRPOTrainer):
         mask = _loss_mask(output) * scored.unsqueeze(1)
         with torch.no_grad():
             values = self._in_chunks(self._values, output)
-            kl = None if self.ref_model is None else self._policy_logps(output) - self._logps(self.ref_model, output)
+            has_price = self.args.kl_coef > 0
+            kl = self._policy_logps(output) - self._reference_logps(output) if has_price else None
         scores = self._scores - self.args.missing_eos_penalty * self._is_cut_off(output)
         rewards = per_token_rewards(scores, kl, mask, kl_coef=self.args.kl_coef)
         advantages, returns = gae(rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
@@ -171,7 +179,11 @@ class PPOTrainer(GRPOTrainer):
         finally:
             self.model.train(was_training)
 
-    def _logps(self, model: torch.nn.Module, output: dict[str, Any]) -> torch.Tensor:
+    def _reference_logps(self, output: dict[str, Any]) -> torch.Tensor:
+        """Return the log-probabilities (B, T) under the reference: a copy, or the base of a policy with an adapter."""
+        return self._logps(BaseOf(self.model) if self.ref_model is None else self.ref_model, output)
+
+    def _logps(self, model: Any, output: dict[str, Any]) -> torch.Tensor:
         """Return the log-probability (B, T) float32 of every token of the completions under a model."""
         logps: torch.Tensor = self._get_per_token_logps_and_entropies(
             model, *_tokens(output), batch_size=self._batch_size
@@ -207,11 +219,6 @@ class PPOTrainer(GRPOTrainer):
             )
         if isinstance(self.processing_class, ProcessorMixin):
             raise TrainerError("PPO here reads text only; pass a tokenizer as `processing_class`, and a text model.")
-        if hasattr(self.model, "peft_config"):
-            raise TrainerError(
-                "PPO here trains weights of the policy, not adapters. Pass the model without PEFT, and train a "
-                "subnetwork of it with `restrict`."
-            )
 
 
 def _tokens(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -6,11 +6,14 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
 
 from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask
+from subnet_ft.training.base_of import base_of
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 HEAD = "score"
@@ -23,23 +26,26 @@ class ValueModel(torch.nn.Module):
     what it says of the value model, too (see `value_mask_like`). The head is `score`, as transformers calls it.
 
     Args:
-        model: Causal language model to start from; it is not changed, and shares nothing with the value model.
+        model: Causal language model to start from, or one with an adapter, of which only the base counts. It is not
+            changed, and shares nothing with the value model.
 
     Raises:
-        TrainerError: The model has no backbone apart from its head.
+        TrainerError: The model has no backbone apart from its head, or it is quantized under its adapter.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
-        backbone: Any = model.base_model
-        if backbone is model:
+        given: Any = model
+        whole: Any = base_of(given) if is_peft_model(given) else given
+        backbone = whole.base_model
+        if backbone is whole:
             raise TrainerError(
-                f"`{type(model).__name__}` names no backbone (`base_model_prefix`) on which a value head could stand. "
+                f"`{type(whole).__name__}` names no backbone (`base_model_prefix`) on which a value head could stand. "
                 "Pass `value_model=ValueModel(...)`, built on another model with the same tokenizer."
             )
-        self._prefix = model.base_model_prefix
-        copied = copy.deepcopy(backbone).requires_grad_(True)
-        setattr(self, self._prefix, copied)
+        self._prefix = whole.base_model_prefix
+        copied = copy.deepcopy(backbone) if whole is given else backbone
+        setattr(self, self._prefix, copied.requires_grad_(True))
         width = backbone.config.get_text_config().hidden_size
         device = next(backbone.parameters()).device
         head = torch.nn.Linear(width, 1, dtype=torch.float32, device=device)

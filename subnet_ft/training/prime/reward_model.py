@@ -41,12 +41,12 @@ class Completions:
 class ImplicitRewardModel:
     """Scores completions token by token, and learns from their outcomes; the reference never changes.
 
-    Both models stay in eval mode: no dropout, so that a score and its gradient belong together and no random number is
+    Both compute in eval mode: no dropout, so that a score and its gradient belong together and no random number is
     drawn.
 
     Args:
         model: Trained; a causal language model with the policy's vocabulary.
-        reference: Frozen.
+        reference: A causal language model, which is frozen here, or what computes as one that never changes.
         optimizer: On the parameters of `model`.
         beta: Scale of the rewards, > 0.
         micro_batch_size: Completions per forward pass.
@@ -56,7 +56,7 @@ class ImplicitRewardModel:
     def __init__(
         self,
         model: torch.nn.Module,
-        reference: torch.nn.Module,
+        reference: Callable[..., Any],
         optimizer: MaskedBase,
         *,
         beta: float,
@@ -64,7 +64,7 @@ class ImplicitRewardModel:
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.model = model.eval()
-        self.reference = reference.eval().requires_grad_(False)
+        self.reference = reference.eval().requires_grad_(False) if isinstance(reference, torch.nn.Module) else reference
         self.optimizer = optimizer
         self._beta = beta
         self._micro_batch_size = micro_batch_size
@@ -104,7 +104,7 @@ class ImplicitRewardModel:
             reference = self._log_probs(self.reference, completions)
         return implicit_rewards(log_probs, reference, completions.mask, beta=self._beta)
 
-    def _log_probs(self, model: torch.nn.Module, completions: Completions) -> torch.Tensor:
+    def _log_probs(self, model: Callable[..., Any], completions: Completions) -> torch.Tensor:
         """Return the log-probabilities (B, T) float32 of the completions' tokens, at temperature 1."""
         length = completions.mask.shape[1]
         with self._autocast():

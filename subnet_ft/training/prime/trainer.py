@@ -8,6 +8,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import create_model_from_path
@@ -15,6 +16,7 @@ from trl.trainer.utils import create_model_from_path
 from subnet_ft.errors import TaskError, TrainerError
 from subnet_ft.masks import SubnetMask, canonical_name
 from subnet_ft.optim import MaskedAdamW
+from subnet_ft.training.base_of import BaseOf, base_of
 from subnet_ft.training.options import Stateful
 from subnet_ft.training.prime.advantages import outcome_loss, pair_accuracy, prime_advantages, within_accuracy
 from subnet_ft.training.prime.config import PRIMEConfig
@@ -41,7 +43,9 @@ class PRIMETrainer(GRPOTrainer):
 
     The outcome is the weighted sum of the reward functions and must lie in [0, 1]. The reward model and its reference
     start from the policy as it is given to the constructor; together they take its memory twice, and the optimizer's
-    state comes on top.
+    state comes on top. Of a policy with an adapter (PEFT) it is the base, whatever the adapter starts as: the reward
+    model is a copy of it, trained whole, and the reference is the policy with its adapter switched off, which takes no
+    memory.
 
     Logged beside GRPO's metrics: `prime/prm_loss` and `prime/prm_accuracy` (share of a prompt's pairs in right order),
     both on completions that the reward model has not learned from yet; `prime/process_reward` and `prime/advantage`,
@@ -51,7 +55,7 @@ class PRIMETrainer(GRPOTrainer):
     checkpoint. Without it checkpoints hold the policy alone, and such a trainer refuses to resume.
 
     Args:
-        model: The policy: a model, or a path or Hub id.
+        model: The policy: a model, one with an adapter, or a path or Hub id.
         reward_funcs: As in `GRPOTrainer`.
         args: The options.
         reward_model: Another start of the implicit reward model, in memory, with the policy's vocabulary; it is trained
@@ -82,7 +86,7 @@ class PRIMETrainer(GRPOTrainer):
 
     args: PRIMEConfig
     ref_model: Any
-    """What the policy started as."""
+    """What the policy started as; `None` where that is computed by the policy itself, with its adapter switched off."""
 
     _rewards_per_func: torch.Tensor
     """(B, F) float32, of the completions that were sampled last."""
@@ -100,12 +104,18 @@ class PRIMETrainer(GRPOTrainer):
         if not isinstance(args, PRIMEConfig):
             raise TrainerError(f"`args` must be a `PRIMEConfig`, got {type(args).__name__}. It takes GRPO's fields.")
         # Copied before TRL patches the policy's forward, which a copy would share with it.
-        reference = _copy_of(model, args)
+        start: Any = None if reward_model is not None and is_peft_model(model) else _copy_of(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
         self._refuse()
         device = self.accelerator.device
-        self.ref_model = reference.to(device)
-        self.reward_model: Any = copy.deepcopy(reference) if reward_model is None else reward_model
+        policy: Any = self.model
+        reference: Any
+        if is_peft_model(policy):
+            self.ref_model, reference = None, BaseOf(policy)
+            self.reward_model: Any = start if reward_model is None else reward_model
+        else:
+            self.ref_model = reference = start.to(device)
+            self.reward_model = copy.deepcopy(start) if reward_model is None else reward_model
         self.reward_model.to(device)
         self.reward_optimizer = MaskedAdamW(
             self.reward_model.named_parameters(),
@@ -118,7 +128,7 @@ class PRIMETrainer(GRPOTrainer):
         )
         self._prm = ImplicitRewardModel(
             self.reward_model,
-            self.ref_model,
+            reference,
             self.reward_optimizer,
             beta=args.prm_beta,
             micro_batch_size=args.per_device_train_batch_size,
@@ -261,16 +271,14 @@ class _ResumeRestricted(TrainerCallback):
 
 
 def _copy_of(model: str | PreTrainedModel, args: PRIMEConfig) -> Any:
-    """Return a copy of the policy as it starts; one by name is loaded as TRL does."""
+    """Return a copy of the policy as it starts, without its adapter; one by name is loaded as TRL does."""
     if isinstance(model, str):
         options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
         options.update(args.model_init_kwargs or {})  # type: ignore[arg-type]  # TRL has made it a dict
         return create_model_from_path(model, **options)
-    if hasattr(model, "peft_config"):
-        raise TrainerError(
-            "The policy is a PEFT model, and PRIME's reward model starts from a whole one. Pass the base model with "
-            "`peft_config`, or merge the adapter first."
-        )
+    if is_peft_model(model):
+        policy: Any = model
+        return base_of(policy)
     return copy.deepcopy(model)
 
 

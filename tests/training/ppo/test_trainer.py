@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bits
-from peft import LoraConfig
 from training.masked_runs import Watch, weights_of
 from training.ppo.ppo_runs import batch_of, letters, logged, ppo
 from training.upstream import override_problems
@@ -273,13 +272,6 @@ def test_ppo_needs_its_own_config(tmp_path: Path) -> None:
     data = ppo(tmp_path).train_dataset
     with pytest.raises(TrainerError, match="`args` must be a `PPOConfig`, got `GRPOConfig`"):
         PPOTrainer(tiny_model("llama"), letters, args, data, processing_class=tiny_tokenizer())
-
-
-@pytest.mark.filterwarnings("ignore:.*PEFT")
-def test_ppo_refuses_adapters(tmp_path: Path) -> None:
-    adapter = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(TrainerError, match=r"trains weights of the policy, not adapters.* with `restrict`"):
-        ppo(tmp_path, arguments={"peft_config": adapter})
 
 
 def test_ppo_keeps_to_the_methods_of_a_trainer() -> None:

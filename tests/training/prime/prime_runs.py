@@ -38,7 +38,7 @@ def prime_trainer(
         rewards: Its reward functions.
         options: Fields of the config that replace the common ones, and further arguments of the constructor.
     """
-    arguments = {name: options.pop(name) for name in ("reward_model", "reward_mask") if name in options}
+    arguments = {name: options.pop(name) for name in ("reward_model", "reward_mask", "peft_config") if name in options}
     known = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2 * GROUP,

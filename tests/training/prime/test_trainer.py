@@ -293,14 +293,10 @@ def test_reward_mask_keeps_the_bits_of_the_other_weights(tmp_path: Path) -> None
 
 
 def test_trainer_refuses_what_prime_cannot_work_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft import LoraConfig, get_peft_model
     from trl import GRPOConfig
 
     with pytest.raises(TrainerError, match="must be a `PRIMEConfig`, got GRPOConfig"):
         PRIMETrainer(tiny_model("llama"), starts_low, GRPOConfig(str(tmp_path), bf16=False, use_cpu=True))
-    adapted: Any = get_peft_model(tiny_model("llama"), LoraConfig())
-    with pytest.raises(TrainerError, match=r"PEFT model.*`peft_config`"):
-        prime_trainer(tmp_path, model=adapted)
     trainer = prime_trainer(tmp_path)
     for name, value, message in (
         ("_is_vlm", True, "text only"),
