@@ -16,6 +16,7 @@ import torch
 
 from subnet_ft.errors import MethodError, SubnetError
 from subnet_ft.masks import Provenance, SubnetMask, TensorMask, by_canonical_name
+from subnet_ft.methods.learned_prompts import generate_as_trained
 from subnet_ft.recipe.methods import METHODS, Method
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     for parameter in adapted.parameters():
         if id(parameter) not in base and not config.is_adaption_prompt:
             parameter.data = parameter.data.to(torch.float32)
+    if config.is_prompt_learning:
+        generate_as_trained(adapted)
     return adapted  # type: ignore[no-any-return]  # `Any`, because upstream's types are wider than what it returns
 
 
