@@ -148,6 +148,26 @@ def test_pipeline_resumes_an_interrupted_run_to_the_same_bits(
     _assert_same_full_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.parametrize("algorithm", ["reward", "distilling_step_by_step"])
+def test_pipeline_resumes_an_algorithm_with_data_of_its_own_to_the_same_bits(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = "pairs" if algorithm == "reward" else "rationales"
+    options = ["method=full", f"task.{section}.num_prompts=60"]
+    if section == "rationales":
+        # Whatever a random teacher writes is a rationale, and its last character the answer.
+        own = {"answer_pattern": "'(.)$'", "rationale_pattern": "'(?s)(.+)'", "keep": "all", "temperature": "1.0"}
+        options += ["teacher.name=tiny:qwen3", *(f"task.rationales.{name}={value}" for name, value in own.items())]
+    Pipeline(recipe(algorithm, tmp_path / "straight", *options)).train()
+    with monkeypatch.context() as patch:
+        _stop_at_step(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(recipe(algorithm, tmp_path / "run", *options)).train()
+    resumed = Pipeline(recipe(algorithm, tmp_path / "run", *options)).train()
+    assert resumed.results["resumed_from"] == "checkpoint-2"
+    _assert_same_full_run(tmp_path / "run", tmp_path / "straight")
+
+
 @pytest.mark.parametrize("broken", ["optimizer.pt", "rng_state.pth", "trainer_state.json"])
 def test_pipeline_never_resumes_from_a_broken_checkpoint(
     broken: str, grpo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
