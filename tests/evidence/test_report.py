@@ -405,6 +405,9 @@ def test_build_report_speaks_of_pairs_where_reward_models_are_judged() -> None:
     report = build_report(version="0", **runs, subnet=RunEvidence("subnet", records=pairs(0.77)))
     assert report.judged_on == "pairs"
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))).judged_on == "pairs"
+    runs = {name: RunEvidence(name, records=pairs(0.8), log_history=log("accuracy")) for name in ("base", "full")}
+    trained = build_report(version="0", **runs, subnet=RunEvidence("subnet", records=pairs(0.8)))
+    assert "Share of pairs in which the chosen completion gets more reward" in render_html(trained)
     for page in (render_markdown(report), render_html(report), "\n".join(lines_for_terminal(report))):
         assert "pairs" in page
         assert "prompts" not in page

@@ -16,10 +16,11 @@ from subnet_ft.evidence.report.schema import Report
 WIDE, PHONE = 720.0, 340.0
 """Widths that drawings are made for; the style sheet shows the one that fits."""
 # What a reader wants to see of a log, the first two that were logged.
-_METRICS = ("reward", "rewards/accuracies", "loss")
+_METRICS = ("reward", "rewards/accuracies", "accuracy", "loss")
 _METRIC_NAMES = {
     "reward": "Reward",
     "rewards/accuracies": "Share of pairs in which the chosen answer is preferred",
+    "accuracy": "Share of pairs in which the chosen completion gets more reward",
     "loss": "Loss",
 }
 
