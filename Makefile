@@ -13,7 +13,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(addprefix --co
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -Im pytest --import-mode=importlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow feature-table algorithm-table family-table lint bench gpu-check clean distclean
+.PHONY: help demo test test-slow feature-table algorithm-table method-table family-table lint bench gpu-check clean distclean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ feature-table: $(VENV)/.stamp-dev  ## Test every feature on every trainer, and w
 
 algorithm-table: $(VENV)/.stamp-dev  ## Train with every algorithm, in full and in a subnetwork, and write the results to docs/algorithms.md.
 	$(PYTEST) tests/test_algorithms_pipeline.py -k train_with --write-feature-table docs/algorithms.md
+
+method-table: $(VENV)/.stamp-dev  ## Train, save, load and judge with every method, and write the results to docs/methods.md.
+	$(PYTEST) tests/test_methods_pipeline.py -k method_does --write-feature-table docs/methods.md
 
 family-table: $(VENV)/.stamp-dev  ## Train tiny models of every family and compare all their weights, and write the results to docs/families.md.
 	$(PYTEST) tests/test_families.py -k test_family --write-feature-table docs/families.md

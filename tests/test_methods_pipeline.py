@@ -45,7 +45,7 @@ SETTINGS = {
     "eva": "{config: {r: 4}}",
     "shira": "{config: {r: 4}, training: {learning_rate: 1.0e-2}}",
     "ia3": "{training: {learning_rate: 1.0e-1}}",
-    "prompt_tuning": "{training: {learning_rate: 1.0e-1}}",
+    "prompt_tuning": "{training: {learning_rate: 3.0e-2}}",
     "prefix_tuning": "{training: {learning_rate: 1.0e-1}}",
     "adapters": "{training: {learning_rate: 1.0e-2}}",
     "adaption_prompt": "{training: {learning_rate: 1.0e-1}}",
