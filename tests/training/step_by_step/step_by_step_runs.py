@@ -10,7 +10,8 @@ from datasets import Dataset
 from helpers import QUIET
 
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
-from subnet_ft.training.step_by_step import StepByStepConfig, StepByStepTrainer
+from subnet_ft.training.algorithms import ALGORITHMS, build_config
+from subnet_ft.training.step_by_step import StepByStepTrainer
 
 
 def row(name: str, prompt: str, completion: str) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def build_trainer(rows: list[dict[str, Any]], folder: Path, **options: Any) -> S
     }
     return StepByStepTrainer(
         model=tiny_model("llama", dtype=torch.float32),
-        args=StepByStepConfig(**known),
+        args=build_config(ALGORITHMS["distilling_step_by_step"], known),  # older releases have older names
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
     )

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from helpers import QUIET
 
+from subnet_ft.training.algorithms import ALGORITHMS, build_config
 from subnet_ft.training.step_by_step import StepByStepConfig
 
 
 def config(folder: Path, **options: Any) -> StepByStepConfig:
-    return StepByStepConfig(output_dir=str(folder), bf16=False, **QUIET, **options)
+    known = {"output_dir": str(folder), "bf16": False, **QUIET, **options}
+    made: StepByStepConfig = build_config(ALGORITHMS["distilling_step_by_step"], known)
+    return made
 
 
 def test_step_by_step_config_weighs_rationales_as_the_paper_does(tmp_path: Path) -> None:
@@ -32,7 +35,7 @@ def test_step_by_step_config_weighs_rationales_as_the_paper_does(tmp_path: Path)
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"packing": True}, "packing"),
         ({"padding_free": True}, "padding_free"),
-        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "activation_checkpointing_kwargs"),
+        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "(activation|gradient)_checkpointing_kwargs"),
     ],
 )
 def test_step_by_step_config_refuses_what_mixes_the_two_losses(
