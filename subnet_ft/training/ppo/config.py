@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from trl.trainer.grpo_config import GRPOConfig
 
+VALUE_TRAINS = ("full", "subnet")
+
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 """How losses per token are summed up; all four clip the ratio as PPO does."""
 
@@ -23,6 +25,10 @@ class PPOConfig(GRPOConfig):
 
     value_learning_rate: float = 1e-5
     """Step size of the value model, >= 0; constant, whatever `lr_scheduler_type` does to that of the policy."""
+
+    value_trains: str = "full"
+    """Which weights of the value model are trained: `full`, all in every run; `subnet`, those that the mask of the
+    policy's run trains in the policy, and the head. In a full run both are all."""
 
     value_max_grad_norm: float | None = 1.0
     """Norm to which the gradient of the value model is clipped, > 0; `None` does not clip. `max_grad_norm` never looks
@@ -77,6 +83,8 @@ class PPOConfig(GRPOConfig):
         for name, meaning in (("value_max_grad_norm", "no clipping"), ("cliprange_value", "any distance")):
             if getattr(self, name) is not None and not getattr(self, name) > 0.0:
                 yield f"`{name}` must be > 0, or None for {meaning}, got {getattr(self, name)}"
+        if self.value_trains not in VALUE_TRAINS:
+            yield f"`value_trains` must be {' or '.join(map(repr, VALUE_TRAINS))}, got {self.value_trains!r}"
         if self.beta != 0.0:
             yield (
                 f"`beta` adds a KL term to GRPO's loss and must stay 0, got {self.beta}; PPO pays for KL in the "

@@ -25,7 +25,7 @@ from subnet_ft.training.ppo.functions import (
     value_loss,
     whiten,
 )
-from subnet_ft.training.ppo.value_model import ValueModel
+from subnet_ft.training.ppo.value_model import ValueModel, value_mask_like
 from subnet_ft.training.ppo.value_steps import ValueSteps
 
 
@@ -48,7 +48,8 @@ class PPOTrainer(GRPOTrainer):
     Args:
         args, kwargs: What `GRPOTrainer` takes; its `args` is a `PPOConfig`.
         value_model: Trained in place of the default, which starts from the policy's own weights.
-        value_mask: Which weights of the value model to train, under the names it has there; `None` trains all.
+        value_mask: Which weights of the value model to train, under the names it has there; `None` trains those that
+            `value_trains` says.
 
     Raises:
         TrainerError: The trainer is set up in a way that PPO here does not support.
@@ -77,6 +78,13 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._check()
         policy = self.model
+        self._follows = self.args.value_trains == "subnet"
+        if self._follows and (value_mask is not None or is_peft_model(policy)):
+            raise TrainerError(
+                "`value_trains: subnet` gives the value model the mask of the policy, and here "
+                + ("`value_mask` names another one." if value_mask is not None else "that is a mask of an adapter.")
+                + " Set `value_trains` to `full`."
+            )
         self.value_model = (ValueModel(policy) if value_model is None else value_model).to(self.args.device)
         if value_mask is None:
             value_mask = SubnetMask.full({n: tuple(p.shape) for n, p in self.value_model.named_parameters()})
@@ -97,7 +105,26 @@ class PPOTrainer(GRPOTrainer):
 
     def checkpoint_extras(self) -> dict[str, Any]:
         """Return what is trained beside the policy, by name, for the checkpoints of a restricted trainer."""
+        self.mask_value_model()  # before its state is loaded, which belongs to a mask
         return {"value_model": self.value_model, "value_optimizer": self.value_optimizer}
+
+    def mask_value_model(self) -> None:
+        """Give the value model the mask of the policy, if it is to have it and has not yet.
+
+        Raises:
+            TrainerError: The policy has no mask, or the value model is of another architecture.
+        """
+        if not self._follows:
+            return
+        subnet_mask = getattr(self, "subnet_mask", None)
+        if subnet_mask is None:
+            raise TrainerError(
+                "`value_trains: subnet` gives the value model the mask of the policy, which has none. Call "
+                "`restrict(trainer, mask)` before `train()`, or set `value_trains` to `full`."
+            )
+        self.value_mask = value_mask_like(subnet_mask, self.value_model)
+        self.value_optimizer.set_mask(self.value_mask)
+        self._follows = False
 
     def log_value_metric(self, name: str, value: float) -> None:
         """Add to a metric whose mean is logged as `value/NAME`."""

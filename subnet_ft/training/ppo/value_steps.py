@@ -39,7 +39,8 @@ class ValueSteps(TrainerCallback):
         """Drop the gradients of a run that was broken off, and checkpoint activations if the policy does.
 
         Raises:
-            TrainerError: The run was resumed from a checkpoint without a value model.
+            TrainerError: The run was resumed from a checkpoint without a value model, or the value model wants the mask
+                of a policy that has none.
         """
         trainer = self._trainer
         if state.global_step > 0 and not isinstance(trainer, CheckpointMixin):
@@ -48,6 +49,7 @@ class ValueSteps(TrainerCallback):
                 "hold the value model. Call `restrict` on the trainer before both runs; `SubnetMask.full` trains "
                 "everything."
             )
+        trainer.mask_value_model()
         trainer.value_optimizer.zero_grad()
         is_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
         if is_checkpointing and not trainer.value_model.is_checkpointing:

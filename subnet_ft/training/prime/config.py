@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from trl.trainer.grpo_config import GRPOConfig
 
+PRM_TRAINS = ("full", "subnet")
 PRM_UPDATES = ("before", "after")
 
 
@@ -30,6 +31,10 @@ class PRIMEConfig(GRPOConfig):
 
     prm_weight_decay: float = 0.0
     """Decoupled weight decay of the implicit reward model, on its mask only; >= 0."""
+
+    prm_trains: str = "full"
+    """Which weights of the implicit reward model are trained: `full`, all in every run; `subnet`, those that the mask
+    of the policy's run trains in the policy. In a full run both are all."""
 
     prm_max_grad_norm: float = 1.0
     """The reward model's gradient on its mask is clipped to this norm; > 0, and inf does not clip."""
@@ -70,6 +75,8 @@ class PRIMEConfig(GRPOConfig):
             yield f"`prm_max_grad_norm` must be > 0, got {self.prm_max_grad_norm}; `inf` does not clip"
         if not 0 <= self.gamma <= 1:
             yield f"`gamma` must lie in [0, 1], got {self.gamma}; 1 does not discount"
+        if self.prm_trains not in PRM_TRAINS:
+            yield f"`prm_trains` must be {' or '.join(map(repr, PRM_TRAINS))}, got {self.prm_trains!r}"
         if self.prm_update not in PRM_UPDATES:
             yield f"`prm_update` must be {' or '.join(map(repr, PRM_UPDATES))}, got {self.prm_update!r}"
         if not 0 <= self.accuracy_low <= self.accuracy_high <= 1:

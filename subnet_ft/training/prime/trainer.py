@@ -60,7 +60,7 @@ class PRIMETrainer(GRPOTrainer):
         args: The options.
         reward_model: Another start of the implicit reward model, in memory, with the policy's vocabulary; it is trained
             in place. The reference stays the policy's start.
-        reward_mask: Which weights of the reward model to train; `None` for all.
+        reward_mask: Which weights of the reward model to train; `None` for those that `prm_trains` says.
         kwargs: As in `GRPOTrainer`.
 
     Raises:
@@ -117,6 +117,13 @@ class PRIMETrainer(GRPOTrainer):
             self.ref_model = reference = start.to(device)
             self.reward_model = copy.deepcopy(start) if reward_model is None else reward_model
         self.reward_model.to(device)
+        self._follows = args.prm_trains == "subnet"
+        if self._follows and (reward_mask is not None or is_peft_model(policy)):
+            raise TrainerError(
+                "`prm_trains: subnet` gives the reward model the mask of the policy, and here "
+                + ("`reward_mask` names another one." if reward_mask is not None else "that is a mask of an adapter.")
+                + " Set `prm_trains` to `full`."
+            )
         self.reward_optimizer = MaskedAdamW(
             self.reward_model.named_parameters(),
             _full_mask(self.reward_model) if reward_mask is None else reward_mask,
@@ -134,12 +141,32 @@ class PRIMETrainer(GRPOTrainer):
             micro_batch_size=args.per_device_train_batch_size,
             autocast=self.accelerator.autocast,
         )
-        self.add_callback(_ResumeRestricted(self))
+        self.add_callback(_Start(self))
 
     def checkpoint_extras(self) -> dict[str, Stateful]:
         """Return what is trained beside the policy, for checkpoints of a restricted trainer."""
+        self.mask_reward_model()  # before its optimizer's state is loaded, which belongs to a mask
         # In this order they are loaded: masters belong to weights that are there.
         return {"reward_model": self.reward_model, "reward_optimizer": self.reward_optimizer}
+
+    def mask_reward_model(self) -> None:
+        """Give the reward model the mask of the policy, if it is to have it and has not yet.
+
+        Raises:
+            TrainerError: The policy has no mask.
+            MaskMismatchError: The reward model is of another architecture.
+        """
+        if not self._follows:
+            return
+        subnet_mask = getattr(self, "subnet_mask", None)
+        if subnet_mask is None:
+            raise TrainerError(
+                "`prm_trains: subnet` gives the reward model the mask of the policy, which has none. Call "
+                "`restrict(trainer, mask)` before `train()`, or set `prm_trains` to `full`."
+            )
+        # The tensors alone: a reward model that was passed may have started elsewhere than the mask's base.
+        self.reward_optimizer.set_mask(SubnetMask(subnet_mask.tensors))
+        self._follows = False
 
     @property
     def _is_training(self) -> bool:
@@ -255,8 +282,8 @@ class PRIMETrainer(GRPOTrainer):
         table.extend((advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist())
 
 
-class _ResumeRestricted(TrainerCallback):
-    """Refuses to go on from a checkpoint that does not hold the reward model."""
+class _Start(TrainerCallback):
+    """Masks a reward model that follows the policy, and refuses to go on from a checkpoint that does not hold it."""
 
     def __init__(self, trainer: PRIMETrainer) -> None:
         self._trainer = trainer
@@ -268,6 +295,7 @@ class _ResumeRestricted(TrainerCallback):
                 "do not hold PRIME's reward model. Start anew after `restrict(trainer, mask)`; a full mask, "
                 "`SubnetMask.full`, trains everything."
             )
+        self._trainer.mask_reward_model()
 
 
 def _copy_of(model: str | PreTrainedModel, args: PRIMEConfig) -> Any:

@@ -31,6 +31,7 @@ def built(tmp_path: Path, **options: Any) -> PPOConfig:
         ({"vf_coef": 0.0}, r"`vf_coef` must be > 0, got 0.0; `value_learning_rate: 0` keeps"),
         ({"value_max_grad_norm": 0.0}, r"`value_max_grad_norm` must be > 0, or None for no clipping"),
         ({"cliprange_value": -0.2}, r"`cliprange_value` must be > 0, or None for any distance"),
+        ({"value_trains": "half"}, r"`value_trains` must be 'full' or 'subnet', got 'half'"),
         ({"beta": 0.04}, r"`beta` adds a KL term to GRPO's loss and must stay 0, got 0.04; .* set `kl_coef`"),
         ({"loss_type": "sapo"}, r"`loss_type` must be one of dapo, grpo, bnpo, dr_grpo, .* got 'sapo'"),
         ({"importance_sampling_level": "sequence"}, r"`importance_sampling_level` must be 'token'"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import random_mask, same_bits
 from small_runs import cut_off
+from training.adapted import adapted
 from training.masked_runs import Watch, each_step, losses_of, same_state, same_weights, state_of, third_of, weights_of
 from training.ppo.ppo_runs import each_value_step, logged, ppo, values_of
 
@@ -84,6 +85,52 @@ def test_weights_off_the_value_mask_keep_their_bits(tmp_path: Path, dtype: torch
     for name, weight in values_of(trainer).items():
         assert same_bits(weight[~mask[name]], start[name][~mask[name]])
         assert bool((weight != start[name])[mask[name]].any()) == bool(mask[name].any())
+
+
+def following(folder: Path, *, full: bool = False, **options: Any) -> Any:
+    """Restrict a PPO trainer whose value model takes the mask of its policy."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    mask = SubnetMask.full(shapes(model)) if full else third_of(model)
+    return restrict(ppo(folder, model=model, value_trains="subnet", **options), mask)
+
+
+def test_value_trains_subnet_is_the_run_with_the_policys_mask(tmp_path: Path) -> None:
+    given = masked(tmp_path, dtype=torch.bfloat16)
+    given.train()
+    found = following(tmp_path)
+    found.train()
+    assert found.value_mask == given.value_mask
+    same_weights(values_of(found), values_of(given))
+    same_state(value_state(found), value_state(given))
+    same_weights(weights_of(found.model), weights_of(given.model))
+
+
+def test_value_trains_subnet_of_a_full_run_trains_everything(tmp_path: Path) -> None:
+    found = following(tmp_path, full=True)
+    found.train()
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    whole = restrict(ppo(tmp_path, model=model), SubnetMask.full(shapes(model)))
+    whole.train()
+    same_weights(values_of(found), values_of(whole))
+
+
+def test_value_trains_subnet_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    straight = following(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    straight.train()
+    again = following(tmp_path / "again", max_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    same_weights(values_of(again), values_of(straight))
+    same_state(value_state(again), value_state(straight))
+
+
+def test_value_trains_subnet_needs_one_mask_of_the_policys_own_weights(tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match=r"mask of the policy, which has none\. Call `restrict\(trainer, mask\)`"):
+        ppo(tmp_path, value_trains="subnet").train()
+    mask = value_mask_like(SubnetMask.full(shapes(tiny_model("llama"))), ValueModel(tiny_model("llama")))
+    with pytest.raises(TrainerError, match="`value_mask` names another one"):
+        ppo(tmp_path, value_trains="subnet", arguments={"value_mask": mask})
+    with pytest.raises(TrainerError, match="that is a mask of an adapter"):
+        ppo(tmp_path, value_trains="subnet", model=adapted())
 
 
 def test_a_value_mask_of_another_model_is_refused(tmp_path: Path) -> None:

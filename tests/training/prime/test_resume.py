@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from training.adapted import adapted
 from training.masked_runs import (
     State,
     Weights,
@@ -67,6 +68,38 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_cut_off(
         same_weights(prm, expected[2])
         same_state(prm_state, expected[3])
         assert losses_of(resumed) == losses_of(whole)
+
+
+def following(folder: Path, **options: Any) -> Any:
+    """As `restricted`, but the reward model takes the mask of the policy by itself."""
+    model = tiny_model("llama")
+    return restrict(prime_trainer(folder, model=model, prm_trains="subnet", **SAVES, **options), third_of(model))
+
+
+def test_prm_trains_subnet_is_the_run_with_the_policys_mask_also_resumed(tmp_path: Path) -> None:
+    options = {**ROLLOUTS["four steps per batch"], "process_coef": 50.0}
+    given = restricted(tmp_path / "given", **options)
+    given.train()
+    found = following(tmp_path / "found", **options)
+    found.train()
+    resumed = following(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "found" / "checkpoint-3"))
+    expected = everything(given)
+    for trainer in (found, resumed):
+        policy, state, prm, prm_state = everything(trainer)
+        same_weights(policy, expected[0])
+        same_state(state, expected[1])
+        same_weights(prm, expected[2])
+        same_state(prm_state, expected[3])
+
+
+def test_prm_trains_subnet_needs_one_mask_of_the_policys_own_weights(tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match=r"mask of the policy, which has none\. Call `restrict\(trainer, mask\)`"):
+        prime_trainer(tmp_path, prm_trains="subnet").train()
+    with pytest.raises(TrainerError, match="`reward_mask` names another one"):
+        prime_trainer(tmp_path, prm_trains="subnet", reward_mask=third_of(tiny_model("llama")))
+    with pytest.raises(TrainerError, match="that is a mask of an adapter"):
+        prime_trainer(tmp_path, prm_trains="subnet", model=adapted())
 
 
 def test_the_reward_model_of_a_checkpoint_matters(tmp_path: Path) -> None:
