@@ -26,12 +26,7 @@ def ppo_on(model: Any, folder: Path, **options: Any) -> Any:
         return ppo(folder, model=model, **options)
 
 
-# PEFT says so of prompts while completions are sampled.
-without_positions = pytest.mark.filterwarnings("ignore:Position ids are not supported")
-
-
-@without_positions
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "prefix_tuning"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_is_the_base(kind: str, tmp_path: Path) -> None:
     trainer = ppo_on(adapted(kind, distance=1.0), tmp_path)
     plain = ppo(tmp_path)
@@ -42,7 +37,6 @@ def test_the_reference_is_the_base(kind: str, tmp_path: Path) -> None:
     assert not same_bits(found, trainer._policy_logps(batch))
 
 
-@without_positions
 @pytest.mark.parametrize(("kind", "starts_at_the_base"), [("lora", True), ("prompt_tuning", False)])
 def test_kl_is_that_to_the_base_from_the_first_step_on(kind: str, starts_at_the_base: bool, tmp_path: Path) -> None:
     trainer = ppo_on(adapted(kind), tmp_path, max_steps=1)
