@@ -15,6 +15,7 @@ from subnet_ft.errors import StageError
 from subnet_ft.evidence.comparison import CopyEvidence, MethodComparison, MethodEvidence, build_comparison
 from subnet_ft.masks import extract
 from subnet_ft.methods.check import check_method
+from subnet_ft.methods.check import check_method
 from subnet_ft.methods.saved import load_trained
 from subnet_ft.pipeline import Pipeline
 from subnet_ft.recipe import MethodSpec, recipe_to_dict
@@ -35,8 +36,14 @@ def compare(pipeline: Pipeline, methods: Sequence[str], *, quantizations: Sequen
         pipeline: The recipe in its output folder.
         methods: Names of `METHODS`, in the order of the table.
         quantizations: Judge copies of every result quantised like this, too: `int8`, `nf4`.
+
+    Raises:
+        MethodError: A method cannot serve the model; nothing was trained then.
     """
     pipeline.start()
+    # What cannot serve the model is better known before the others have trained.
+    for name in methods:
+        check_method(name, pipeline.recipe, pipeline.inputs.base)
     for name in methods:
         check_method(name, pipeline.recipe, pipeline.inputs.base)  # before hours of the methods before it
     base_records = pipeline.answers("base", None)

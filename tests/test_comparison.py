@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.cli import main
 from subnet_ft.comparison import compare
-from subnet_ft.errors import StageError
+from subnet_ft.errors import MethodError, RecipeError, StageError
 from subnet_ft.evidence.comparison import MethodComparison
 from subnet_ft.masks import extract
 from subnet_ft.pipeline import Pipeline, load_checked_recipe
@@ -111,6 +111,18 @@ def test_compare_refuses_another_rate_for_a_finished_method(compared: tuple[Path
         compare(pipeline(folder, "methods.lora.training.learning_rate=1e-3"), ["lora"])
     # The other methods have other settings of their own, which changed nothing for them.
     compare(pipeline(folder, "methods.lora.training.learning_rate=1e-3"), ["full", "last_layers"])
+
+
+def test_compare_knows_what_cannot_serve_the_model_before_it_trains(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="`tiny:llama` has no bias"):
+        compare(pipeline(tmp_path / "run"), ["full", "bitfit"])
+    assert not (tmp_path / "run" / "full").exists()
+
+
+@pytest.mark.parametrize("name", ["full", "subnet"])
+def test_recipe_has_one_setting_for_full_run_subnetwork_and_controls(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"methods.{name}: full run, subnetwork and controls share one setting"):
+        pipeline(tmp_path, f"methods.{name}.training.learning_rate=1e-3")
 
 
 def test_compare_refuses_what_an_older_version_trained(compared: tuple[Path, MethodComparison]) -> None:

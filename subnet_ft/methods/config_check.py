@@ -79,6 +79,10 @@ def method_problems(
         if name not in METHODS:
             yield f"methods.{name}", f"unknown method{did_you_mean(name, METHODS)}"
             continue
+        if name in ("full", "subnet"):
+            # What a subnetwork recovers is judged under the settings of the full run, and controls have them, too.
+            yield f"methods.{name}", "full run, subnetwork and controls share one setting; set `training` itself"
+            continue
         # A section that is no map was reported when it was read.
         if spec is not None and spec.training is not None:
             yield from _training(name, spec, recipe.algorithm, training_fields)
