@@ -147,3 +147,18 @@ def test_state_of_adamw_8bit_loads_with_weights_only(tmp_path: Path) -> None:
     for name, entries in saved["state"].items():
         assert entries["state1"].dtype == state[name]["state1"].dtype
         assert same_bits(entries["state1"], state[name]["state1"])
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "bitfit"])
+def test_adamw_8bit_trains_with_the_method(method: str, tmp_path: Path) -> None:
+    pairs = Dataset.from_list([{"prompt": f"{a} + 1 = ", "chosen": f"{a + 1}", "rejected": "?"} for a in range(8)])
+    family = "gpt_neox" if method == "bitfit" else "llama"  # the one has bias terms
+    base = save_tiny(family, tmp_path / "base", hidden_size=256)
+    options = ["training.max_steps=1", "subnet.optimizer.name=adamw_8bit", f"method={method}", f"output={tmp_path}"]
+    recipe = load_checked_recipe("tiny/dpo", options)
+    run = training_run.train(
+        recipe, base=base, folder=tmp_path / method, mask=None, dataset=pairs, task=None, method=method
+    )
+    moments = run.memory["moments"] / run.num_trainable
+    # Adapters of 256 x 16 are just large enough; bias terms are too few.
+    assert moments == 8.0 if method == "bitfit" else 2.03 < moments < 7.0
