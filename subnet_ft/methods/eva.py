@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+_TOKENS = 1024
+"""Tokens of a batch, where there are so many; fewer make the decomposition, which sees one at a time, coarser."""
+
 _MOST_BATCHES = 1000
 """After how many batches the directions must have settled; usually a few dozen are enough."""
 
@@ -39,7 +42,7 @@ def start_from_activations(model: PeftModel, tokenizer: PreTrainedTokenizerBase,
     config: Any = model.peft_config["default"]
     least = max(round(rank * config.eva_config.rho) for rank in (config.r, *config.rank_pattern.values()))
     batches = _Batches(model, tokenizer, texts, least=least)
-    directions = get_eva_state_dict(model, batches, show_progress_bar=False)
+    directions = get_eva_state_dict(model, batches, forward_fn=_Limited(), show_progress_bar=False)
     with warnings.catch_warnings():
         # PEFT names layers without inputs of their own, which stay ordinary LoRA.
         initialize_lora_eva_weights(model, eva_state_dict=dict(directions))
@@ -53,8 +56,34 @@ def start_from_activations(model: PeftModel, tokenizer: PreTrainedTokenizerBase,
             parameter.data = parameter.data.to(torch.float32)
 
 
+class _Limited:
+    """Runs the model on batch after batch, which PEFT repeats from the first on until all directions have settled."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_BATCHES
+
+    def __call__(self, model: Any, inputs: Any) -> Any:
+        if self._left == 0:
+            raise MethodError(
+                f"The singular vectors of `eva` have not settled after {_MOST_BATCHES} batches. Lower "
+                "`methods.eva.config.eva_config.tau`, or `r`."
+            )
+        self._left -= 1
+        return model(**inputs)
+
+
 class _Batches:
-    """Tokenized prompts, each batch with enough tokens for the singular vectors that are wanted of it."""
+    """Tokenized prompts, each batch with enough tokens for the singular vectors that are wanted of it.
+
+    Args:
+        model: Says on which device.
+        tokenizer: Its tokenizer.
+        texts: The prompts.
+        least: Tokens without which a batch cannot be decomposed.
+
+    Raises:
+        MethodError: There are fewer in all.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str], *, least: int) -> None:
         self._device = next(model.parameters()).device
@@ -65,26 +94,21 @@ class _Batches:
         for text in texts:
             group.append(text)
             tokens += len(tokenizer(text)["input_ids"])
-            if tokens >= least:
+            if tokens >= max(least, _TOKENS):
                 self._groups.append(group)
                 group, tokens = [], 0
+        if tokens >= least:
+            self._groups.append(group)
         if not self._groups:
             raise MethodError(
                 f"`eva` needs {least} tokens of training prompts for its singular vectors (`r` x `rho`), and there are "
                 f"{tokens}. Ask for more prompts (`task.num_train`), or lower `methods.eva.config.r`."
             )
-        self._left = _MOST_BATCHES
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for group in self._groups:
-            if self._left == 0:
-                raise MethodError(
-                    f"The singular vectors of `eva` have not settled after {_MOST_BATCHES} batches. Lower "
-                    "`methods.eva.config.eva_config.tau`, or `r`."
-                )
-            self._left -= 1
             encoded = self._tokenizer(group, return_tensors="pt", padding=True)
             yield {key: encoded[key].to(self._device) for key in ("input_ids", "attention_mask")}
