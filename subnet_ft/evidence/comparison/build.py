@@ -15,6 +15,7 @@ from subnet_ft.evidence.report.build import (
     plain,
     solved_prompts,
     title_of,
+    what_was_judged,
 )
 from subnet_ft.evidence.report.schema import Difference
 from subnet_ft.evidence.statistics import paired_difference
@@ -80,6 +81,7 @@ def build_comparison(
             name = f"{entry.method} {copy.quantization}"
             runs[name] = RunEvidence(name, records=copy.records)
     check_same_prompts(list(runs.values()))
+    judged_on = what_was_judged(list(runs.values()))
     solved = {name: solved_prompts(run) for name, run in runs.items()}
     accuracy = {name: None if found is None else accuracy_of(found, confidence) for name, found in solved.items()}
 
@@ -131,12 +133,17 @@ def build_comparison(
         environment=plain(environment),
         recipe=plain(recipe),
         seed=seed,
-        not_measured=_gaps(methods, accuracy, environment, seed),
+        not_measured=_gaps(methods, accuracy, environment, seed, judged_on),
+        judged_on=judged_on,
     )
 
 
 def _gaps(
-    methods: Sequence[MethodEvidence], accuracy: Mapping[str, Any], environment: Mapping[str, Any], seed: int
+    methods: Sequence[MethodEvidence],
+    accuracy: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    seed: int,
+    judged_on: str,
 ) -> list[str]:
     """Say what this comparison cannot know."""
     gaps = []
@@ -144,7 +151,7 @@ def _gaps(
     if missing:
         gaps.append(f"Accuracy of {', '.join(missing)}.")
     gaps.append(
-        f"Variation between seeds: every run has seed {seed}. Intervals cover the choice of prompts, not another "
+        f"Variation between seeds: every run has seed {seed}. Intervals cover the choice of {judged_on}, not another "
         "training, and no correction is made for the number of methods."
     )
     gaps.append(

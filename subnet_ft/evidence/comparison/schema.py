@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from subnet_ft.evidence.report.schema import Accuracy, Difference
 
@@ -75,7 +75,7 @@ class MethodComparison:
     confidence: float
     """Confidence of every interval."""
     num_prompts: int
-    """Held-out prompts; 0 when accuracy was not measured."""
+    """Held-out prompts or pairs; 0 when accuracy was not measured."""
     base: Accuracy | None
     """Accuracy of the base model."""
     methods: list[MethodResult]
@@ -92,6 +92,8 @@ class MethodComparison:
     """Of data, sampling, training and added weights."""
     not_measured: list[str]
     """What this comparison cannot say, one sentence each."""
+    judged_on: Literal["prompts", "pairs"] = "prompts"
+    """What was right or wrong: greedy answers to held-out prompts, or which of two completions got more reward."""
 
     def difference(self, first: str, second: str) -> Difference | None:
         """Return the paired difference of two models, if it was measured."""

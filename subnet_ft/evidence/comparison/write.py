@@ -40,12 +40,18 @@ def rule_sentence(comparison: MethodComparison) -> str:
     """Say what the runs have in common and what the intervals are."""
     return (
         f"Every method trained from the same base on the same data, with seed {comparison.seed}, the same batches and "
-        f"the same number of steps. Accuracies are of greedy answers to {comparison.num_prompts:,} held-out prompts, "
-        f"with Wilson's {comparison.confidence * 100:g} % interval; differences are paired, with Tango's. Training "
+        f"the same number of steps. Accuracy: {_judged(comparison)}, with Wilson's {comparison.confidence * 100:g} % "
+        "interval; differences are paired, with Tango's. Training "
         "memory is what lives from one step to the next, counted from the tensors. *Beside the base* is what a result "
         "needs in storage when the base is at hand: changed values and one bit per weight, counted, or the adapter's "
         "file."
     )
+
+
+def _judged(comparison: MethodComparison) -> str:
+    if not comparison.num_prompts:
+        return "not measured"
+    return wording.judged_sentence(comparison.judged_on, comparison.num_prompts)
 
 
 def render_markdown(comparison: MethodComparison) -> str:
@@ -77,6 +83,7 @@ def render_html(comparison: MethodComparison) -> str:
     page = environment.get_template("comparison.html.jinja").render(
         comparison=comparison,
         style=Markup(environment.get_template("style.css").render()),
+        judged=_judged(comparison),
         rule=rule_sentence(comparison).replace("*", ""),
         tables={
             "main": tables.main_table(comparison),

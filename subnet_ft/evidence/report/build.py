@@ -92,7 +92,7 @@ def build_report(
     check_same_prompts(models)
     solved = {model.name: solved_prompts(model) for model in models}
 
-    judged_on = _judged_on(models)
+    judged_on = what_was_judged(models)
 
     def judge(name: str, subject: str) -> Verdict:
         runs = solved[base.name], solved[full.name], solved[name]
@@ -169,7 +169,8 @@ def check_same_prompts(models: Sequence[RunEvidence]) -> None:
                 )
 
 
-def _judged_on(models: Sequence[RunEvidence]) -> Literal["prompts", "pairs"]:
+def what_was_judged(models: Sequence[RunEvidence]) -> Literal["prompts", "pairs"]:
+    """Tell from the records what they are of."""
     first = next((record for model in models for record in model.records or ()), {})
     return "pairs" if "chosen_reward" in first else "prompts"
 

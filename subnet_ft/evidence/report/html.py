@@ -53,7 +53,7 @@ def render_html(report: Report) -> str:
         off_mask=wording.off_mask_sentence(report),
         off_mask_broken=wording.is_mask_broken(report),
         controls=wording.control_sentences(report),
-        judged=wording.judged_sentence(report),
+        judged=wording.judged_sentence(report.judged_on, report.num_prompts),
         samples_note=wording.samples_sentence(report),
         rule=wording.rule_sentence(report),
         identity=wording.identity_sentence(report),

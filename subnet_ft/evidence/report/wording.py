@@ -170,14 +170,14 @@ def identity_sentence(report: Report) -> str | None:
     )
 
 
-def judged_sentence(report: Report) -> str:
-    """Say what accuracy counts."""
-    if report.judged_on == "pairs":
+def judged_sentence(judged_on: str, number: int) -> str:
+    """Say what accuracy counts: of how many `prompts` or `pairs`."""
+    if judged_on == "pairs":
         return (
-            f"Share of {report.num_prompts:,} held-out pairs in which the reward model gives the chosen completion the "
+            f"Share of {number:,} held-out pairs in which the reward model gives the chosen completion the "
             "higher reward"
         )
-    return f"Greedy answers to {report.num_prompts:,} held-out prompts"
+    return f"Greedy answers to {number:,} held-out prompts"
 
 
 def samples_sentence(report: Report) -> str:

@@ -164,6 +164,15 @@ def test_comparison_says_what_it_does_not_show() -> None:
     assert "on a GPU" not in "\n".join(comparison(evidence("full", 0.5), environment={"gpu": "H100"}).not_measured)
 
 
+def test_comparison_of_reward_models_speaks_of_pairs() -> None:
+    pairs = [{"prompt": str(index), "correct": True, "chosen_reward": 1.0} for index in range(N)]
+    result = comparison(evidence("full", None, records=pairs), base_records=pairs)
+    assert result.judged_on == "pairs"
+    for page in (render_html(result), render_markdown(result)):
+        assert f"{N} held-out pairs" in page
+        assert "reedy answers" not in page
+
+
 def test_comparison_json_reads_back(tmp_path: Path) -> None:
     result = three()
     files = write_comparison(result, tmp_path)
