@@ -115,10 +115,6 @@ def _training(name: str, spec: MethodSpec, algorithm: str, training_fields: Mapp
 
 def _config(method: Method, spec: MethodSpec) -> Problems:
     prefix = f"methods.{method.name}.config"
-    if method.config is None:
-        if spec.config:
-            yield prefix, f"`{method.name}` has no settings of its own; remove it"
-        return
     hints = typing.get_type_hints(method.config_class, include_extras=True)
     names = [field.name for field in fields(method.config_class) if field.init]
     refused = _REFUSED if method.trains == "adapter" else {}

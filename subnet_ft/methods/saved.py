@@ -130,6 +130,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"`{folder}` has no `{WEIGHTS}`. Remove the folder to train again.")
     config: Any = PeftConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = None  # where the base lay then; which one it is, its digest says
     with torch.random.fork_rng():
         adapted: Any = wrap(model, config)
     try:

@@ -1,0 +1,116 @@
+"""What a recipe says of its methods is checked before anything is loaded, all problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from subnet_ft.errors import RecipeError
+from subnet_ft.pipeline import load_checked_recipe
+from subnet_ft.recipe.methods import METHODS
+
+
+def problems_of(*overrides: str, recipe: str = "tiny/sft", methods: Sequence[str] = ()) -> list[str]:
+    try:
+        load_checked_recipe(recipe, overrides, methods=methods)
+    except RecipeError as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_problems_accepts_every_method_as_it_is(name: str) -> None:
+    own = [] if METHODS[name].config is None else [f"methods.{name}.training.learning_rate=1e-4"]
+    assert problems_of(f"method={name}", *own) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "lora.config={r: 8, lora_dropout: 0.1, target_modules: [q_proj, v_proj], init_lora_weights: gaussian}",
+        "eva.config={r: 8, eva_config: {rho: 1.5, tau: 0.9}}",
+        "ia3.config={target_modules: [k_proj, down_proj], feedforward_modules: [down_proj]}",
+        "prompt_tuning.config={prompt_tuning_init: TEXT, prompt_tuning_init_text: Add up, num_virtual_tokens: 4}",
+        "adapters.config={bottleneck_size: 8, activation: relu}",
+        "last_layers.config={num_layers: 1, final_norm_and_head: true}",
+        "lora.training={lr_scheduler_type: cosine, warmup_steps: 3, adam_beta2: 0.95, max_grad_norm: 0.3}",
+    ],
+)
+def test_method_problems_accepts(settings: str) -> None:
+    assert problems_of(f"methods.{settings}") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("method=loraa", 'method: unknown, got "loraa"; did you mean `lora`?'),
+        ("methods.lorra={}", "methods.lorra: unknown method; did you mean `lora`?"),
+        ("methods.lora.config.lora_alfa=1", "methods.lora.config.lora_alfa: unknown key; did you mean `lora_alpha`?"),
+        ("methods.lora.config.r=x", 'methods.lora.config.r: must be an integer, got "x"'),
+        ("methods.lora.config.r=0", "methods.lora.config.r: must be >= 1, got 0"),
+        ("methods.lora.config.target_modules=3", "methods.lora.config.target_modules: must be a"),
+        ("methods.lora.config.init_lora_weights=pissa", "methods.lora.config.init_lora_weights: must be true, false,"),
+        ("methods.lora.config.bias=all", 'methods.lora.config.bias: not allowed here, got "all": it trains or changes'),
+        ("methods.lora.config.task_type=SEQ_CLS", "methods.lora.config.task_type: not allowed here"),
+        ("methods.dora.config.use_dora=false", "methods.dora.config.use_dora: not allowed here, got false: true"),
+        ("methods.eva.config.eva_config={rhoo: 2}", "methods.eva.config.eva_config.rhoo: unknown key; did you mean"),
+        ("methods.eva.config.eva_config={rho: 0.5}", "methods.eva.config.eva_config: refused: `rho` must be >= 1.0"),
+        ("methods.full.training.learning_rate=1", "methods.full: full run, subnetwork and controls share one setting"),
+        ("methods.bitfit.config.terms=bia", "methods.bitfit.config.terms: must be one of bias, bias_and_norm"),
+        (
+            "methods.last_layers.config.num_layers=0",
+            "methods.last_layers.config: LastLayersConfig refuses these settings: `num_layers` must be >= 1, got 0",
+        ),
+        (
+            "methods.prompt_tuning.config={prompt_tuning_init: TEXT}",
+            "methods.prompt_tuning.config: PromptTuningConfig refuses these settings:",
+        ),
+        ("methods.lora.training.learning_rate=-1", "methods.lora.training.learning_rate: must be >= 0, got -1"),
+        ("methods.lora.training.adam_beta1=1.5", "methods.lora.training.adam_beta1: must be >= 0 and < 1, got 1.5"),
+        ("methods.lora.training.max_steps=3", "methods.lora.training.max_steps: not a setting of one method; data,"),
+        (
+            "methods.lora.training.learning_rat=1",
+            "methods.lora.training.learning_rat: not a setting of one method; data, batches and steps are those of the "
+            "recipe; did you mean `learning_rate`?",
+        ),
+        ("methods.lora.training=3", "methods.lora.training: must be a map of keys to values, got 3"),
+    ],
+)  # fmt: skip
+def test_method_problems_names(override: str, expected: str) -> None:
+    (problem,) = problems_of(override)
+    assert problem.startswith(expected)
+
+
+def test_method_problems_are_listed_all_at_once() -> None:
+    settings = "methods={lora: {config: {r: 0, rr: 1}, training: {max_steps: 1}}, eva: 3, ia3: {config: {r: 1}}}"
+    keys = [problem.partition(":")[0] for problem in problems_of("method=nope", settings)]
+    assert sorted(keys) == sorted(
+        [
+            "method", "methods.eva", "methods.lora.config.r", "methods.lora.config.rr",
+            "methods.lora.training.max_steps", "methods.ia3.config.r",
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    [
+        ("tiny/orpo", "prompt_tuning"),
+        ("tiny/simpo", "prompt_tuning"),
+        ("tiny/distillation", "prompt_tuning"),
+        ("tiny/distillation", "prefix_tuning"),
+        ("tiny/reward", "lora"),
+        ("tiny/reward", "bitfit"),
+    ],
+)
+def test_method_problems_names_what_does_not_go_with_an_algorithm(recipe: str, method: str) -> None:
+    teacher = ["teacher.name=tiny:qwen3"] if recipe == "tiny/distillation" else []
+    (problem,) = problems_of(f"method={method}", *teacher, recipe=recipe)
+    assert problem.startswith(f"method: `{method}` ")
+    (compared,) = problems_of(*teacher, recipe=recipe, methods=["full", method])
+    assert compared.startswith(f"methods.{method}: `{method}` ")
+    # Settings of a method that is not trained are none of the algorithm's business.
+    unused: Any = problems_of(f"methods.{method}.training.learning_rate=1e-3", *teacher, recipe=recipe)
+    assert unused == []
