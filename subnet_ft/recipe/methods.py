@@ -58,6 +58,7 @@ class Method:
 _CAUSAL = {"task_type": "CAUSAL_LM"}
 # Every linear layer but the output embedding, as in QLoRA; PEFT's own default is the query and value projections.
 _ALL_LINEAR = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+_TRAINS_A_COPY = "it trains a second model that starts as the base, and the base is in 4 bits; choose `lora`"
 _WITHOUT_PROMPTS = {
     "distillation": "its trainer asks the model below the learned prompt, which would never be seen; choose `lora`"
 }
@@ -93,6 +94,7 @@ METHODS: dict[str, Method] = {
             "peft:LoraConfig",
             _ALL_LINEAR,
             _CAUSAL,
+            refuses=dict.fromkeys(("ppo", "prime"), _TRAINS_A_COPY),
             is_quantized=True,
             source="arXiv 2305.14314",
         ),

@@ -101,6 +101,8 @@ def test_method_problems_are_listed_all_at_once() -> None:
         ("tiny/simpo", "prompt_tuning"),
         ("tiny/distillation", "prompt_tuning"),
         ("tiny/distillation", "prefix_tuning"),
+        ("tiny/ppo", "qlora"),
+        ("tiny/prime", "qlora"),
         ("tiny/reward", "lora"),
         ("tiny/reward", "bitfit"),
     ],
