@@ -11,7 +11,8 @@ from datasets import Dataset
 from helpers import same_bits
 from training.masked_runs import check_weights, weights_of
 
-from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
+from subnet_ft.checkpoints.models import load_model
+from subnet_ft.checkpoints.tiny import save_tiny, tiny_model, tiny_tokenizer
 from subnet_ft.errors import MethodError
 from subnet_ft.inputs import RunInputs
 from subnet_ft.methods.adapters import adapter_parameters, attach
@@ -134,3 +135,44 @@ def test_index_nbytes_counts_what_shira_keeps_beside_its_weights() -> None:
     count = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     assert index_nbytes(model) == 2 * 4 * count
     assert index_nbytes(adapted()) == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
+def test_dpo_computes_what_the_models_say(method: str, tmp_path: Path) -> None:
+    """A learned prompt makes more positions than there are tokens, and TRL must read the right ones."""
+    rows = [{"prompt": f"{a * 7} + 1 = ", "chosen": f"{a * 7 + 1}", "rejected": "?" * (1 + a % 3)} for a in range(8)]
+    base, tokenizer = save_tiny("llama", tmp_path / "base", dtype=torch.float32), tiny_tokenizer()
+    settings = ["training.max_steps=1", "training.per_device_train_batch_size=8", "model.dtype=float32"]
+    recipe = load_checked_recipe("tiny/dpo", [*settings, f"output={tmp_path}"])
+    run = training_run.train(
+        recipe,
+        base=base,
+        folder=tmp_path / method,
+        mask=None,
+        dataset=Dataset.from_list(rows),
+        task=None,
+        method=method,
+    )
+
+    def log_probs(model: Any, key: str) -> torch.Tensor:
+        sums = []
+        for row in rows:
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            completion = [*tokenizer(row[key])["input_ids"], tokenizer.eos_token_id]
+            ids = torch.tensor([prompt + completion])
+            with torch.no_grad():
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
+            expected = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            sums.append(expected.gather(1, torch.tensor(completion).unsqueeze(1)).sum())
+        return torch.stack(sums)
+
+    model, _ = load_model(base, dtype="float32")
+    reference = {key: log_probs(model, key) for key in ("chosen", "rejected")}
+    start = attach(model, tokenizer, method, seed=recipe.seed).eval()
+    policy = {key: log_probs(start, key) for key in ("chosen", "rejected")}
+    ratios = {key: policy[key] - reference[key] for key in policy}
+    loss = -torch.nn.functional.logsigmoid(0.1 * (ratios["chosen"] - ratios["rejected"])).mean()
+    first = run.log_history[0]
+    assert first["loss"] == pytest.approx(float(loss), abs=1e-4)
+    for key, values in policy.items():
+        assert first[f"logps/{key}"] == pytest.approx(float(values.mean()), abs=1e-3)
