@@ -35,7 +35,7 @@ def compare(pipeline: Pipeline, methods: Sequence[str], *, quantizations: Sequen
     Args:
         pipeline: The recipe in its output folder.
         methods: Names of `METHODS`, in the order of the table.
-        quantizations: Judge copies of every result quantised like this, too: `int8`, `nf4`.
+        quantizations: Judge copies of every result quantized like this, too: `int8`, `nf4`.
 
     Raises:
         MethodError: A method cannot serve the model; nothing was trained then.
@@ -111,7 +111,7 @@ def _patch_bytes(pipeline: Pipeline, name: str, stage: TrainedStage) -> int:
 
 
 def _copy_bytes(pipeline: Pipeline, name: str, stage: TrainedStage, quantization: Quantization) -> int:
-    """Count the tensors of a quantised copy, those of its adapter included."""
+    """Count the tensors of a quantized copy, those of its adapter included."""
 
     def work(folder: Path) -> dict[str, Any]:
         loading = pipeline.inputs.of_loading()

@@ -78,7 +78,7 @@ def judge(
         folder: A checkpoint, or an adapter on the recipe's base.
         inputs: The recipe with its base.
         held_out: Prompts or pairs.
-        quantization: `int8` or `nf4`: quantise the checkpoint, or the base under an adapter.
+        quantization: `int8` or `nf4`: quantize the checkpoint, or the base under an adapter.
         progress: Show a bar on stderr.
     """
     recipe = inputs.recipe

@@ -200,7 +200,7 @@ class Pipeline:
         Args:
             name: Of its stage; `base` for the base model.
             run: The stage that trained it; `None` for the base.
-            quantization: Judge a copy whose weights are quantised like this, those of an adapter excepted.
+            quantization: Judge a copy whose weights are quantized like this, those of an adapter excepted.
         """
         judged_on = self.held_out
         if judged_on is None:

@@ -70,7 +70,7 @@ def test_compare_measures_each_method_by_its_own_run(compared: tuple[Path, Metho
     assert lora.memory["moments"] == 8 * lora.num_trainable
 
 
-def test_compare_judges_quantised_copies_of_every_result(compared: tuple[Path, MethodComparison]) -> None:
+def test_compare_judges_quantized_copies_of_every_result(compared: tuple[Path, MethodComparison]) -> None:
     folder, result = compared
     assert [(copy.method, copy.quantization) for copy in result.quantized] == [(name, "int8") for name in METHODS]
     full, lora = result.quantized[0], result.quantized[3]

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--methods", type=names, required=True, metavar="A,B,C", help="such as full,subnet,lora (docs/methods.md)"
     )
     compare_command.add_argument(
-        "--quantized", type=names, default=[], metavar="Q", help="judge quantised copies of the results, too: int8,nf4"
+        "--quantized", type=names, default=[], metavar="Q", help="judge quantized copies of the results, too: int8,nf4"
     )
     compare_command.add_argument("--json", action="store_true", help="print the table as one JSON object")
 

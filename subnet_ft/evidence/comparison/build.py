@@ -23,7 +23,7 @@ from subnet_ft.evidence.statistics import paired_difference
 
 @dataclass(frozen=True)
 class CopyEvidence:
-    """A quantised copy of one result."""
+    """A quantized copy of one result."""
 
     quantization: str
     records: Sequence[Mapping[str, Any]] | None
@@ -47,7 +47,7 @@ class MethodEvidence:
     records: Sequence[Mapping[str, Any]] | None = None
     """One per held-out prompt."""
     copies: Sequence[CopyEvidence] = field(default_factory=tuple)
-    """Quantised copies."""
+    """Quantized copies."""
 
 
 def build_comparison(

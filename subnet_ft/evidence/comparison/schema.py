@@ -51,13 +51,13 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class QuantizedCopy:
-    """A method's result with its frozen or dense weights quantised after training."""
+    """A method's result with its frozen or dense weights quantized after training."""
 
     method: str
     quantization: str
     """`int8` or `nf4`."""
     checkpoint_bytes: int
-    """Weights of the quantised model, with the adapter where there is one."""
+    """Weights of the quantized model, with the adapter where there is one."""
     accuracy: Accuracy | None
     """On the held-out prompts."""
     difference: Difference | None
@@ -83,7 +83,7 @@ class MethodComparison:
     differences: list[Difference]
     """Every method minus the base, and minus the full run where that is among them."""
     quantized: list[QuantizedCopy]
-    """Quantised copies of the results."""
+    """Quantized copies of the results."""
     environment: dict[str, Any]
     """Hardware and package versions."""
     recipe: dict[str, Any]

@@ -68,7 +68,7 @@ def memory_table(comparison: MethodComparison) -> Table:
 
 
 def quantized_table(comparison: MethodComparison) -> Table | None:
-    """Quantised copies of the results."""
+    """Quantized copies of the results."""
     if not comparison.quantized:
         return None
     level = f"{comparison.confidence * 100:g} %"

@@ -60,7 +60,7 @@ def render_markdown(comparison: MethodComparison) -> str:
     blocks += [table(tables.main_table(comparison)), rule_sentence(comparison)]
     copies = tables.quantized_table(comparison)
     if copies is not None:
-        blocks += ["## Quantised copies", table(copies)]
+        blocks += ["## Quantized copies", table(copies)]
     blocks += ["## Memory", table(tables.memory_table(comparison))]
     blocks += ["## Settings", table(tables.settings_table(comparison))]
     gaps = "\n".join(f"- {escape(gap)}" for gap in comparison.not_measured)
