@@ -15,10 +15,10 @@ from subnet_ft.errors import StageError
 from subnet_ft.evidence.comparison import CopyEvidence, MethodComparison, MethodEvidence, build_comparison
 from subnet_ft.masks import extract
 from subnet_ft.methods.check import check_method
-from subnet_ft.methods.check import check_method
 from subnet_ft.methods.saved import load_trained
 from subnet_ft.pipeline import Pipeline
 from subnet_ft.recipe import MethodSpec, recipe_to_dict
+from subnet_ft.recipe.algorithms import ALGORITHMS
 from subnet_ft.recipe.methods import HYPER_PARAMETERS, METHODS, training_of
 from subnet_ft.stages import TrainedStage, run_stage
 from subnet_ft.verification import compare_dtype
@@ -26,7 +26,9 @@ from subnet_ft.verification import compare_dtype
 logger = logging.getLogger(__name__)
 
 
-def compare(pipeline: Pipeline, methods: Sequence[str], *, quantizations: Sequence[Quantization] = ()) -> MethodComparison:
+def compare(
+    pipeline: Pipeline, methods: Sequence[str], *, quantizations: Sequence[Quantization] = ()
+) -> MethodComparison:
     """Train every method from the base with the recipe's data, seed and steps, judge it, and compare.
 
     Stages are those of the run: what `subnet-ft run` or an earlier comparison finished is not repeated. A subnetwork
@@ -44,8 +46,6 @@ def compare(pipeline: Pipeline, methods: Sequence[str], *, quantizations: Sequen
     # What cannot serve the model is better known before the others have trained.
     for name in methods:
         check_method(name, pipeline.recipe, pipeline.inputs.base)
-    for name in methods:
-        check_method(name, pipeline.recipe, pipeline.inputs.base)  # before hours of the methods before it
     base_records = pipeline.answers("base", None)
     evidence = [_evidence(pipeline, name, quantizations) for name in methods]
     recipe = pipeline.recipe
@@ -60,7 +60,9 @@ def compare(pipeline: Pipeline, methods: Sequence[str], *, quantizations: Sequen
     )
 
 
-def _evidence(pipeline: Pipeline, name: str, quantizations: Sequence[Quantization]) -> tuple[MethodEvidence, TrainedStage]:
+def _evidence(
+    pipeline: Pipeline, name: str, quantizations: Sequence[Quantization]
+) -> tuple[MethodEvidence, TrainedStage]:
     if name == "subnet" and pipeline.recipe.subnet.source.kind == "extract":
         pipeline.method_run("full")
     stage = pipeline.method_run(name)
@@ -114,7 +116,7 @@ def _copy_bytes(pipeline: Pipeline, name: str, stage: TrainedStage, quantization
     """Count the tensors of a quantized copy, those of its adapter included."""
 
     def work(folder: Path) -> dict[str, Any]:
-        loading = pipeline.inputs.of_loading()
+        loading = {**pipeline.inputs.of_loading(), "kind": ALGORITHMS[pipeline.recipe.algorithm].model_kind}
         model, _ = load_trained(stage.folder, pipeline.inputs.base.folder, quantization=quantization, **loading)
         return {"bytes": quantized_size(model)}
 

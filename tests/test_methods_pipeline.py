@@ -18,18 +18,21 @@ from safetensors.torch import load_file
 from training.masked_runs import Watch, check_weights, third_of, weights_of
 from transformers import TrainerCallback
 
+from subnet_ft.base_stage import make_base
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.models import load_model
 from subnet_ft.checkpoints.tiny import tiny_model
 from subnet_ft.errors import CheckpointError
 from subnet_ft.evidence.accuracy import evaluate_model
-from subnet_ft.held_out import judge
+from subnet_ft.evidence.pairs import evaluate_pairs
+from subnet_ft.held_out import HeldOutPairs, held_out, judge
 from subnet_ft.inputs import RunInputs
 from subnet_ft.masks import SubnetMask
 from subnet_ft.methods.adapters import attach
 from subnet_ft.methods.saved import BASE, CONFIG, WEIGHTS, load_trained
 from subnet_ft.pipeline import load_checked_recipe
 from subnet_ft.recipe import Recipe
+from subnet_ft.recipe.algorithms import ALGORITHMS
 from subnet_ft.recipe.methods import METHODS
 from subnet_ft.training import run as training_run
 from subnet_ft.training.adapters import prompt_texts
@@ -40,7 +43,7 @@ COLUMNS = ("train", "save", "load", "evaluate")
 SMALL = ["task.num_train=64", "task.num_eval=16", "training.max_steps=8", "training.per_device_train_batch_size=8"]
 # What fits a model of 32 dimensions, and a learning rate at which eight steps show.
 SETTINGS = {
-    "last_layers": "{config: {num_layers: 1}}",
+    "last_layers": "{config: {num_layers: 1, final_norm_and_head: true}}",
     "bitfit": "{config: {terms: bias_and_norm}, training: {learning_rate: 2.0e-2}}",
     "eva": "{config: {r: 4}}",
     "shira": "{config: {r: 4}, training: {learning_rate: 1.0e-2}}",
@@ -50,7 +53,11 @@ SETTINGS = {
     "adapters": "{training: {learning_rate: 1.0e-2}}",
     "adaption_prompt": "{training: {learning_rate: 1.0e-1}}",
 }
+PAIRS = ("task.pairs.num_prompts=64",)
 ADAPTERS = [name for name, method in METHODS.items() if method.trains == "adapter"]
+REWARDED = [
+    name for name, method in METHODS.items() if name not in ("full", "subnet") and "reward" not in method.refuses
+]
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -73,14 +80,15 @@ class Trained:
     run: training_run.TrainingRun
 
 
-def recipe_of(method: str, output: Path, *overrides: str) -> Recipe:
+def recipe_of(method: str, output: Path, *overrides: str, name: str = "tiny/sft") -> Recipe:
     settings = [f"methods.{method}={SETTINGS[method]}"] if method in SETTINGS else []
-    return load_checked_recipe("tiny/sft", [*SMALL, f"output={output}", *settings, *overrides])
+    return load_checked_recipe(name, [*SMALL, f"output={output}", *settings, *overrides])
 
 
 def trained_with(method: str, recipe: Recipe, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> Trained:
     """Train a method as its stage does, and keep the trainer."""
     inputs, kept = RunInputs(recipe), []
+    make_base(inputs, folder.parent, overwrite=False)
     restrict = training_run.restrict
 
     def keep(trainer: Any, *args: Any, **options: Any) -> Any:
@@ -108,10 +116,11 @@ def trained_with(method: str, recipe: Recipe, folder: Path, callbacks: Sequence[
 def started(method: str, inputs: RunInputs) -> Any:
     """Return the model as the run of a method started."""
     recipe = inputs.recipe
-    model, tokenizer = load_model(inputs.base.folder, dtype="bfloat16", quantization=METHODS[method].quantization)
+    kind, held = ALGORITHMS[recipe.algorithm].model_kind, METHODS[method].quantization
+    model, tokenizer = load_model(inputs.base.folder, dtype="bfloat16", kind=kind, quantization=held)
     if method not in ADAPTERS:
         return model
-    texts = prompt_texts(training_dataset(inputs, Path(), overwrite=False, progress=False), tokenizer)
+    texts = prompt_texts(training_dataset(inputs, Path(recipe.output), overwrite=False, progress=False), tokenizer)
     config = recipe.methods[method].config if method in recipe.methods else {}
     return attach(model, tokenizer, method, config, seed=recipe.seed, texts=texts)
 
@@ -229,16 +238,52 @@ def test_the_page_names_every_method_with_its_config_and_what_it_refuses() -> No
         assert all(f"`{algorithm}`" in found[name][1] for algorithm in method.refuses), name
 
 
-@pytest.mark.parametrize("method", ["lora", "adapters"])
+@pytest.fixture(scope="module")
+def reward_models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what trains a reward model with a method once."""
+    folder = tmp_path_factory.mktemp("rewards")
+    return cache(
+        lambda method: trained_with(method, recipe_of(method, folder, *PAIRS, name="tiny/reward"), folder / method)
+    )
+
+
+@pytest.mark.parametrize("name", REWARDED)
+def test_train_gives_a_reward_model_with(name: str, reward_models: Any) -> None:
+    """The new head is trained and saved beside what the method trains; judged by pairs, it is the trained model."""
+    done = reward_models(name)
+    check_weights(done.trainer.model, done.mask, weights_of(started(name, done.inputs)))
+    base = open_checkpoint(done.inputs.base.folder)
+    (head,) = [key for key, tensor in done.mask.tensors.items() if "score" in key and tensor.count]
+    assert done.mask.tensors[head].count == base.specs["score.weight"].shape[1]
+    assert done.run.num_trainable == done.mask.num_trainable > done.mask.tensors[head].count
+    assert done.run.memory["moments"] == 8 * done.run.num_trainable
+    saved = load_file(done.folder / (WEIGHTS if name in ADAPTERS else "model.safetensors"))
+    (key,) = [key for key in saved if key.endswith("score.weight")]
+    assert saved[key].shape == base.specs["score.weight"].shape
+    assert not same_bits(saved[key], base.tensor("score.weight"))
+    ids = torch.arange(2, 34).view(2, 16)
+    loaded, own = load_trained(done.folder, base.folder, dtype="bfloat16", kind="reward_model")
+    with torch.no_grad():
+        assert same_bits(loaded.eval()(ids).logits, done.trainer.model.eval()(ids).logits)
+    pairs = held_out(done.inputs)
+    assert isinstance(pairs, HeldOutPairs)
+    records = judge(done.folder, done.inputs, pairs)
+    batch_size = done.inputs.recipe.evaluation.batch_size
+    assert records == evaluate_pairs(done.trainer.model, own, pairs.rows, batch_size=batch_size)
+    assert records != judge(base.folder, done.inputs, pairs)
+
+
+@pytest.mark.parametrize(("name", "method"), [("tiny/sft", "lora"), ("tiny/sft", "adapters"), ("tiny/reward", "lora")])
 def test_train_resumes_an_adapter_to_the_bits_of_an_uninterrupted_run(
-    method: str, trained: Any, tmp_path: Path
+    name: str, method: str, trained: Any, reward_models: Any, tmp_path: Path
 ) -> None:
     def stop(step: int) -> None:
         if step == 5:
             raise InterruptedError
 
-    whole = trained(method)
-    recipe = recipe_of(method, tmp_path, "training.save_steps=2")
+    is_reward = name == "tiny/reward"
+    whole = (reward_models if is_reward else trained)(method)
+    recipe = recipe_of(method, tmp_path, "training.save_steps=2", *(PAIRS if is_reward else ()), name=name)
     with pytest.raises(InterruptedError):
         trained_with(method, recipe, tmp_path / method, [Watch(end=stop)])
     resumed = trained_with(method, recipe, tmp_path / method)

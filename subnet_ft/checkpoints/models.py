@@ -69,6 +69,11 @@ def load_model(
     return model, tokenizer
 
 
+def kind_of(model: torch.nn.Module) -> Kind:
+    """Return what a model in memory is."""
+    return "reward_model" if type(model).__name__.endswith(_CLASSIFIER) else "language_model"
+
+
 def save_with_reward_head(language_model: Path, folder: Path, *, dtype: str, seed: int) -> None:
     """Save a language model as a reward model: its weights without the output embedding, and a new head of one output.
 

@@ -1,8 +1,12 @@
 """Adapters: weights added to a frozen base, by PEFT or by `bottleneck.py`, and what they start as.
 
 One rule for dtypes: the trainable weights of an adapter are float32, whatever the base is in, so that no update is lost
-and no second copy is needed; PEFT's layers cast what they compute. `adaption_prompt` is the exception, because PEFT
-feeds its prompts to the base's own projections: it stays in the base's dtype, and the optimizer keeps float32 masters.
+and no second copy is needed; PEFT's layers cast what they compute. What takes part in the base's own computation stays
+in the base's dtype, and the optimizer keeps float32 masters: the prompts of `adaption_prompt`, which PEFT feeds to the
+base's projections, and the head of a reward model.
+
+A reward model's head is new, so it is trained with the adapter, whichever it is: PEFT puts a copy beside the base's own
+head, and saves it in the adapter's file.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from subnet_ft.checkpoints.models import Kind, kind_of
 from subnet_ft.errors import MethodError, SubnetError
 from subnet_ft.masks import Provenance, SubnetMask, TensorMask, by_canonical_name
+from subnet_ft.methods.layers import head_names
 from subnet_ft.methods.learned_prompts import generate_as_trained
 from subnet_ft.recipe.methods import METHODS, Method
 
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """PEFT's name of the one adapter that a model has."""
+
+_TASKS: dict[Kind, str] = {"language_model": "CAUSAL_LM", "reward_model": "SEQ_CLS"}
 
 
 def attach(
@@ -50,7 +58,7 @@ def attach(
         MethodError: The method cannot serve this model, or not with this config.
     """
     method = METHODS[name]
-    built = adapter_config(method, config or {}, base=model.config._name_or_path)
+    built = adapter_config(method, config or {}, base=model.config._name_or_path, kind=kind_of(model))
     with refusals_of(method, type(model).__name__), torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = wrap(model, built)
@@ -61,15 +69,18 @@ def attach(
     return adapted
 
 
-def adapter_config(method: Method, config: Mapping[str, Any], *, base: str) -> PeftConfig:
+def adapter_config(
+    method: Method, config: Mapping[str, Any], *, base: str, kind: Kind = "language_model"
+) -> PeftConfig:
     """Build a method's PEFT config: its defaults, what a recipe changes, and what makes it this method.
 
     Args:
         method: The method.
         config: Fields that a recipe sets.
         base: Folder of the base, whose tokenizer a learned prompt that starts as text needs.
+        kind: What the base is.
     """
-    fields = {**method.defaults, **config, **method.fixed}
+    fields = {**method.defaults, **config, **method.fixed, "task_type": _TASKS[kind]}
     if fields.get("prompt_tuning_init") == "TEXT":
         fields["tokenizer_name_or_path"] = base
     if method.name == "eva":
@@ -81,21 +92,41 @@ def adapter_config(method: Method, config: Mapping[str, Any], *, base: str) -> P
 
 
 def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Add an adapter of `config`, its weights as PEFT draws them and in the dtype of the rule above."""
+    """Add an adapter of `config`, its weights as PEFT draws them and in the dtype of the rule above.
+
+    Raises:
+        MethodError: The base has a new head, and PEFT does not train it with this config.
+    """
     from peft import get_peft_model
 
-    base = {id(parameter) for parameter in model.parameters()}
+    base, heads = {id(parameter) for parameter in model.parameters()}, head_names(model)
     with warnings.catch_warnings():
         # EVA's batches fit beside the random weights that it replaces; and PEFT asks the model by an old name.
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
         warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")
         adapted: Any = get_peft_model(model, config)
+    base |= {id(parameter) for parameter in _trained_heads(adapted, heads)}
     for parameter in adapted.parameters():
         if id(parameter) not in base and not config.is_adaption_prompt:
             parameter.data = parameter.data.to(torch.float32)
-    if config.is_prompt_learning:
+    if config.is_prompt_learning and not heads:
         generate_as_trained(adapted)
     return adapted  # type: ignore[no-any-return]  # `Any`, because upstream's types are wider than what it returns
+
+
+def _trained_heads(adapted: Any, heads: Sequence[str]) -> list[torch.nn.Parameter]:
+    """Return PEFT's trainable copies of the parameters of a head."""
+    parameters, found = dict(adapted.named_parameters()), []
+    for head in heads:
+        module, _, kind = head.rpartition(".")
+        copies = [name for name in parameters if name.endswith(f".{module}.modules_to_save.{ADAPTER}.{kind}")]
+        if not copies:
+            raise MethodError(
+                f"PEFT's `{type(adapted.peft_config[ADAPTER]).__name__}` leaves `{head}` as it was drawn, and a reward "
+                "model's head is new. Choose `lora`, or `full`."
+            )
+        found += [parameters[name] for name in copies]
+    return found
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

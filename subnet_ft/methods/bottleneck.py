@@ -51,6 +51,9 @@ class BottleneckConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = field(default=None)
     """Blocks to adapt, as PEFT matches names; `None`: the two of every decoder layer, found by structure."""
 
+    modules_to_save: list[str] | None = None
+    """Modules that are trained whole and saved beside the adapters: PEFT names a classifier's head here."""
+
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # upstream has no types here
         self.peft_type = PEFT_TYPE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from subnet_ft.checkpoints import Checkpoint
+from subnet_ft.checkpoints.models import kind_of
 from subnet_ft.methods.adapters import adapter_config, refusals_of, wrap
 from subnet_ft.methods.masks import trained_names
 from subnet_ft.recipe import MethodSpec, Recipe
@@ -29,4 +30,4 @@ def check_method(name: str, recipe: Recipe, base: Checkpoint) -> None:
     if method.trains == "adapter" and name != "shira":
         model = base.empty_model()
         with refusals_of(method, type(model).__name__), torch.random.fork_rng(devices=[]):
-            wrap(model, adapter_config(method, config, base=str(base.folder)))
+            wrap(model, adapter_config(method, config, base=str(base.folder), kind=kind_of(model)))

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 from subnet_ft.methods.adapters import adapter_config
 from subnet_ft.recipe import Recipe
-from subnet_ft.recipe.algorithms import trains_reward_model
 from subnet_ft.recipe.methods import HYPER_PARAMETERS, METHODS, Method
 from subnet_ft.recipe.parsing import Parser, did_you_mean, show
 from subnet_ft.recipe.ranges import Count, Range
@@ -33,6 +32,9 @@ _RANGES: dict[str, Any] = {
 
 _STARTS = (True, False, "gaussian", "orthogonal")
 """What `init_lora_weights` may be: the rest changes the base's weights, or looks at data as `eva` does."""
+
+_FOLLOWS = {"ppo": "value_trains", "prime": "prm_trains"}
+"""The field of `training` by which a second model may train what the policy trains of itself."""
 
 _ITSELF = "it is set by the method itself; remove it"
 _OWN_WEIGHTS = "it trains or changes weights of the base, which is frozen and the reference here; remove it"
@@ -74,7 +76,7 @@ def method_problems(
     for name in dict.fromkeys([recipe.method, *compared]):
         if name in METHODS:
             key = "method" if name == recipe.method else f"methods.{name}"
-            yield from ((key, reason) for reason in _with_algorithm(METHODS[name], recipe.algorithm))
+            yield from ((key, reason) for reason in _with_algorithm(METHODS[name], recipe))
     for name, spec in recipe.methods.items():
         if name not in METHODS:
             yield f"methods.{name}", f"unknown method{did_you_mean(name, METHODS)}"
@@ -90,13 +92,15 @@ def method_problems(
             yield from _config(METHODS[name], spec)
 
 
-def _with_algorithm(method: Method, algorithm: str) -> Iterator[str]:
-    if algorithm in method.refuses:
-        yield f"`{method.name}` cannot train with `{algorithm}`: {method.refuses[algorithm]}"
-    if trains_reward_model(algorithm) and method.name not in ("full", "subnet", "last_layers"):
+def _with_algorithm(method: Method, recipe: Recipe) -> Iterator[str]:
+    if recipe.algorithm in method.refuses:
+        yield f"`{method.name}` cannot train with `{recipe.algorithm}`: {method.refuses[recipe.algorithm]}"
+    follows = _FOLLOWS.get(recipe.algorithm)
+    # A section that is no map was reported when it was read.
+    if method.trains == "adapter" and follows is not None and (recipe.training or {}).get(follows) == "subnet":
         yield (
-            f"`{method.name}` leaves the new head of a reward model as it was drawn, and `{algorithm}` must train it; "
-            "choose `full`, `subnet`, or `last_layers` with `final_norm_and_head: true`"
+            f"`{method.name}` trains an adapter, so there is no mask of the policy to give a second model, as "
+            f"`training.{follows}: subnet` asks; set it to `full`"
         )
 
 

@@ -51,8 +51,8 @@ def start_from_activations(model: PeftModel, tokenizer: PreTrainedTokenizerBase,
         if len(vectors):  # a layer of rank 0 is the base's own again
             layer: Any = modules[name]
             layer.lora_A["default"].weight.data = vectors.to(torch.float32).contiguous()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" in name:  # not the head of a reward model
             parameter.data = parameter.data.to(torch.float32)
 
 

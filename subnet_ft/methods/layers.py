@@ -1,13 +1,26 @@
-"""The decoder layers of a model, found by its structure: no family is known by name."""
+"""The decoder layers of a model and its head, found by its structure: no family is known by name."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from subnet_ft.checkpoints.models import kind_of
 from subnet_ft.errors import MethodError
 
 if TYPE_CHECKING:
     import torch
+
+
+def head_names(model: torch.nn.Module) -> list[str]:
+    """Return the parameters of a reward model's head: those outside the decoder. A language model has none.
+
+    Args:
+        model: A model of transformers; on the meta device, too.
+    """
+    if kind_of(model) == "language_model":
+        return []
+    untyped: Any = model
+    return [name for name, _ in model.named_parameters() if not name.startswith(f"{untyped.base_model_prefix}.")]
 
 
 def decoder_layers(model: torch.nn.Module) -> tuple[str, list[torch.nn.Module]]:

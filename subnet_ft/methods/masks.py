@@ -11,7 +11,7 @@ import torch
 from subnet_ft.checkpoints import Checkpoint
 from subnet_ft.errors import MethodError
 from subnet_ft.masks import Provenance, SubnetMask, TensorMask, record_base
-from subnet_ft.methods.layers import decoder_layers
+from subnet_ft.methods.layers import decoder_layers, head_names
 from subnet_ft.recipe.methods import METHODS
 
 
@@ -32,7 +32,7 @@ class LastLayersConfig:
 
 @dataclass(frozen=True)
 class BitFitConfig:
-    """Training the bias terms only (Ben Zaken et al. 2022, arXiv 2106.10199)."""
+    """Training the bias terms only, and the head of a reward model (Ben Zaken et al. 2022, arXiv 2106.10199)."""
 
     terms: Literal["bias", "bias_and_norm"] = "bias"
     """`bias`: every parameter that is a bias. `bias_and_norm`: the weights of norms, too; most models of today have no
@@ -94,12 +94,14 @@ def _after_layers(checkpoint: Checkpoint, stack: str) -> list[str]:
 
 
 def _bitfit(checkpoint: Checkpoint, config: BitFitConfig) -> list[str]:
-    kinds = {name: name.rpartition(".")[2] for name in checkpoint.specs}
+    # The head of a reward model is new and trained in any case, as the paper's task heads are.
+    head = head_names(checkpoint.empty_model())
+    kinds = {name: name.rpartition(".")[2] for name in checkpoint.specs if name not in head}
     biases = [name for name, kind in kinds.items() if kind == "bias"]
     norms = [name for name, kind in kinds.items() if kind == "weight" and len(checkpoint.specs[name].shape) == 1]
     chosen = biases if config.terms == "bias" else biases + norms
     if chosen:
-        return chosen
+        return chosen + head
     if norms:
         raise MethodError(
             f"`{checkpoint.name}` has no bias, so `bitfit` would train nothing. Its norms have {len(norms)} weight "

@@ -124,6 +124,9 @@ def find_recipe(path: str | Path) -> Path:
     )
 
 
+_READ_BY_MACHINE_CHECK = ("model", "methods", "reference", "subnet.optimizer", "teacher", "training")
+
+
 def _parse(
     tree: dict[str, Any],
     algorithms: Mapping[str, Mapping[str, Any]] | None,
@@ -146,9 +149,10 @@ def _parse(
         for key, message in check_methods(recipe, fields):
             parser.report(key, message)
     check_combinations(parser, recipe)
-    for key, message in check_machine(recipe) if check_machine is not None else ():
-        if parser.is_usable(key):
-            parser.report(key, message)
+    if check_machine is not None and all(parser.has(section) for section in _READ_BY_MACHINE_CHECK):
+        for key, message in check_machine(recipe):
+            if parser.is_usable(key):
+                parser.report(key, message)
     if not parser.problems and "max_new_tokens" not in (tree.get("evaluation") or {}):
         evaluation = dataclasses.replace(recipe.evaluation, max_new_tokens=_longest_answer(recipe))
         recipe = dataclasses.replace(recipe, evaluation=evaluation)

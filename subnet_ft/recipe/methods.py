@@ -11,9 +11,6 @@ from subnet_ft.recipe.algorithms import load_object
 if TYPE_CHECKING:
     from subnet_ft.recipe.schema import Recipe
 
-if TYPE_CHECKING:
-    from subnet_ft.recipe.schema import Recipe
-
 Trains = Literal["mask", "adapter"]
 """What a method trains: `mask`, a part of the model's own weights; `adapter`, weights added to a frozen one."""
 
@@ -55,7 +52,6 @@ class Method:
         return None if self.config is None else load_object(self.config)
 
 
-_CAUSAL = {"task_type": "CAUSAL_LM"}
 # Every linear layer but the output embedding, as in QLoRA; PEFT's own default is the query and value projections.
 _ALL_LINEAR = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 _TRAINS_A_COPY = "it trains a second model that starts as the base, and the base is in 4 bits; choose `lora`"
@@ -63,6 +59,8 @@ _WITHOUT_PROMPTS = {
     "distillation": "its trainer asks the model below the learned prompt, which would never be seen; choose `lora`"
 }
 _LONGER = "its trainer compares logits with labels one by one, and a learned prompt makes more logits; choose `lora`"
+_PADDED = "behind a learned prompt the reward would be read at the padding of a batch; choose `lora`"
+_WITHOUT_CACHE = "a learned prefix is a cache, and transformers' classifiers take none; choose `lora`"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -71,13 +69,13 @@ METHODS: dict[str, Method] = {
         Method("subnet", "mask", source="arXiv 2505.11711"),
         Method("last_layers", "mask", "subnet_ft.methods.masks:LastLayersConfig"),
         Method("bitfit", "mask", "subnet_ft.methods.masks:BitFitConfig", source="arXiv 2106.10199"),
-        Method("lora", "adapter", "peft:LoraConfig", _ALL_LINEAR, _CAUSAL, source="arXiv 2106.09685"),
+        Method("lora", "adapter", "peft:LoraConfig", _ALL_LINEAR, source="arXiv 2106.09685"),
         Method(
             "dora",
             "adapter",
             "peft:LoraConfig",
             _ALL_LINEAR,
-            {**_CAUSAL, "use_dora": True},
+            {"use_dora": True},
             source="arXiv 2402.09353",
         ),
         Method(
@@ -85,7 +83,7 @@ METHODS: dict[str, Method] = {
             "adapter",
             "peft:LoraConfig",
             _ALL_LINEAR,
-            {**_CAUSAL, "init_lora_weights": "eva"},
+            {"init_lora_weights": "eva"},
             source="arXiv 2410.07170",
         ),
         Method(
@@ -93,18 +91,16 @@ METHODS: dict[str, Method] = {
             "adapter",
             "peft:LoraConfig",
             _ALL_LINEAR,
-            _CAUSAL,
             refuses=dict.fromkeys(("ppo", "prime"), _TRAINS_A_COPY),
             is_quantized=True,
             source="arXiv 2305.14314",
         ),
-        Method("ia3", "adapter", "peft:IA3Config", fixed=_CAUSAL, source="arXiv 2205.05638"),
+        Method("ia3", "adapter", "peft:IA3Config", source="arXiv 2205.05638"),
         Method(
             "shira",
             "adapter",
             "peft:ShiraConfig",
             {"r": 16, "target_modules": "all-linear"},
-            _CAUSAL,
             source="arXiv 2406.13175",
         ),
         Method(
@@ -112,8 +108,7 @@ METHODS: dict[str, Method] = {
             "adapter",
             "peft:PromptTuningConfig",
             {"num_virtual_tokens": 16},
-            _CAUSAL,
-            refuses={**_WITHOUT_PROMPTS, **dict.fromkeys(("orpo", "simpo"), _LONGER)},
+            refuses={**_WITHOUT_PROMPTS, **dict.fromkeys(("orpo", "simpo"), _LONGER), "reward": _PADDED},
             source="arXiv 2104.08691",
         ),
         Method(
@@ -121,17 +116,15 @@ METHODS: dict[str, Method] = {
             "adapter",
             "peft:PrefixTuningConfig",
             {"num_virtual_tokens": 16},
-            _CAUSAL,
             # Its prefix is a cache, and layers that are computed again have none.
-            {"activation_checkpointing": False},
-            _WITHOUT_PROMPTS,
+            training={"activation_checkpointing": False},
+            refuses={**_WITHOUT_PROMPTS, "reward": _WITHOUT_CACHE},
             source="arXiv 2101.00190",
         ),
         Method(
             "adapters",
             "adapter",
             "subnet_ft.methods.bottleneck:BottleneckConfig",
-            fixed=_CAUSAL,
             source="arXiv 1902.00751",
         ),
         Method(
@@ -139,7 +132,7 @@ METHODS: dict[str, Method] = {
             "adapter",
             "peft:AdaptionPromptConfig",
             {"adapter_len": 16, "adapter_layers": 2},
-            _CAUSAL,
+            refuses={"reward": "PEFT trains no head beside it, and a reward model's is new; choose `lora`"},
             source="arXiv 2303.16199",
         ),
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import same_bits
 
-from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
+from subnet_ft.checkpoints.models import load_model, save_with_reward_head
+from subnet_ft.checkpoints.tiny import save_tiny, tiny_model, tiny_tokenizer
 from subnet_ft.errors import MethodError
 from subnet_ft.methods.adapters import adapter_config, adapter_mask, adapter_parameters, attach
 from subnet_ft.recipe.methods import METHODS
@@ -97,6 +99,38 @@ def test_adapter_mask_is_full_on_the_adapter_and_empty_on_the_base() -> None:
 def test_attach_refuses_what_cannot_be(family: str, name: str, config: dict[str, Any], message: str) -> None:
     with pytest.raises(MethodError, match=message):
         attach(tiny_model(family), tiny_tokenizer(), name, config, seed=0)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "eva", "ia3", "shira", "adapters"])
+def test_attach_trains_the_head_of_a_reward_model(name: str, tmp_path: Path) -> None:
+    """A copy of it, in the base's dtype; the base keeps its own, and the model starts as the base."""
+    save_with_reward_head(save_tiny("llama", tmp_path / "writer"), tmp_path / "base", dtype="bfloat16", seed=0)
+    model, tokenizer = load_model(tmp_path / "base", dtype="bfloat16", kind="reward_model")
+    head = dict(model.named_parameters())["score.weight"]
+    with torch.no_grad():
+        expected = model.eval()(IDS).logits
+    adapted: Any = attach(model, tokenizer, name, CONFIGS[name], seed=0, texts=TEXTS)
+    trained = adapter_parameters(adapted)
+    (key,) = [key for key in trained if "score" in key]
+    assert same_bits(trained[key].data, head.data)
+    assert trained[key] is not head
+    assert {p.dtype for other, p in trained.items() if other != key} == {torch.float32}
+    assert len(trained) == 1 + len(adapter_parameters(attached(name)))
+    with torch.no_grad():
+        if name != "dora":
+            assert same_bits(adapted.eval()(IDS).logits, expected)
+        trained[key].zero_()
+        assert not adapted.eval()(IDS).logits.any()
+        with adapted.disable_adapter():
+            assert same_bits(adapted(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["adaption_prompt"])
+def test_attach_refuses_to_leave_a_new_head_as_it_was_drawn(name: str, tmp_path: Path) -> None:
+    save_with_reward_head(save_tiny("llama", tmp_path / "writer"), tmp_path / "base", dtype="bfloat16", seed=0)
+    model, tokenizer = load_model(tmp_path / "base", dtype="bfloat16", kind="reward_model")
+    with pytest.raises(MethodError, match=r"`AdaptionPromptConfig` leaves `score\.weight` as it was drawn"):
+        attach(model, tokenizer, name, seed=0)
 
 
 def test_adapter_config_puts_the_recipe_over_defaults_and_under_what_is_fixed() -> None:

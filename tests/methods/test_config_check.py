@@ -95,6 +95,30 @@ def test_method_problems_are_listed_all_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    "name", [name for name in METHODS if name not in ("prompt_tuning", "prefix_tuning", "adaption_prompt")]
+)
+def test_method_problems_accepts_a_reward_model_with(name: str) -> None:
+    assert problems_of(f"method={name}", recipe="tiny/reward") == []
+
+
+@pytest.mark.parametrize(("recipe", "key"), [("tiny/ppo", "value_trains"), ("tiny/prime", "prm_trains")])
+def test_method_problems_names_an_adapter_whose_mask_a_second_model_would_get(recipe: str, key: str) -> None:
+    both = [f"training.{key}=subnet", "method=lora"]
+    (problem,) = problems_of(*both, recipe=recipe)
+    assert problem.startswith("method: `lora` trains an adapter, ")
+    assert f"`training.{key}: subnet`" in problem
+    (compared,) = problems_of(f"training.{key}=subnet", recipe=recipe, methods=["full", "bitfit", "lora"])
+    assert compared.startswith("methods.lora: `lora` trains an adapter, ")
+    assert problems_of("method=lora", recipe=recipe) == problems_of(f"training.{key}=subnet", recipe=recipe) == []
+
+
+@pytest.mark.parametrize("section", ["model", "methods", "reference", "subnet.optimizer", "teacher", "training"])
+def test_load_checked_recipe_reports_a_section_that_is_no_map(section: str) -> None:
+    expected = [f"{section}: must be a map of keys to values, got 3"]
+    assert problems_of(f"{section}=3", "method=lora", recipe="tiny/ppo") == expected
+
+
+@pytest.mark.parametrize(
     ("recipe", "method"),
     [
         ("tiny/orpo", "prompt_tuning"),
@@ -103,8 +127,9 @@ def test_method_problems_are_listed_all_at_once() -> None:
         ("tiny/distillation", "prefix_tuning"),
         ("tiny/ppo", "qlora"),
         ("tiny/prime", "qlora"),
-        ("tiny/reward", "lora"),
-        ("tiny/reward", "bitfit"),
+        ("tiny/reward", "prompt_tuning"),
+        ("tiny/reward", "prefix_tuning"),
+        ("tiny/reward", "adaption_prompt"),
     ],
 )
 def test_method_problems_names_what_does_not_go_with_an_algorithm(recipe: str, method: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from subnet_ft.checkpoints import open_checkpoint
-from subnet_ft.checkpoints.models import load_model
+from subnet_ft.checkpoints.models import load_model, save_with_reward_head
 from subnet_ft.checkpoints.tiny import FAMILIES, save_tiny
 from subnet_ft.errors import MaskMismatchError, MethodError
 from subnet_ft.masks import SubnetMask, extract
@@ -62,6 +62,16 @@ def test_bitfit_says_when_a_model_has_no_bias() -> None:
     assert trained(method_mask("bitfit", base, {"terms": "bias_and_norm"})) == {
         name for name in base.specs if name.endswith("norm.weight")
     }
+
+
+def test_bitfit_trains_the_head_of_a_reward_model_too(tmp_path: Path) -> None:
+    for family, terms in (("gpt_neox", "bias"), ("llama", "bias_and_norm")):
+        save_with_reward_head(open_checkpoint(f"tiny:{family}").folder, tmp_path / family, dtype="bfloat16", seed=0)
+        of_writer = trained(method_mask("bitfit", open_checkpoint(f"tiny:{family}"), {"terms": terms}))
+        mask = method_mask("bitfit", open_checkpoint(tmp_path / family), {"terms": terms})
+        assert trained(mask) == of_writer | {"score.weight"}
+    with pytest.raises(MethodError, match="no bias"):
+        method_mask("bitfit", open_checkpoint(tmp_path / "llama"))
 
 
 def test_method_mask_records_its_base_as_extraction_does(tmp_path: Path) -> None:
