@@ -30,7 +30,7 @@ test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2  ## Run the slow tests: rea
 feature-table: $(VENV)/.stamp-dev  ## Test every feature on every trainer, and write the results to docs/trainers.md.
 	$(PYTEST) tests/training/test_trainer_features.py -k restrict_on --write-feature-table docs/trainers.md
 
-algorithm-table: $(VENV)/.stamp-dev  ## Train with every algorithm, in full and in a subnetwork, and write the results to docs/algorithms.md.
+algorithm-table: $(VENV)/.stamp-dev  ## Train with every algorithm, in full, in a subnetwork and with LoRA, and write the results to docs/algorithms.md.
 	$(PYTEST) tests/test_algorithms_pipeline.py -k train_with --write-feature-table docs/algorithms.md
 
 method-table: $(VENV)/.stamp-dev  ## Train, save, load and judge with every method, and write the results to docs/methods.md.

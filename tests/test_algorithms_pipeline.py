@@ -1,4 +1,4 @@
-"""Every algorithm trains in full and in a subnetwork: each test is a cell of the table in `docs/algorithms.md`."""
+"""Every algorithm trains in full, in a subnetwork and with an adapter: each test is a cell of `docs/algorithms.md`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from typing import Any
 import pytest
 from feature_table import read_table
 from helpers import same_bits
+from peft import PeftModel
 from safetensors.torch import load_file
+from training.masked_runs import check_weights, same_weights, weights_of
 from transformers import PreTrainedModel
 
-from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.checkpoints import Checkpoint, open_checkpoint
+from subnet_ft.checkpoints.models import load_model
 from subnet_ft.masks import SubnetMask
+from subnet_ft.methods.adapters import ADAPTER, adapter_mask, adapter_parameters, attach
+from subnet_ft.methods.saved import load_trained
 from subnet_ft.pipeline import Pipeline, load_checked_recipe
 from subnet_ft.recipe import Recipe
+from subnet_ft.stages import TrainedStage
 from subnet_ft.training import ALGORITHMS, restrict
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "tiny"
-METHODS = ("full", "subnet")
+METHODS = ("full", "subnet", "lora")
 # Without it they have no reference model.
 KL = {"grpo": "beta=0.04", "rloo": "beta=0.04", "ppo": "kl_coef=0.05"}
 SHORT = [
@@ -48,7 +54,7 @@ def recipe(name: str, output: Path, *overrides: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return what trains an algorithm once in full and once in its subnetwork, and keeps the trainers of both runs."""
+    """Return what trains an algorithm once with every method, and keeps the trainers."""
     patch = pytest.MonkeyPatch()
     trainers: list[Any] = []
 
@@ -80,6 +86,18 @@ def test_train_with(name: str, method: str, trained: Any, record_property: Any) 
     assert stage.results["num_steps"] == 3
     own_base = stage.folder.parent / "base"  # of what adds a head to the model
     base = open_checkpoint(own_base if ALGORITHMS[name].model_kind == "reward_model" else "tiny:llama")
+    if method == "lora":
+        _check_adapter(trainer, base, stage, name)
+    else:
+        _check_weights(base, stage, method)
+    losses = [entry["loss"] for entry in json.loads((stage.folder / "log.json").read_text())[:-1]]
+    assert len(losses) == 3
+    _check_references(name, trainer, stage.results["memory"], base)
+    record_property("outcome", "yes")
+
+
+def _check_weights(base: Checkpoint, stage: TrainedStage, method: str) -> None:
+    """Outside the mask not a bit has moved, inside it most has."""
     tuned = load_file(stage.folder / "model.safetensors")
     assert tuned.keys() == base.specs.keys()
     mask = stage.mask or SubnetMask.full({key: tuple(spec.shape) for key, spec in base.specs.items()})
@@ -89,26 +107,41 @@ def test_train_with(name: str, method: str, trained: Any, record_property: Any) 
         moved += int((tuned[key] != weight).sum())
     assert mask.density == 1.0 if method == "full" else 0.0 < mask.density < 0.9
     assert moved > 0.5 * mask.num_trainable
-    losses = [entry["loss"] for entry in json.loads((stage.folder / "log.json").read_text())[:-1]]
-    assert len(losses) == 3
-    _check_references(name, trainer, stage.results["memory"])
-    record_property("outcome", "yes")
 
 
-def _check_references(name: str, trainer: Any, memory: dict[str, int]) -> None:
-    """Every model that the trainer holds beside its own is in the table, in the policy's dtype, and in the ledger."""
-    references = ALGORITHMS[name].references
-    others = {key for key, value in vars(trainer).items() if isinstance(value, PreTrainedModel)}
+def _check_adapter(trainer: Any, base: Checkpoint, stage: TrainedStage, algorithm: str) -> None:
+    """Under the adapter not a bit has moved, every tensor of it has, and it is saved as it ended."""
+    kind = ALGORITHMS[algorithm].model_kind
+    started, tokenizer = load_model(base.folder, dtype="bfloat16", kind=kind)
+    start = attach(started, tokenizer, "lora", seed=trainer.args.seed)
+    check_weights(trainer.model, adapter_mask(start), weights_of(start))
+    saved, _ = load_trained(stage.folder, base.folder, dtype="bfloat16", kind=kind)
+    same_weights(weights_of(saved), weights_of(trainer.model))
+    assert stage.results["num_trainable"] == sum(p.numel() for p in adapter_parameters(start).values())
+
+
+def _check_references(name: str, trainer: Any, memory: dict[str, int], base: Checkpoint) -> None:
+    """Every model that the trainer holds beside its own is in the table, in the policy's dtype, and in the ledger.
+
+    Under an adapter the reference is the policy's own base: no second model, no second adapter, and nothing counted.
+    """
+    references, is_adapter = ALGORITHMS[name].references, isinstance(trainer.model, PeftModel)
+    others = {key for key, value in vars(trainer).items() if isinstance(value, (PreTrainedModel, PeftModel))}
     extras = getattr(trainer, "checkpoint_extras", dict)()
     judge = {"teacher_model"} if ALGORITHMS[name].judge == "teacher" else set()
-    assert others - {"model", "model_wrapped", "_own_model"} <= {*references, *extras, *judge}
+    mine = {"model", "model_wrapped", "_own_model"}
+    assert others - mine <= {*(() if is_adapter else references), *extras, *judge}
     assert judge <= others & set(memory)
-    held = [getattr(trainer, key) for key in references]
+    held = [getattr(trainer, key) for key in references if key in others]
+    assert len(held) == (0 if is_adapter else len(references))
+    assert not is_adapter or list(trainer.model.peft_config) == [ADAPTER]
     assert all(model.dtype == trainer.model.dtype for model in held)
-    assert memory.get("reference_model", 0) == memory["weights"] * len(held)
+    size = sum(weight.nbytes for _, weight in base.tensors())
+    assert memory["weights"] >= size
+    assert memory.get("reference_model", 0) == size * len(held)
     for key, part in extras.items():
         assert memory[key] > 0
-        assert not hasattr(part, "parameters") or memory[key] >= memory["weights"]
+        assert not hasattr(part, "parameters") or memory[key] >= size
 
 
 def test_the_table_names_every_cell_with_its_outcome() -> None:
