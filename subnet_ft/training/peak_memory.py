@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import re
 from pathlib import Path
@@ -11,6 +13,12 @@ import torch
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what earlier runs in this process freed, where the C library can; else it counts again."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMemory:
@@ -29,6 +37,7 @@ class PeakMemory:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             return self
+        _return_freed_memory()
         try:
             _CLEAR.write_text("5")  # sets the peak back to what is resident now
             self._can_reset = True
