@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # What transformers deprecates inside TRL is nothing that a user of this command can change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)(\.|$)")
+    # PEFT names the cache of a learned prefix as transformers did before 5.24.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     logging.getLogger("subnet_ft").setLevel(logging.WARNING if options.quiet else logging.INFO)
     try:
         with stdout_for_results() as emit:

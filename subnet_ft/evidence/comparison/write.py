@@ -40,8 +40,7 @@ def rule_sentence(comparison: MethodComparison) -> str:
     """Say what the runs have in common and what the intervals are."""
     return (
         f"Every method trained from the same base on the same data, with seed {comparison.seed}, the same batches and "
-        f"the same number of steps. Accuracy: {_judged(comparison)}, with Wilson's {comparison.confidence * 100:g} % "
-        "interval; differences are paired, with Tango's. Training "
+        f"the same number of steps. {_judged(comparison)} Training "
         "memory is what lives from one step to the next, counted from the tensors. *Beside the base* is what a result "
         "needs in storage when the base is at hand: changed values and one bit per weight, counted, or the adapter's "
         "file."
@@ -50,8 +49,9 @@ def rule_sentence(comparison: MethodComparison) -> str:
 
 def _judged(comparison: MethodComparison) -> str:
     if not comparison.num_prompts:
-        return "not measured"
-    return wording.judged_sentence(comparison.judged_on, comparison.num_prompts)
+        return "Accuracy was not measured."
+    counted = wording.judged_sentence(comparison.judged_on, comparison.num_prompts)
+    return f"{counted}, with Wilson's {comparison.confidence * 100:g} % interval; differences are paired, with Tango's."
 
 
 def render_markdown(comparison: MethodComparison) -> str:
