@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from subnet_ft.evidence.comparison import plots, tables
 from subnet_ft.evidence.comparison.schema import MethodComparison
 from subnet_ft.evidence.report import wording
-from subnet_ft.evidence.report.html import PHONE, WIDE, Key
+from subnet_ft.evidence.report.html import Key, figure, templates
 from subnet_ft.evidence.report.markdown import escape, table
 from subnet_ft.evidence.report.tables import words
-from subnet_ft.evidence.report.write import replace_file
-
-_STEM = "comparison"
+from subnet_ft.evidence.report.write import write_files
 
 
 def write_comparison(comparison: MethodComparison, folder: str | Path) -> dict[str, Path]:
@@ -26,14 +23,8 @@ def write_comparison(comparison: MethodComparison, folder: str | Path) -> dict[s
     Returns:
         `json`, `md` and `html` to the file's path.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "json": json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "md": render_markdown(comparison),
-        "html": render_html(comparison),
-    }
-    return {kind: replace_file(folder / f"{_STEM}.{kind}", content) for kind, content in contents.items()}
+    pages = {"md": render_markdown(comparison), "html": render_html(comparison)}
+    return write_files(Path(folder) / "comparison", comparison.to_dict(), pages)
 
 
 def rule_sentence(comparison: MethodComparison) -> str:
@@ -69,17 +60,7 @@ def render_markdown(comparison: MethodComparison) -> str:
 
 def render_html(comparison: MethodComparison) -> str:
     """Return the comparison as one page that needs nothing else; every string is escaped."""
-    environment = Environment(
-        loader=ChoiceLoader(
-            [PackageLoader("subnet_ft.evidence.comparison"), PackageLoader("subnet_ft.evidence.report")]
-        ),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["typographic"] = wording.typographic
+    environment = templates("subnet_ft.evidence.comparison", "subnet_ft.evidence.report")
     page = environment.get_template("comparison.html.jinja").render(
         comparison=comparison,
         style=Markup(environment.get_template("style.css").render()),
@@ -92,8 +73,8 @@ def render_html(comparison: MethodComparison) -> str:
             "settings": tables.settings_table(comparison),
         },
         figures={
-            "accuracy": _figure(comparison, plots.accuracy_plot),
-            "memory": _figure(comparison, plots.memory_plot),
+            "accuracy": figure(partial(plots.accuracy_plot, comparison)),
+            "memory": figure(partial(plots.memory_plot, comparison)),
         },
         memory_keys=[
             Key(f"part-{index % 6 + 1}", words(part)) for index, part in enumerate(plots.memory_parts(comparison))
@@ -102,11 +83,3 @@ def render_html(comparison: MethodComparison) -> str:
         hardware=json.dumps(comparison.environment, indent=2, ensure_ascii=False),
     )
     return str(page)
-
-
-def _figure(comparison: MethodComparison, draw: Callable[[MethodComparison, float], str | None]) -> Markup | None:
-    wide, phone = draw(comparison, WIDE), draw(comparison, PHONE)
-    if wide is None or phone is None:
-        return None
-    # Svg escapes whatever enters it, so its markup is safe as it is.
-    return Markup(f'<div class="wide">{wide}</div><div class="phone">{phone}</div>')

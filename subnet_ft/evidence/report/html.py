@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from subnet_ft.evidence.report import curve_plots, mask_plots, plots, tables, wording
@@ -33,10 +34,10 @@ class Key:
     text: str
 
 
-def render_html(report: Report) -> str:
-    """Return the page; every string of the report is escaped."""
+def templates(*packages: str) -> Environment:
+    """Return the templates of these packages; every string that enters one is escaped."""
     environment = Environment(
-        loader=PackageLoader("subnet_ft.evidence.report"),
+        loader=ChoiceLoader([PackageLoader(package) for package in packages]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -44,6 +45,12 @@ def render_html(report: Report) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["typographic"] = wording.typographic
+    return environment
+
+
+def render_html(report: Report) -> str:
+    """Return the page; every string of the report is escaped."""
+    environment = templates("subnet_ft.evidence.report")
     style = environment.get_template("style.css").render()
     page = environment.get_template("report.html.jinja").render(
         report=report,
@@ -92,8 +99,12 @@ def render_html(report: Report) -> str:
 
 
 def _figure(report: Report, draw: Callable[[Report, float], str | None]) -> Markup | None:
+    return figure(partial(draw, report))
+
+
+def figure(draw: Callable[[float], str | None]) -> Markup | None:
     """Draw for a page and for a phone; the style sheet shows the one that fits."""
-    wide, phone = draw(report, WIDE), draw(report, PHONE)
+    wide, phone = draw(WIDE), draw(PHONE)
     if wide is None or phone is None:
         return None
     # Svg escapes whatever enters it, so its markup is safe as it is.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from subnet_ft.evidence.report.html import render_html
 from subnet_ft.evidence.report.markdown import render_markdown
@@ -20,14 +22,24 @@ def write_report(report: Report, folder: str | Path) -> dict[str, Path]:
     Returns:
         `json`, `md` and `html` to the file's path.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "json": json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "md": render_markdown(report),
-        "html": render_html(report),
-    }
-    return {kind: replace_file(folder / f"report.{kind}", content) for kind, content in contents.items()}
+    pages = {"md": render_markdown(report), "html": render_html(report)}
+    return write_files(Path(folder) / "report", report.to_dict(), pages)
+
+
+def write_files(stem: Path, fields: dict[str, Any], pages: Mapping[str, str]) -> dict[str, Path]:
+    """Write `stem.json` and a page `stem.KIND` for every kind; the folder is made if needed.
+
+    Args:
+        stem: Folder and name without a suffix.
+        fields: What the JSON file holds.
+        pages: Kind to text, rendered before the first file is replaced.
+
+    Returns:
+        `json` and every kind to the file's path.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    contents = {"json": json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n", **pages}
+    return {kind: replace_file(stem.with_suffix(f".{kind}"), content) for kind, content in contents.items()}
 
 
 def replace_file(path: Path, content: str) -> Path:
