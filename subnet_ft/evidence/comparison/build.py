@@ -106,7 +106,8 @@ def build_comparison(
                 num_trainable=entry.results["num_trainable"],
                 num_parameters=entry.results["num_parameters"],
                 num_steps=entry.results["num_steps"],
-                step_seconds=entry.results.get("step_seconds"),
+                # A run that was resumed after its last step has measured none.
+                step_seconds=entry.results.get("step_seconds") or None,
                 train_seconds=entry.results["train_seconds"],
                 resumed_from=entry.results.get("resumed_from"),
                 memory=dict(entry.results["memory"]),
