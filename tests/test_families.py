@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import re
@@ -76,9 +75,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str,
 
     @cache
     def run(model: str, algorithm: str) -> Trained:
-        # Every run collects garbage and spends its time on what was imported; frozen, that is passed over.
-        gc.collect()
-        gc.freeze()
         base = base_of(model, folder)
         settings = [*SHORT, *ALGORITHMS[algorithm], f"model.name={base}", f"output={folder / algorithm / model}"]
         full, subnet = (
@@ -90,7 +86,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str,
     folder = tmp_path_factory.mktemp("families")
     yield run
     patch.undo()
-    gc.unfreeze()
 
 
 def base_of(model: str, folder: Path) -> str:
