@@ -7,6 +7,7 @@ Half of the kills come at a random moment of the run, half at a random moment of
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import mmap
 import os
@@ -188,6 +189,9 @@ def main() -> None:
     options = parser.parse_args()
     chance = random.Random(options.seed)
     options.folder.mkdir(parents=True)
+    # What is imported stays out of the children's collections, which would copy every page of it.
+    gc.collect()
+    gc.freeze()
     reference = options.folder / "reference"
     run_seconds, save_seconds = undisturbed(options.name, reference)
     expected = contents(reference / f"checkpoint-{STEPS}")
