@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from subnet_ft.methods.adapters import adapter_config
 from subnet_ft.recipe import Recipe
+from subnet_ft.recipe.algorithms import trains_reward_model
 from subnet_ft.recipe.methods import HYPER_PARAMETERS, METHODS, Method
 from subnet_ft.recipe.parsing import Parser, did_you_mean, show
 from subnet_ft.recipe.ranges import Count, Range
@@ -95,6 +96,13 @@ def method_problems(
 def _with_algorithm(method: Method, recipe: Recipe) -> Iterator[str]:
     if recipe.algorithm in method.refuses:
         yield f"`{method.name}` cannot train with `{recipe.algorithm}`: {method.refuses[recipe.algorithm]}"
+    spec = (recipe.methods or {}).get(method.name)
+    with_head = spec is not None and (spec.config or {}).get("final_norm_and_head") is True
+    if method.name == "last_layers" and trains_reward_model(recipe.algorithm) and not with_head:
+        yield (
+            f"`last_layers` leaves the new head of a reward model as it was drawn, and `{recipe.algorithm}` must train "
+            "it; set `methods.last_layers.config.final_norm_and_head: true`"
+        )
     follows = _FOLLOWS.get(recipe.algorithm)
     # A section that is no map was reported when it was read.
     if method.trains == "adapter" and follows is not None and (recipe.training or {}).get(follows) == "subnet":

@@ -95,10 +95,20 @@ def test_method_problems_are_listed_all_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in METHODS if name not in ("prompt_tuning", "prefix_tuning", "adaption_prompt")]
+    "name",
+    [name for name in METHODS if name not in ("last_layers", "prompt_tuning", "prefix_tuning", "adaption_prompt")],
 )
 def test_method_problems_accepts_a_reward_model_with(name: str) -> None:
     assert problems_of(f"method={name}", recipe="tiny/reward") == []
+
+
+def test_method_problems_wants_the_head_of_a_reward_model_trained() -> None:
+    (problem,) = problems_of("method=last_layers", recipe="tiny/reward")
+    assert problem.startswith("method: `last_layers` leaves the new head of a reward model as it was drawn")
+    assert (
+        problems_of("methods.last_layers.config.final_norm_and_head=true", "method=last_layers", recipe="tiny/reward")
+        == []
+    )
 
 
 @pytest.mark.parametrize(("recipe", "key"), [("tiny/ppo", "value_trains"), ("tiny/prime", "prm_trains")])
