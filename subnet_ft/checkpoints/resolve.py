@@ -60,6 +60,12 @@ def resolve_checkpoint(name: str | Path, *, revision: str | None = None) -> Path
     return locate(name, revision=revision).folder
 
 
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name can only stand for a model on the Hub: no folder here, no file, no tiny model has it."""
+    is_ours = name.startswith((TINY_PREFIX, PACKAGE_PREFIX)) or name.endswith(".gguf")
+    return not is_ours and not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
+
+
 def locate(name: str | Path, *, revision: str | None = None) -> Location:
     """Return what `resolve_checkpoint` does, and the commit of a Hub id."""
     text = str(name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
 from subnet_ft.checkpoints.models import Kind, load_model, undo_upcasts
 from subnet_ft.checkpoints.quantized import Quantization
+from subnet_ft.checkpoints.resolve import is_hub_id
 from subnet_ft.errors import CheckpointError, CheckpointMismatchError
 from subnet_ft.masks import record_base
 from subnet_ft.methods.adapters import ADAPTER, wrap
@@ -51,6 +52,10 @@ def save_adapter(
         base: Folder of the checkpoint that the adapter was trained on.
         base_name: What the recipe calls it.
     """
+    if is_hub_id(base_name):
+        # Others who get the adapter have the Hub, not the folder of this machine's cache.
+        config: Any = model.peft_config[ADAPTER]
+        config.base_model_name_or_path = base_name
     # Without its row for every token: the vocabulary is the base's, and `auto` would look the base up on the Hub.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, all blanks

@@ -56,6 +56,16 @@ def test_load_trained_gives_the_same_logits_on_a_copy_of_the_base(saved: Path, t
     assert not [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
 
 
+@pytest.mark.parametrize("name", ["org/model", "tiny:llama", "package:wheel/model.Q4_1.gguf"])
+def test_save_adapter_names_a_base_of_the_hub_as_peft_wants_it(name: str, saved: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(saved / "base", dtype="bfloat16")
+    adapted = attach(model, tokenizer, "lora", {"r": 2}, seed=0)
+    save_adapter(adapted, tokenizer, tmp_path, method="lora", base=saved / "base", base_name=name)
+    written = json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"]
+    assert written == (name if name == "org/model" else str(saved / "base"))
+    load_trained(tmp_path, saved / "base", dtype="bfloat16")
+
+
 def test_load_trained_refuses_another_base(saved: Path, tmp_path: Path) -> None:
     other = save_tiny("llama", tmp_path / "other", seed=1)
     message = rf"\(lora\) was trained on `tiny:llama`, whose weights are not those of `{other}`.*`model\.name`"
