@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, learns_from, trains_reward_model
+from subnet_ft.recipe.evidence_rules import baselines, repeats, retention
+from subnet_ft.recipe.mask_rules import controls, mask_source
 from subnet_ft.recipe.parsing import Parser, show
 from subnet_ft.recipe.schema import Recipe
 from subnet_ft.recipe.task_schema import PairsSpec, TaskSpec
@@ -33,12 +35,15 @@ _REWARD = re.compile(r"correct|score|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 def check_combinations(parser: Parser, recipe: Recipe) -> None:
     """Apply every rule whose fields are usable; each problem is a dotted key and the end of a sentence."""
     rules: list[tuple[tuple[str, ...], Callable[[Recipe], Problems]]] = [
-        (("subnet.source",), _mask_source),
+        (("subnet.source", "training"), mask_source),
         (("subnet.optimizer.master", "subnet.optimizer.name", "model.dtype"), _optimizer),
         (("reference", "algorithm", "training"), _reference),
         (("subnet.optimizer.clip_norm", "subnet.log_norms", "training"), _whole_norm),
         (("subnet.audit_steps",), _audits),
-        (("controls",), _controls),
+        (("controls",), controls),
+        (("baselines",), baselines),
+        (("repeats", "seed"), repeats),
+        (("evaluation.retention", "evaluation.enabled", "algorithm"), retention),
         (("algorithm", "task.pairs", "task.dataset", "task.name", "task.completion"), _learning_data),
         (("algorithm", "teacher"), _teacher),
         (("algorithm", "task.rewards"), _task_rewards),
@@ -55,23 +60,9 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
         _check_task(parser, "task", recipe.task)
     if parser.has("evaluation.task") and recipe.evaluation.task is not None:
         _check_task(parser, "evaluation.task", recipe.evaluation.task)
-
-
-def _mask_source(recipe: Recipe) -> Problems:
-    source = recipe.subnet.source
-    if source.kind == "file":
-        if not source.path:
-            yield "subnet.source.path", "missing; `kind: file` needs the path of a mask file"
-        if source.criterion != "exact" or source.tolerance > 0:
-            yield "subnet.source.kind", "a mask file fixes the mask; remove `criterion` and `tolerance`"
-        return
-    if source.path is not None:
-        yield "subnet.source.path", f"only for `kind: file`, got {show(source.path)} with `kind: extract`"
-    if source.criterion == "exact" and source.tolerance > 0:
-        yield (
-            "subnet.source.tolerance",
-            f"must be 0 with `criterion: exact`, got {source.tolerance:g}; use `absolute` or `relative`",
-        )
+    if parser.is_usable("evaluation.retention") and recipe.evaluation.retention is not None:
+        for index, task in enumerate(recipe.evaluation.retention.tasks):
+            _check_task(parser, f"evaluation.retention.tasks[{index}]", task)
 
 
 def _optimizer(recipe: Recipe) -> Problems:
@@ -116,11 +107,6 @@ def _audits(recipe: Recipe) -> Problems:
     steps = recipe.subnet.audit_steps
     if steps is not None and steps < 1:
         yield "subnet.audit_steps", f"must be >= 1, or null for no audits, got {steps}"
-
-
-def _controls(recipe: Recipe) -> Problems:
-    for name in sorted({name for name in recipe.controls if recipe.controls.count(name) > 1}):
-        yield "controls", f"`{name}` is listed {recipe.controls.count(name)} times; once is enough"
 
 
 def _trains_on_rows(recipe: Recipe) -> bool:

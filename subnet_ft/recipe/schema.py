@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from subnet_ft.recipe.evidence_schema import EvidenceSpec, RepeatsSpec, RetentionSpec
+from subnet_ft.recipe.mask_schema import Control, SourceSpec
 from subnet_ft.recipe.ranges import Count, CountOrZero, Range
 from subnet_ft.recipe.task_schema import TaskSpec
 
 Dtype = Literal["bfloat16", "float32", "float16"]
-Criterion = Literal["exact", "absolute", "relative"]
-Control = Literal["uniform", "magnitude_matched"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +32,6 @@ class ModelSpec:
 
     attn_implementation: str | None = None
     """Passed to transformers (`sdpa`, `eager`, `flash_attention_2`, ...); `None` lets transformers choose."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceSpec:
-    """Where the subnetwork's mask comes from."""
-
-    kind: Literal["extract", "file"] = "extract"
-    """`extract`: the weights that the full run changed. `file`: a saved mask."""
-
-    criterion: Criterion = "exact"
-    """When a weight counts as changed: its bits differ, |delta| > tolerance, or |delta| > tolerance * |base|."""
-
-    tolerance: Annotated[float, Range(least=0.0)] = 0.0
-    """Tolerance of `absolute` and `relative`; 0 for `exact`."""
-
-    path: str | None = None
-    """The mask file of `kind: file`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +113,12 @@ class EvaluationSpec:
     task: TaskSpec | None = None
     """Judge on this task instead of the training task; required when training on a dataset of preferences or labels."""
 
+    agreement_prompts: CountOrZero = 200
+    """Held-out prompts on which the runs' output distributions are compared with the full run's; 0 for none."""
+
+    retention: RetentionSpec | None = None
+    """What to measure of the base's other abilities; `None`: nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -158,10 +147,19 @@ class Recipe:
     """The subnetwork run."""
 
     controls: list[Control] = field(default_factory=lambda: ["uniform", "magnitude_matched"])
-    """Random masks with as many trainable weights per tensor, each trained like the subnetwork."""
+    """Masks with as many trainable weights per tensor, chosen by other rules, each trained like the subnetwork."""
+
+    baselines: list[str] = field(default_factory=list)
+    """Other methods, such as `lora`, trained and judged beside the masks."""
+
+    repeats: RepeatsSpec = field(default_factory=RepeatsSpec)
+    """Runs with other seeds of training."""
 
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     """How the verdict is reached."""
+
+    evidence: EvidenceSpec = field(default_factory=EvidenceSpec)
+    """What is measured beside it."""
 
     output: str
     """Folder of the run, relative to where the command starts."""
