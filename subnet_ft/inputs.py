@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,30 @@ _NOT_COMPUTED = (
     "dataloader_num_workers", "disable_tqdm", "logging_first_step", "logging_steps", "logging_strategy", "report_to",
     "run_name", "save_steps", "save_strategy", "save_total_limit",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunVariant:
+    """How one training run departs from its recipe; the default does not.
+
+    Args:
+        seed: Another seed of training, on the recipe's own data.
+        stop_after: Stop after so many steps of the recipe's schedule, and keep the trainer's checkpoint there.
+        at_base: Learning rate 0, so that every gradient is one at the base.
+    """
+
+    seed: int | None = None
+    stop_after: int | None = None
+    at_base: bool = False
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """Return the recipe that this run trains by."""
+        if self.at_base:
+            recipe = replace(recipe, training={**recipe.training, "learning_rate": 0.0})
+        return recipe if self.seed is None else replace(recipe, seed=self.seed)
+
+
+AS_WRITTEN = RunVariant()
 
 
 class RunInputs:
@@ -149,17 +173,20 @@ class RunInputs:
             "seed": self.recipe.seed,
         }
 
-    def of_training(self, mask: SubnetMask | None, method: str) -> dict[str, Any]:
+    def of_training(self, mask: SubnetMask | None, method: str, variant: RunVariant = AS_WRITTEN) -> dict[str, Any]:
         """What a training run depends on.
 
         Args:
             mask: `None` where a method trains all weights, or added ones.
             method: Whose settings apply.
+            variant: How the run departs from the recipe.
         """
-        recipe = self.recipe
+        recipe = variant.of(self.recipe)
         training = training_of(recipe, method)
         settings = recipe.methods.get(method, MethodSpec())
-        own = {} if method in ("full", "subnet") else {"method": method, "config": settings.config}
+        own: dict[str, Any] = {} if method in ("full", "subnet") else {"method": method, "config": settings.config}
+        if variant.stop_after is not None:
+            own["stop_after"] = variant.stop_after
         return {
             "base": self.base_sha256,
             "model": self.of_loading(),

@@ -6,7 +6,6 @@ import gc
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,15 @@ from subnet_ft.environment import environment
 from subnet_ft.errors import StageError
 from subnet_ft.evidence.report import Report, write_report
 from subnet_ft.held_out import HeldOut, HeldOutPairs, held_out, judge
-from subnet_ft.inputs import RunInputs
-from subnet_ft.masks import SubnetMask, control_mask, extract
+from subnet_ft.inputs import AS_WRITTEN, RunInputs, RunVariant
+from subnet_ft.mask_stages import MASK_SUFFIX, MaskStages
+from subnet_ft.masks import SubnetMask, control_mask
 from subnet_ft.methods.check import check_method
 from subnet_ft.methods.config_check import method_problems
 from subnet_ft.methods.masks import method_mask
 from subnet_ft.recipe import MethodSpec, Recipe, load_recipe, save_recipe
 from subnet_ft.recipe.methods import METHODS
-from subnet_ft.run_report import run_report
+from subnet_ft.run_report import Runs, run_report
 from subnet_ft.stages import TrainedStage, finished_results, run_stage, write_json
 from subnet_ft.training import config_fields, train
 from subnet_ft.training.config_check import config_problems
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MASK_FILE = "mask.subnet.safetensors"
 RECIPE_FILE = "recipe.resolved.yaml"
 
 _WITHOUT_MASK = {"mask": "every weight", "adapter": "added weights"}
@@ -87,12 +86,16 @@ class Pipeline:
     def run(self) -> Report:
         """Do every stage that is not done yet, and write the report."""
         self.start()
+        for name in self.recipe.baselines:
+            check_method(name, self.recipe, self.inputs.base)
         _ = self.held_out  # too few pairs to judge by are better known before hours of training
         full = self.full_run()
         mask = self.mask(full)
         subnet = self.masked_run("subnet", mask)
         controls = {f"control-{kind}": self.control_run(kind, mask) for kind in self.recipe.controls}
-        return self.report(full, subnet, controls)
+        baselines = {name: self.method_run(name) for name in self.recipe.baselines}
+        repeats = {seed: self.repeat(seed) for seed in self.recipe.repeats.seeds}
+        return self.report(Runs(full, subnet, controls, baselines, repeats))
 
     def train(self) -> TrainedStage:
         """Do the one run that the recipe's `method` names."""
@@ -120,9 +123,9 @@ class Pipeline:
         """Train every weight."""
         return self._train("full", None, "full")
 
-    def masked_run(self, name: str, mask: SubnetMask) -> TrainedStage:
+    def masked_run(self, name: str, mask: SubnetMask, variant: RunVariant = AS_WRITTEN) -> TrainedStage:
         """Train the weights of `mask` from the base, with everything else as in the full run."""
-        return self._train(name, mask, "subnet")
+        return self._train(name, mask, "subnet", variant)
 
     def method_run(self, method: str) -> TrainedStage:
         """Train what a method trains, with its settings, in a stage of its name."""
@@ -137,59 +140,64 @@ class Pipeline:
         return self._train(method, method_mask(method, self.inputs.base, settings.config, dtype=dtype), method)
 
     def _mask_of_finished(self) -> SubnetMask:
-        if self.recipe.subnet.source.kind == "file":
-            return self.inputs.mask_from_file()
+        if self.recipe.subnet.source.kind != "extract":
+            return self.masks.of_source(self.recipe.subnet.source)
         results = finished_results(self.folder / "full", self._training_inputs(None, "full"))
         if results is None:
             raise StageError(
                 f"`method: subnet` extracts its mask from the full run, and `{self.folder / 'full'}` holds no finished "
-                "one of this recipe. Train with `method=full` first, or set `subnet.source.kind` to `file`."
+                "one of this recipe. Train with `method=full` first, or choose another `subnet.source.kind`."
             )
         return self.mask(self._checked("full", None, results))
 
     def mask(self, full: TrainedStage) -> SubnetMask:
         """Make the subnetwork's mask, or load the one that the recipe names."""
         source = self.recipe.subnet.source
-        if source.kind == "file":
-            return self.inputs.mask_from_file()
+        return self.masks.extracted(full) if source.kind == "extract" else self.masks.of_source(source)
 
-        def work(folder: Path) -> dict[str, Any]:
-            mask = extract(
-                self.inputs.base,
-                full.folder,
-                criterion=source.criterion,
-                tolerance=source.tolerance,
-                dtype=compare_dtype(self.inputs.base, self.recipe),
-                progress=self.progress,
-            )
-            if not mask.num_trainable:
-                raise StageError(
-                    f"The full run changed no weight by the criterion `{source.criterion}` with tolerance "
-                    f"{source.tolerance:g}, so there is no subnetwork. Train longer or with a larger learning rate "
-                    "(`training`), or lower `subnet.source.tolerance`."
-                )
-            mask.save(self.folder / MASK_FILE)
-            return {"fingerprint": mask.fingerprint, "density": mask.density}
+    @cached_property
+    def masks(self) -> MaskStages:
+        """Makes this run's masks."""
+        return MaskStages(self.inputs, self.folder, self.probe, overwrite=self.overwrite, progress=self.progress)
 
-        path = self.folder / MASK_FILE
-        logger.info("mask: comparing the full run with its base")
-        inputs = {"base": self.inputs.base_sha256, "full": full.results["sha256"], "source": asdict(source)}
-        # The mask of a subnetwork run that is there belongs to it and is not replaced without being asked.
-        used = (self.folder / "subnet").is_dir()
-        results = run_stage(
-            self.folder / "mask", inputs, work, overwrite=self.overwrite, cheap=not used, products=[path]
-        )
-        mask = SubnetMask.load(path)
-        if mask.fingerprint != results["fingerprint"]:
-            raise StageError(f"`{path}` is not the mask that this run extracted. Remove it to extract it again.")
-        return mask
+    def repeat(self, seed: int) -> dict[str, TrainedStage]:
+        """Do with another seed of training what the recipe repeats; stages have the names of the first seed's."""
+        variant, within, what = RunVariant(seed=seed), f"seed-{seed}/", self.recipe.repeats.runs
+        stages = {"full": self._train(f"{within}full", None, "full", variant)}
+        if what == "full":
+            return stages
+        source, named = self.recipe.subnet.source, {"name": f"{within}mask", "user": f"{within}subnet"}
+        if source.kind == "extract":
+            mask = self.masks.extracted(stages["full"], **named)
+        else:
+            mask = self.masks.of_source(source, seed=seed, **named)
+        stages["subnet"] = self.masked_run(f"{within}subnet", mask, variant)
+        if what == "all":
+            for kind in self.recipe.controls:
+                stages[f"control-{kind}"] = self.control_run(kind, mask, within=within, variant=variant)
+        return stages
 
-    def control_run(self, kind: str, mask: SubnetMask) -> TrainedStage:
-        """Draw a control of the mask's size and train it."""
-        weights = self.inputs.base.tensors() if kind == "magnitude_matched" else None
-        control = control_mask(mask, kind, seed=self.recipe.seed, weights=weights)
-        stage = self.masked_run(f"control-{kind}", control)
-        control.save(self.folder / f"control-{kind}.subnet.safetensors")
+    def probe(self, variant: RunVariant) -> TrainedStage:
+        """Do the first steps of a full run, and keep its trainer checkpoint with the optimizer's state."""
+        seed = "" if variant.seed is None else f"seed-{variant.seed}/"
+        what = "probe-at-base" if variant.at_base else "probe"
+        return self._train(f"{seed}{what}-{variant.stop_after}", None, "full", variant)
+
+    def control_run(
+        self, kind: str, mask: SubnetMask, *, within: str = "", variant: RunVariant = AS_WRITTEN
+    ) -> TrainedStage:
+        """Draw a control of the mask's size and train it.
+
+        Args:
+            kind: Of the control.
+            mask: What it is a control of.
+            within: Prefix of the stage's name.
+            variant: How the run departs from the recipe; its seed is that of the draw, too.
+        """
+        control = control_mask(mask, kind, seed=variant.of(self.recipe).seed, weights=self.inputs.base.tensors())
+        name = f"{within}control-{kind}"
+        stage = self.masked_run(name, control, variant)
+        control.save(self.folder / f"{name}{MASK_SUFFIX}")
         return stage
 
     def answers(
@@ -228,24 +236,23 @@ class Pipeline:
         records: list[dict[str, Any]] = json.loads(path.read_text())
         return records
 
-    def report(self, full: TrainedStage, subnet: TrainedStage, controls: dict[str, TrainedStage]) -> Report:
-        """Evaluate every model, compare their weights, and write the report's three files."""
-        trained = {"full": full, "subnet": subnet, **controls}
-        records = {"base": self.answers("base"), **{name: self.answers(name, run) for name, run in trained.items()}}
+    def report(self, runs: Runs) -> Report:
+        """Evaluate every model, gather the evidence, and write the report's three files."""
+        records = {"base": self.answers("base"), **{name: self.answers(name, run) for name, run in runs.all.items()}}
         logger.info("verify: comparing weights")
         notes = self.held_out.not_measured if isinstance(self.held_out, HeldOutPairs) else ()
-        report = run_report(self.inputs, self.folder, trained, records, not_measured=notes)
-        self._describe(full)
+        report = run_report(self.inputs, self.folder, runs, records, not_measured=notes)
+        self._describe(runs.full)
         write_report(report, self.folder)
         return report
 
-    def _train(self, name: str, mask: SubnetMask | None, method: str) -> TrainedStage:
+    def _train(self, name: str, mask: SubnetMask | None, method: str, variant: RunVariant = AS_WRITTEN) -> TrainedStage:
         folder = self.folder / name
 
         def work(folder: Path) -> dict[str, Any]:
-            save_recipe(self.recipe, folder / RECIPE_FILE)
+            save_recipe(variant.of(self.recipe), folder / RECIPE_FILE)
             run = train(
-                self.recipe,
+                variant.of(self.recipe),
                 base=self.inputs.base.folder,
                 folder=folder,
                 mask=mask,
@@ -253,6 +260,7 @@ class Pipeline:
                 dataset=self.dataset,
                 task=self.inputs.data.task if self.inputs.needs_rewards else None,
                 teacher=None if self.inputs.teacher is None else self.inputs.teacher.folder,
+                stop_after=variant.stop_after,
                 progress=self.progress,
             )
             gc.collect()
@@ -273,10 +281,13 @@ class Pipeline:
         if mask is not None:
             what = f"{mask.num_trainable:,} of {mask.num_parameters:,} weights"
         logger.info("%s: %s on %s", name, self.recipe.algorithm, what)
-        inputs = self._training_inputs(mask, method)
-        results = run_stage(folder, inputs, work, overwrite=self.overwrite, products=[folder / LOG])
+        inputs = self._training_inputs(mask, method, variant)
+        products = [folder / LOG]
+        if variant.stop_after is not None:
+            products.append(folder / TRAINER / f"checkpoint-{variant.stop_after}")
+        results = run_stage(folder, inputs, work, overwrite=self.overwrite, products=products)
         stage = self._checked(name, mask, results)
-        if not self.recipe.keep_checkpoints:
+        if not self.recipe.keep_checkpoints and variant.stop_after is None:
             # Only now: while `stage.json` was not there, the run might have had to resume.
             remove_checkpoints(folder / TRAINER)
         if not (self.folder / RECIPE_FILE).exists():
@@ -292,10 +303,12 @@ class Pipeline:
             )
         return TrainedStage(folder, mask, results)
 
-    def _training_inputs(self, mask: SubnetMask | None, method: str) -> dict[str, Any]:
+    def _training_inputs(
+        self, mask: SubnetMask | None, method: str, variant: RunVariant = AS_WRITTEN
+    ) -> dict[str, Any]:
         known = self.inputs.learns_from == "prompts" or self.inputs.data.rows is not None
         made = {} if known else {"rows": json_sha256(self.dataset)}
-        return {**self.inputs.of_training(mask, method), **made}
+        return {**self.inputs.of_training(mask, method, variant), **made}
 
     def _describe(self, stage: TrainedStage) -> None:
         """Write down what this folder holds: at its first stage, and when all stages have accepted the recipe."""

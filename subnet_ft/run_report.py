@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,40 @@ from subnet_ft.training.run import LOG
 from subnet_ft.verification import compare_dtype
 
 
+@dataclass(frozen=True)
+class Runs:
+    """The trained stages of a run.
+
+    Args:
+        full: The full run.
+        subnet: The subnetwork run.
+        controls: Name to control, such as `control-uniform`.
+        baselines: Method to its run.
+        repeats: Seed to what was repeated with it, under the names of the first seed's stages.
+    """
+
+    full: TrainedStage
+    subnet: TrainedStage
+    controls: Mapping[str, TrainedStage] = field(default_factory=dict)
+    baselines: Mapping[str, TrainedStage] = field(default_factory=dict)
+    repeats: Mapping[int, Mapping[str, TrainedStage]] = field(default_factory=dict)
+
+    @property
+    def masked(self) -> dict[str, TrainedStage]:
+        """Full run, subnetwork run and controls, by name."""
+        return {"full": self.full, "subnet": self.subnet, **self.controls}
+
+    @property
+    def all(self) -> dict[str, TrainedStage]:
+        """Every run by its name; a repeated one has the seed's folder before it, as in `seed-1/full`."""
+        repeated = {f"seed-{seed}/{name}": run for seed, stages in self.repeats.items() for name, run in stages.items()}
+        return {**self.masked, **self.baselines, **repeated}
+
+
 def run_report(
     inputs: RunInputs,
     folder: Path,
-    trained: Mapping[str, TrainedStage],
+    runs: Runs,
     records: Mapping[str, list[dict[str, Any]] | None],
     *,
     not_measured: Sequence[str] = (),
@@ -31,11 +62,11 @@ def run_report(
     Args:
         inputs: The recipe with its base.
         folder: The run's folder.
-        trained: `full`, `subnet` and the controls.
-        records: What each of them and `base` answered; `None` where evaluation is off.
+        runs: What was trained.
+        records: What each of them and `base` answered, by name; `None` where evaluation is off.
         not_measured: Further sentences for the section of that name.
     """
-    recipe, subnet = inputs.recipe, trained["subnet"]
+    recipe, trained, subnet = inputs.recipe, runs.masked, runs.subnet
     weights = compare_weights(
         inputs.base,
         open_checkpoint(trained["full"].folder),

@@ -47,6 +47,14 @@ ARROWS: dict[str, set[str]] = {
         "stages",
         "environment",
     },
+    "mask_stages": {
+        *_WEIGHTS,
+        "inputs",
+        "recipe",
+        "training",
+        "stages",
+        "verification",
+    },
     "run_report": {
         *_WEIGHTS,
         "inputs",
@@ -58,6 +66,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "pipeline": {
         *_WEIGHTS,
+        "mask_stages",
         "run_report",
         "methods",
         "tasks",

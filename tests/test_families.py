@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import FAMILIES, save_tiny
 from subnet_ft.cli import main
+from subnet_ft.mask_stages import MASK_FILE
 from subnet_ft.masks import SubnetMask, extract
-from subnet_ft.pipeline import MASK_FILE, Pipeline, load_checked_recipe
+from subnet_ft.pipeline import Pipeline, load_checked_recipe
 from subnet_ft.stages import TrainedStage
 from subnet_ft.training import restrict
 

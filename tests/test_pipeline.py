@@ -112,8 +112,8 @@ def test_pipeline_does_nothing_twice(run_folder: Path, monkeypatch: pytest.Monke
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a finished stage was repeated")
 
-    for name in ("train", "judge", "extract"):
-        monkeypatch.setattr(f"subnet_ft.pipeline.{name}", never)
+    for name in ("pipeline.train", "pipeline.judge", "mask_stages.extract"):
+        monkeypatch.setattr(f"subnet_ft.{name}", never)
     monkeypatch.setattr("subnet_ft.training_data.build_once", never)
     before = (run_folder / "full" / "stage.json").read_text()
     Pipeline(recipe(run_folder.name, run_folder)).run()

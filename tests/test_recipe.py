@@ -73,8 +73,8 @@ def test_load_recipe_reports_every_problem_at_once(tmp_path: Path) -> None:
         ("model.dtype=int8", 'model.dtype: must be one of bfloat16, float32, float16, got "int8"'),
         (
             "controls=[unifrom]",
-            "controls[0]: must be one of uniform, magnitude_matched, inverted, layer_permuted, low_magnitude, principal, "
-            'non_principal, got "unifrom"; did you mean `uniform`?',
+            "controls[0]: must be one of uniform, magnitude_matched, inverted, layer_permuted, low_magnitude, "
+            'principal, non_principal, got "unifrom"; did you mean `uniform`?',
         ),
         ("controls=[uniform, uniform]", "controls: `uniform` is listed 2 times; once is enough"),
         ("evaluation.margin=0", "evaluation.margin: must be > 0 and < 1, got 0"),

@@ -74,7 +74,7 @@ def method_problems(
     """
     if recipe.method not in METHODS:
         yield "method", f"unknown, got {show(recipe.method)}{did_you_mean(recipe.method, METHODS)}"
-    for name in dict.fromkeys([recipe.method, *compared]):
+    for name in dict.fromkeys([recipe.method, *recipe.baselines, *compared]):
         if name in METHODS:
             key = "method" if name == recipe.method else f"methods.{name}"
             yield from ((key, reason) for reason in _with_algorithm(METHODS[name], recipe))

@@ -38,7 +38,7 @@ def platform_problems(recipe: Recipe, *, methods: Sequence[str] = (), quantizati
     Yields:
         A dotted key, or an option of the command line, and the end of a sentence.
     """
-    for name in dict.fromkeys([recipe.method, *methods]):
+    for name in dict.fromkeys([recipe.method, *recipe.baselines, *methods]):
         held = METHODS[name].quantization if name in METHODS else None
         if held is not None:
             key = "method" if name == recipe.method else f"methods.{name}"
@@ -93,7 +93,7 @@ def _reference(recipe: Recipe, methods: Sequence[str]) -> Problems:
         return
     key = "reference.quantization"
     yield from _quantized(key, f"the reference model cannot be held in {kind}", kind)
-    for name in dict.fromkeys([recipe.method, *methods]):
+    for name in dict.fromkeys([recipe.method, *recipe.baselines, *methods]):
         if name in METHODS and METHODS[name].trains == "adapter":
             yield key, f"`{name}` has no reference model of its own: the base under its adapter is one; set it to null"
     weight = known.reference_weight

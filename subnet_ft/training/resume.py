@@ -34,6 +34,25 @@ class NoSaveAtTheEnd(TrainerCallback):
     on_epoch_end = on_step_end
 
 
+class StopAfter(TrainerCallback):
+    """Ends training after a step of the schedule as it is, and saves a checkpoint there.
+
+    Args:
+        step: The last step, >= 1.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for the save and the stop."""
+        if state.global_step >= self.step:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
 def newest_complete(folder: Path) -> Path | None:
     """Return the newest checkpoint in a run's folder that is whole; those that are not are named in the log."""
     for path in sorted(_checkpoints(folder), key=_step, reverse=True):
@@ -86,10 +105,11 @@ def replayed(sampler: Any, epochs: int) -> Any:
     return sampler
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the trainer checkpoints of a finished run; the logs of `report_to` stay."""
+def remove_checkpoints(folder: Path, *, since: int = 0) -> None:
+    """Remove the trainer checkpoints of a run, those of step `since` and later; the logs of `report_to` stay."""
     for path in _checkpoints(folder):
-        remove(path)
+        if _step(path) >= since:
+            remove(path)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -90,6 +90,7 @@ def train(
     task: Task | None,
     teacher: Path | None = None,
     method: str = "full",
+    stop_after: int | None = None,
     progress: bool = False,
 ) -> TrainingRun:
     """Train from `base`, and save in `folder` an ordinary checkpoint, or the adapter of a method that trains one.
@@ -105,16 +106,18 @@ def train(
         task: Scores completions, for algorithms that need rewards; `None` for the others.
         teacher: Folder of the teacher's checkpoint, for algorithms that need one.
         method: A name in `METHODS`, whose settings in the recipe apply.
+        stop_after: Stop after this step of the schedule, and leave the trainer's checkpoint of it, with the optimizer's
+            state, in `folder/trainer`.
         progress: Show a bar on stderr.
 
     Raises:
         CheckpointError: Weights of the base have another dtype than the recipe's once they are loaded, or the teacher
             has another vocabulary.
         MethodError: The method cannot train this model.
-        TrainerError: There is less data than one batch.
+        TrainerError: There is less data than one batch, or than `stop_after` steps.
     """
     from subnet_ft.training.progress import show_progress
-    from subnet_ft.training.resume import NoSaveAtTheEnd, newest_complete
+    from subnet_ft.training.resume import NoSaveAtTheEnd, StopAfter, newest_complete, remove_checkpoints
     from subnet_ft.training.step_times import StepTimes
 
     spec = recipe.model
@@ -138,7 +141,12 @@ def train(
     elif mask is None:
         mask = full_mask(model) if METHODS[method].config is None else _mask_of(recipe, method, base)
     trainer = _build_trainer(recipe, METHODS[method], model, tokenizer, base, folder, dataset, task, teacher)
-    trainer.add_callback(NoSaveAtTheEnd())
+    if stop_after is None:
+        trainer.add_callback(NoSaveAtTheEnd())
+    else:
+        trainer.add_callback(StopAfter(stop_after))
+        # A run that was killed after its last save would go on beyond it.
+        remove_checkpoints(folder / TRAINER, since=stop_after)
     times = StepTimes()
     trainer.add_callback(times)
     show_progress(trainer, progress=progress)
@@ -164,6 +172,11 @@ def train(
         raise TrainerError(
             f"Not one step was trained: {len(dataset)} rows give no batch. Ask for more data (`task.num_train`, "
             "`task.pairs`), or lower `training.per_device_train_batch_size`."
+        )
+    if stop_after is not None and trainer.state.global_step < stop_after:
+        raise TrainerError(
+            f"Training ended after {trainer.state.global_step} steps, and its first {stop_after} were asked for. Ask "
+            "for fewer (`subnet.source.steps`), or train for longer (`training.max_steps`, `task.num_train`)."
         )
     if is_adapter:
         save_adapter(model, tokenizer, folder, method=method, base=base, base_name=spec.name)

@@ -1,0 +1,168 @@
+"""The stages that make a run's masks: from a finished run, from its first steps, or from the base alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from subnet_ft.errors import StageError
+from subnet_ft.inputs import RunInputs, RunVariant
+from subnet_ft.masks import SubnetMask, extract
+from subnet_ft.recipe import SourceSpec
+from subnet_ft.stages import TrainedStage, run_stage
+from subnet_ft.training.run import TRAINER
+from subnet_ft.verification import compare_dtype
+
+logger = logging.getLogger(__name__)
+
+MASK_SUFFIX = ".subnet.safetensors"
+MASK_FILE = f"mask{MASK_SUFFIX}"
+
+
+class MaskStages:
+    """Makes masks as stages of a run.
+
+    Args:
+        inputs: The recipe with its base.
+        folder: The run's folder.
+        probe: Does the first steps of a full run, and returns its stage.
+        overwrite: Replace a mask that a subnetwork run has trained under.
+        progress: Show progress bars on stderr.
+    """
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        folder: Path,
+        probe: Callable[[RunVariant], TrainedStage],
+        *,
+        overwrite: bool,
+        progress: bool,
+    ) -> None:
+        self.inputs = inputs
+        self.folder = folder
+        self.probe = probe
+        self.overwrite = overwrite
+        self.progress = progress
+
+    def extracted(self, full: TrainedStage, name: str = "mask", *, user: str = "subnet") -> SubnetMask:
+        """Compare a finished full run with the base, by the recipe's criterion.
+
+        Args:
+            full: The run.
+            name: Of the stage; the mask's file has the same.
+            user: Stage that trains under the mask.
+
+        Raises:
+            StageError: The run changed nothing, or the mask's file is another one.
+        """
+        source = self.inputs.recipe.subnet.source
+        inputs = {"full": full.results["sha256"], "source": _said(source)}
+        return self._made(name, inputs, lambda: self._compared(full, source), user=user)
+
+    def of_source(
+        self,
+        source: SourceSpec,
+        name: str = "mask",
+        *,
+        user: str = "subnet",
+        seed: int | None = None,
+    ) -> SubnetMask:
+        """Make a mask of a kind that needs no finished run.
+
+        Args:
+            source: Its kind and parameters.
+            name: Of the stage; the mask's file has the same.
+            user: Stage that trains under the mask.
+            seed: Of the training whose first steps are looked at, if not the recipe's.
+        """
+        if source.kind == "file":
+            return self.inputs.mask_from_file()
+        recipe, base = self.inputs.recipe, self.inputs.base
+        dtype = compare_dtype(base, recipe)
+        inputs: dict[str, Any] = {"source": _said(source)}
+        if source.steps is None:
+            assert source.density is not None  # the recipe was checked
+            density = source.density
+            inputs["seed"] = recipe.seed
+            from subnet_ft.masks import base_mask
+
+            return self._made(
+                name,
+                inputs,
+                lambda: base_mask(
+                    base, source.kind, density=density, seed=recipe.seed, dtype=dtype, progress=self.progress
+                ),
+                user=user,
+            )
+        # Large gradients at the base are those of a policy that stands still.
+        stage = self.probe(
+            RunVariant(seed=seed, stop_after=source.steps, at_base=source.kind in ("gradient", "fisher"))
+        )
+        inputs["probe"] = stage.results["sha256"]
+        return self._made(name, inputs, lambda: self._probed(stage, source), user=user)
+
+    def _probed(self, stage: TrainedStage, source: SourceSpec) -> SubnetMask:
+        recipe, base = self.inputs.recipe, self.inputs.base
+        dtype = compare_dtype(base, recipe)
+        if source.kind == "early":
+            mask = self._compared(stage, source)
+            return SubnetMask(mask.tensors, replace(mask.provenance, source={"kind": "early", "step": source.steps}))
+        from subnet_ft.masks.forecast import forecast_mask
+        from subnet_ft.masks.gradients import gradient_mask
+        from subnet_ft.training.moments import read_moments
+
+        moments = read_moments(stage.folder / TRAINER / f"checkpoint-{source.steps}")
+        assert source.density is not None
+        if source.kind == "forecast":
+            return forecast_mask(base, moments, density=source.density, dtype=dtype)
+        return gradient_mask(base, moments, source.kind, density=source.density, dtype=dtype)
+
+    def _compared(self, run: TrainedStage, source: SourceSpec) -> SubnetMask:
+        logger.info("mask: comparing %s with its base", run.folder.name)
+        return extract(
+            self.inputs.base,
+            run.folder,
+            criterion=source.criterion,
+            tolerance=source.tolerance,
+            dtype=compare_dtype(self.inputs.base, self.inputs.recipe),
+            progress=self.progress,
+        )
+
+    def _made(self, name: str, inputs: dict[str, Any], make: Callable[[], SubnetMask], *, user: str) -> SubnetMask:
+        path = self.folder / f"{name}{MASK_SUFFIX}"
+
+        def work(folder: Path) -> dict[str, Any]:
+            mask = make()
+            if not mask.num_trainable:
+                source = self.inputs.recipe.subnet.source
+                raise StageError(
+                    f"The run changed no weight by the criterion `{source.criterion}` with tolerance "
+                    f"{source.tolerance:g}, so there is no subnetwork. Train longer or with a larger learning rate "
+                    "(`training`), or lower `subnet.source.tolerance`."
+                )
+            mask.save(path)
+            return {"fingerprint": mask.fingerprint, "density": mask.density}
+
+        # The mask of a run that is there belongs to it and is not replaced without being asked.
+        used = (self.folder / user).is_dir()
+        results = run_stage(
+            self.folder / name,
+            {"base": self.inputs.base_sha256, **inputs},
+            work,
+            overwrite=self.overwrite,
+            cheap=not used,
+            products=[path],
+        )
+        mask = SubnetMask.load(path)
+        if mask.fingerprint != results["fingerprint"]:
+            raise StageError(f"`{path}` is not the mask that this run made. Remove it to make it again.")
+        return mask
+
+
+def _said(source: SourceSpec) -> dict[str, Any]:
+    """Return a source without the fields that its kind does not have."""
+    return {key: value for key, value in asdict(source).items() if value is not None or key == "path"}
