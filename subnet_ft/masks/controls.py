@@ -10,6 +10,7 @@ import torch
 
 import subnet_kernels
 from subnet_ft.errors import MaskError
+from subnet_ft.masks.magnitude import NUM_BINS, magnitude_bins
 from subnet_ft.masks.mask import SubnetMask, TensorMask
 from subnet_ft.masks.provenance import Provenance
 
@@ -20,7 +21,6 @@ CONTROLS = ("uniform", "magnitude_matched")
 
 _TILE = 1 << 20  # elements drawn at a time
 _SEGMENT = 1 << 29  # numpy's hypergeometric draws stop at 10**9; larger tensors are matched segment by segment
-_NUM_BINS = 1 << 11
 
 
 def control_mask(
@@ -81,15 +81,15 @@ def _draw_segment(
     random order inside the bin. Together that is a uniform draw, in memory bounded by the tile.
     """
     tiles = [slice(start, min(start + _TILE, drawn.numel())) for start in range(0, drawn.numel(), _TILE)]
-    population = np.zeros(_NUM_BINS, dtype=np.int64)
-    wanted = np.zeros(_NUM_BINS, dtype=np.int64)
+    population = np.zeros(NUM_BINS, dtype=np.int64)
+    wanted = np.zeros(NUM_BINS, dtype=np.int64)
     for tile in tiles:
         bins = _bins(weight, tile)
-        population += np.bincount(bins, minlength=_NUM_BINS)
-        wanted += np.bincount(bins[chosen[tile].numpy()], minlength=_NUM_BINS)
+        population += np.bincount(bins, minlength=NUM_BINS)
+        wanted += np.bincount(bins[chosen[tile].numpy()], minlength=NUM_BINS)
     for tile in tiles:
         bins = _bins(weight, tile)
-        here = np.bincount(bins, minlength=_NUM_BINS)
+        here = np.bincount(bins, minlength=NUM_BINS)
         take = rng.hypergeometric(wanted, population - wanted, here)
         order = np.argsort(
             (bins.astype(np.uint64) << np.uint64(48)) | rng.integers(1 << 48, size=bins.size, dtype=np.uint64)
@@ -104,8 +104,7 @@ def _bins(weight: torch.Tensor | None, tile: slice) -> np.ndarray:
     """Return the (n,) bin numbers of a tile: exponent and three mantissa bits of |w|, or all zero."""
     if weight is None:
         return np.zeros(tile.stop - tile.start, dtype=np.int64)
-    bits = weight[tile].cpu().float().contiguous().view(torch.int32).numpy()
-    return ((bits & 0x7FFFFFFF) >> 20).astype(np.int64)
+    return magnitude_bins(weight[tile])
 
 
 def _scattered(order: np.ndarray, values: np.ndarray) -> np.ndarray:
