@@ -211,31 +211,37 @@ class SubnetMask:
         Raises:
             MaskMismatchError: A dtype or fingerprint differs, or the record of the base lacks the tensor.
         """
+        if self.provenance.base is None:
+            return
+        for name, tensor in weights:
+            self.check_fingerprint(name, tensor.dtype, subnet_kernels.fingerprint(tensor))
+
+    def check_fingerprint(self, name: str, dtype: torch.dtype, sums: tuple[int, int]) -> None:
+        """Compare one tensor's dtype and `subnet_kernels.fingerprint` with the base; as `check_weights`."""
         base = self.provenance.base
         if base is None:
             return
-        for name, tensor in weights:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            expected_dtype = base.dtypes.get(name, dtype)
-            if dtype != expected_dtype:
-                undo = f"`subnet_ft.checkpoints.undo_upcasts(model, dtype='{expected_dtype}')`"
-                kept = f" If transformers keeps this weight in float32, call {undo}." if dtype == "float32" else ""
-                raise MaskMismatchError(
-                    f"`{name}` is {dtype} but the mask was compared in {expected_dtype} of {self._base_name()}. Load "
-                    f"the model in {expected_dtype}, or extract a mask from {dtype} checkpoints.{kept}"
-                )
-            if name not in base.fingerprints:
-                raise MaskMismatchError(
-                    f"The mask names {self._base_name()} as its base but has no fingerprint of `{name}`, so the base "
-                    "cannot be checked. Extract the mask again, or make it without a base in its provenance."
-                )
-            found = format_fingerprint(subnet_kernels.fingerprint(tensor))
-            if found != base.fingerprints[name]:
-                raise MaskMismatchError(
-                    f"The weights of `{name}` are not those that the mask was made for ({self._base_name()}): "
-                    f"fingerprint {found}, expected {base.fingerprints[name]}. Start from that base, or extract a "
-                    "mask for this one."
-                )
+        stored = str(dtype).removeprefix("torch.")
+        expected_dtype = base.dtypes.get(name, stored)
+        if stored != expected_dtype:
+            undo = f"`subnet_ft.checkpoints.undo_upcasts(model, dtype='{expected_dtype}')`"
+            kept = f" If transformers keeps this weight in float32, call {undo}." if stored == "float32" else ""
+            raise MaskMismatchError(
+                f"`{name}` is {stored} but the mask was compared in {expected_dtype} of {self._base_name()}. Load "
+                f"the model in {expected_dtype}, or extract a mask from {stored} checkpoints.{kept}"
+            )
+        if name not in base.fingerprints:
+            raise MaskMismatchError(
+                f"The mask names {self._base_name()} as its base but has no fingerprint of `{name}`, so the base "
+                "cannot be checked. Extract the mask again, or make it without a base in its provenance."
+            )
+        found = format_fingerprint(sums)
+        if found != base.fingerprints[name]:
+            raise MaskMismatchError(
+                f"The weights of `{name}` are not those that the mask was made for ({self._base_name()}): "
+                f"fingerprint {found}, expected {base.fingerprints[name]}. Start from that base, or extract a "
+                "mask for this one."
+            )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.tensors:
@@ -281,7 +287,7 @@ class SubnetMask:
         provenance_of: SubnetMask | None = None,
     ) -> SubnetMask:
         self.check_shapes({name: tensor.shape for name, tensor in other.tensors.items()})
-        self._check_same_base(other)
+        self.check_same_base(other)
         tensors = {
             name: TensorMask.build(operation(tensor.full_bits(), other.tensors[name].full_bits()), tensor.shape)
             for name, tensor in self.tensors.items()
@@ -294,7 +300,12 @@ class SubnetMask:
         compared_in = next((side.compare_dtype for side in owners if side.compare_dtype is not None), None)
         return SubnetMask(tensors, Provenance(base=owners[0].base, compare_dtype=compared_in, source=source))
 
-    def _check_same_base(self, other: SubnetMask) -> None:
+    def check_same_base(self, other: SubnetMask) -> None:
+        """Check that two masks were made for one base in one dtype; a mask that records no base goes with any.
+
+        Raises:
+            MaskMismatchError: The recorded weights differ.
+        """
         left, right = self.provenance.base, other.provenance.base
         if left is None or right is None:
             return
