@@ -47,6 +47,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         (GRPO, ["subnet.source.tolerance=1e-5"], "subnet.source.tolerance", "must be 0 with `criterion: exact`"),
         (
             GRPO,
+            ["subnet.optimizer.master=none", "model.dtype=float16"],
+            "subnet.optimizer.master",
+            "`none` rounds a bfloat16 weight, but `model.dtype` is float16",
+        ),
+        (
+            GRPO,
             ["subnet.optimizer.master=remainder", "model.dtype=float32"],
             "subnet.optimizer.master",
             "`model.dtype` is float32",

@@ -11,7 +11,7 @@ import torch
 import subnet_kernels
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim.base import MaskedBase
-from subnet_ft.optim.masters import check_master, master_dtype, new_masters
+from subnet_ft.optim.masters import check_master, forget_remainder, master_dtype, new_masters
 from subnet_ft.optim.parameters import NamedParameters
 from subnet_ft.optim.remap import remap
 from subnet_ft.optim.state import check_keys, checked_tensor
@@ -109,6 +109,9 @@ class FusedBase(MaskedBase):
         self._cache = {device: self._cache.get(device, {}) for device in batches}
         for device, batch in batches.items():
             self._run(batch, None if scale is None else scale.to(device), self._cache[device])
+        if self.master == "none":
+            for parameter in grads:
+                forget_remainder(self.state[parameter].get("master"))
         if counts:
             torch._foreach_add_(counts, 1.0)  # last, so that a refused step does not count
 

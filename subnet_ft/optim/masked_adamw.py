@@ -45,7 +45,7 @@ class MaskedAdamW(FusedBase):
         measure_full_norm: Let `grad_norms()` return both norms, under the conditions of `full`.
         nonfinite: What a step does with a gradient that is NaN or infinite on the mask (or in the norm that clipping
             goes by): `raise` an error, `skip` the step whole with a warning, or `ignore` it.
-        master: `fp32`, `remainder` or `stochastic`; see `subnet_ft.optim.masters.MASTERS`.
+        master: `fp32`, `remainder`, `stochastic` or `none`; see `subnet_ft.optim.masters.MASTERS`.
         seed: Of the random bits of `stochastic`; the same on every replica.
         compact_grads: Compact every gradient as soon as autograd has accumulated it, and free the dense one: gradients
             then take 4 bytes per trainable weight, and micro-batches add up in float32. False where something else

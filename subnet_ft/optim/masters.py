@@ -7,10 +7,12 @@ import torch
 import subnet_kernels
 from subnet_kernels import BitMask
 
-MASTERS = ("fp32", "remainder", "stochastic")
+MASTERS = ("fp32", "remainder", "stochastic", "none")
 """`fp32`: 4 bytes per trainable weight. `remainder`: for bfloat16 weights the low 16 bits of the master beside the
 weight, an exact float32 master for 2 bytes. `stochastic`: none; bfloat16 weights are rounded up or down at random so
-that the mean is exact. float32 weights are their own masters, and float16 ones always have `fp32` masters."""
+that the mean is exact. `none`: bfloat16 weights are rounded to nearest, and what is below their spacing is forgotten
+after every step, as in training without masters: for studies of what that loses. It saves no memory. float32 weights are
+their own masters, and float16 ones always have `fp32` masters."""
 
 
 def check_master(master: str) -> None:
@@ -24,7 +26,7 @@ def master_dtype(weight_dtype: torch.dtype, master: str) -> torch.dtype | None:
     if weight_dtype == torch.float32:
         return None
     if weight_dtype == torch.bfloat16 and master != "fp32":
-        return torch.int16 if master == "remainder" else None
+        return None if master == "stochastic" else torch.int16
     return torch.float32
 
 
@@ -34,6 +36,12 @@ def new_masters(weight: torch.Tensor, mask: BitMask, master: str) -> torch.Tenso
     if dtype == torch.int16:
         return torch.zeros(mask.count, dtype=torch.int16, device=weight.device)
     return None if dtype is None else subnet_kernels.gather(weight, mask)
+
+
+def forget_remainder(master: torch.Tensor | None) -> None:
+    """Make the rounded weights their own masters again: zero the (K,) remainders beside them, where there are any."""
+    if master is not None and master.dtype == torch.int16:
+        master.zero_()
 
 
 class Roundings:

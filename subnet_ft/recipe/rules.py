@@ -66,13 +66,14 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
 
 
 def _optimizer(recipe: Recipe) -> Problems:
-    if recipe.subnet.optimizer.master == "remainder" and recipe.model.dtype != "bfloat16":
+    master, what = recipe.subnet.optimizer.master, {"remainder": "completes", "none": "rounds"}
+    if master in what and recipe.model.dtype != "bfloat16":
         yield (
             "subnet.optimizer.master",
-            f"`remainder` completes a bfloat16 weight, but `model.dtype` is {recipe.model.dtype}; use `fp32`",
+            f"`{master}` {what[master]} a bfloat16 weight, but `model.dtype` is {recipe.model.dtype}; use `fp32`",
         )
-    elif recipe.subnet.optimizer.master == "remainder" and recipe.subnet.optimizer.name == "adamw_8bit":
-        yield "subnet.optimizer.master", "`remainder` is for `adamw` and `sgd`; `adamw_8bit` needs `fp32`"
+    elif master in what and recipe.subnet.optimizer.name == "adamw_8bit":
+        yield "subnet.optimizer.master", f"`{master}` is for `adamw` and `sgd`; `adamw_8bit` needs `fp32`"
 
 
 def _reference(recipe: Recipe) -> Problems:

@@ -43,8 +43,9 @@ class OptimizerSpec:
     4096 trainable weights in fp32; `sgd`: MaskedSGD without momentum. Learning rate, betas, epsilon, decay and clipping
     come from `training`."""
 
-    master: Literal["fp32", "remainder"] = "fp32"
-    """Exact fp32 master weights as 4 bytes each, or as a 2-byte remainder beside a bfloat16 weight."""
+    master: Literal["fp32", "remainder", "none"] = "fp32"
+    """Exact fp32 master weights as 4 bytes each, or as a 2-byte remainder beside a bfloat16 weight; `none`: what
+    rounding to bfloat16 loses at a step is lost, for studies of what that does (it saves no memory)."""
 
     clip_norm: Literal["masked", "full"] = "masked"
     """`max_grad_norm` clips on the norm of the gradient on the mask, or on that of the whole one, as the paper did."""

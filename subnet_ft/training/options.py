@@ -39,7 +39,7 @@ class SubnetOptions:
     """How a trainer trains its subnetwork; the keywords of `restrict`."""
 
     master: str = "fp32"
-    """How fp32 master weights are kept: `fp32`, `remainder` or `stochastic` (see `MaskedAdamW`)."""
+    """How fp32 master weights are kept: `fp32`, `remainder`, `stochastic` or `none` (see `MaskedAdamW`)."""
 
     compact_grads: bool | None = None
     """Compact every gradient as soon as autograd has it. `None`: yes in one process, no under DDP."""

@@ -39,7 +39,7 @@ def restrict(
     Args:
         trainer: A `transformers.Trainer`, or a trainer of TRL; docs/trainers.md lists those that are tested.
         mask: Which weights to train; must have been made for the model that the trainer holds.
-        master: How fp32 master weights are kept: `fp32`, `remainder` or `stochastic` (see `MaskedAdamW`).
+        master: How fp32 master weights are kept: `fp32`, `remainder`, `stochastic` or `none` (see `MaskedAdamW`).
         compact_grads: Compact every gradient as soon as autograd has it. `None`: yes in one process; no under DDP,
             which reduces dense gradients.
         clip_norm: `masked`: `max_grad_norm` clips on the norm of the gradient on the mask. `full`: on that of the whole

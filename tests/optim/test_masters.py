@@ -12,7 +12,7 @@ from helpers import random_mask, same_bits, set_gradients, small_model
 from masked_optimizers import Build, differing, masked_adamw, masked_sgd, state_of, wrapped
 
 from subnet_ft.masks import SubnetMask
-from subnet_ft.optim import MaskedAdamW, MaskedBase
+from subnet_ft.optim import MaskedAdamW, MaskedBase, MaskedSGD
 from subnet_ft.optim.masters import master_dtype
 
 
@@ -22,6 +22,7 @@ from subnet_ft.optim.masters import master_dtype
         (torch.bfloat16, "fp32", torch.float32),
         (torch.bfloat16, "remainder", torch.int16),
         (torch.bfloat16, "stochastic", None),
+        (torch.bfloat16, "none", torch.int16),
         (torch.float16, "remainder", torch.float32),
         (torch.float16, "stochastic", torch.float32),
         (torch.float32, "fp32", None),
@@ -53,6 +54,33 @@ def test_stochastic_rounding_keeps_no_master_and_gives_replicas_the_same_bits() 
     for (name, parameter), before in zip(one.named_parameters(), start.parameters(), strict=True):
         off = ~optimizer.mask[name]
         assert same_bits(parameter.detach()[off], before.detach()[off])
+
+
+@pytest.mark.parametrize("optimizer_cls", [MaskedAdamW, MaskedSGD])
+def test_no_masters_forget_at_every_step_what_rounding_lost(optimizer_cls: Any) -> None:
+    model, reference = small_model(torch.bfloat16), small_model(torch.bfloat16)
+    mask = random_mask(model, 0.4)
+    optimizer = optimizer_cls(model.named_parameters(), mask, lr=1e-3, max_grad_norm=None, master="none")
+    # The same updates with exact masters, which are the rounded weights again before every step.
+    exact = optimizer_cls(reference.named_parameters(), mask, lr=1e-3, max_grad_norm=None)
+    for step in range(20):
+        set_gradients(model, step)
+        set_gradients(reference, step)
+        optimizer.step()
+        exact.step()
+        for values, parameter in zip(exact.state.values(), reference.parameters(), strict=True):
+            values["master"].copy_(parameter.detach().float()[mask_of(exact, parameter)])
+    assert all(
+        same_bits(a.detach(), b.detach()) for a, b in zip(model.parameters(), reference.parameters(), strict=True)
+    )
+    kept, _ = trained("fp32", 0)
+    assert not all(
+        same_bits(a.detach(), b.detach()) for a, b in zip(model.parameters(), kept.parameters(), strict=True)
+    )
+
+
+def mask_of(optimizer: MaskedBase, parameter: torch.nn.Parameter) -> torch.Tensor:
+    return next(optimizer.mask[name] for found, name in optimizer._names.items() if found is parameter)
 
 
 def test_stochastic_rounding_moves_weights_by_steps_below_their_rounding() -> None:

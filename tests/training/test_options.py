@@ -162,7 +162,7 @@ def test_masters_of_a_kernel_are_refused_for_a_wrapped_optimizer(tmp_path: Path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"master": "bf16"}, "`master` must be one of fp32, remainder, stochastic, got 'bf16'"),
+        ({"master": "bf16"}, "`master` must be one of fp32, remainder, stochastic, none, got 'bf16'"),
         ({"clip_norm": "both"}, "`clip_norm` must be one of masked, full, got 'both'"),
         ({"nonfinite": "warn"}, "`nonfinite` must be one of raise, skip, ignore, got 'warn'"),
         ({"audit_steps": 0}, "`audit_steps` must be >= 1, or None for no audits, got 0"),
