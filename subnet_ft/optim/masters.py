@@ -11,8 +11,8 @@ MASTERS = ("fp32", "remainder", "stochastic", "none")
 """`fp32`: 4 bytes per trainable weight. `remainder`: for bfloat16 weights the low 16 bits of the master beside the
 weight, an exact float32 master for 2 bytes. `stochastic`: none; bfloat16 weights are rounded up or down at random so
 that the mean is exact. `none`: bfloat16 weights are rounded to nearest, and what is below their spacing is forgotten
-after every step, as in training without masters: for studies of what that loses. It saves no memory. float32 weights are
-their own masters, and float16 ones always have `fp32` masters."""
+after every step, as in training without masters: for studies of what that loses. It saves no memory. float32 weights
+are their own masters, and float16 ones always have `fp32` masters."""
 
 
 def check_master(master: str) -> None:
