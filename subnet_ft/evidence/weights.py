@@ -127,10 +127,9 @@ def compare_weights(
         MaskMismatchError: A mask lacks a tensor or has another shape.
         ValueError: `dtype` is none of the three.
     """
-    if dtype is not None and dtype not in COMPARE_DTYPES:
-        raise ValueError(f"`dtype` must be one of {', '.join(COMPARE_DTYPES)}, got {dtype!r}.")
+    check_dtype(dtype)
     for checkpoint in (full, *(run.checkpoint for run in runs.values())):
-        _check_specs(base, checkpoint, any_dtype=dtype is not None)
+        check_specs(base, checkpoint, any_dtype=dtype is not None)
 
     def cast(values: torch.Tensor) -> torch.Tensor:
         return values if dtype is None else values.to(getattr(torch, dtype))
@@ -182,7 +181,13 @@ def compare_weights(
     return comparisons
 
 
-def _check_specs(base: Checkpoint, other: Checkpoint, *, any_dtype: bool) -> None:
+def check_dtype(dtype: str | None) -> None:
+    """Raise ValueError unless weights can be cast to `dtype` before a comparison."""
+    if dtype is not None and dtype not in COMPARE_DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(COMPARE_DTYPES)}, got {dtype!r}.")
+
+
+def check_specs(base: Checkpoint, other: Checkpoint, *, any_dtype: bool) -> None:
     """Raise unless both checkpoints hold the same tensors with the same shapes and, if they must, dtypes."""
     problems = [f"`{name}` is missing" for name in base.specs if name not in other.specs]
     problems += [f"`{name}` is not in the base" for name in other.specs if name not in base.specs]
