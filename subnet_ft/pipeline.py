@@ -24,8 +24,9 @@ from subnet_ft.methods.config_check import method_problems
 from subnet_ft.methods.masks import method_mask
 from subnet_ft.recipe import MethodSpec, Recipe, load_recipe, save_recipe
 from subnet_ft.recipe.methods import METHODS
-from subnet_ft.run_report import Runs, run_report
+from subnet_ft.run_report import run_report
 from subnet_ft.stages import TrainedStage, finished_results, run_stage, write_json
+from subnet_ft.trained_runs import TrainedRuns
 from subnet_ft.training import config_fields, train
 from subnet_ft.training.config_check import config_problems
 from subnet_ft.training.platform_check import platform_problems
@@ -95,7 +96,7 @@ class Pipeline:
         controls = {f"control-{kind}": self.control_run(kind, mask) for kind in self.recipe.controls}
         baselines = {name: self.method_run(name) for name in self.recipe.baselines}
         repeats = {seed: self.repeat(seed) for seed in self.recipe.repeats.seeds}
-        return self.report(Runs(full, subnet, controls, baselines, repeats))
+        return self.report(TrainedRuns(full, subnet, controls, baselines, repeats))
 
     def train(self) -> TrainedStage:
         """Do the one run that the recipe's `method` names."""
@@ -236,7 +237,7 @@ class Pipeline:
         records: list[dict[str, Any]] = json.loads(path.read_text())
         return records
 
-    def report(self, runs: Runs) -> Report:
+    def report(self, runs: TrainedRuns) -> Report:
         """Evaluate every model, gather the evidence, and write the report's three files."""
         records = {"base": self.answers("base"), **{name: self.answers(name, run) for name, run in runs.all.items()}}
         logger.info("verify: comparing weights")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +13,16 @@ from subnet_ft.evidence.report import Report, RunEvidence, build_report
 from subnet_ft.evidence.weights import RunWeights, compare_weights
 from subnet_ft.inputs import RunInputs
 from subnet_ft.recipe import recipe_to_dict
-from subnet_ft.stages import TrainedStage, read_json
+from subnet_ft.stages import read_json
+from subnet_ft.trained_runs import TrainedRuns
 from subnet_ft.training.run import LOG
 from subnet_ft.verification import compare_dtype
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The trained stages of a run.
-
-    Args:
-        full: The full run.
-        subnet: The subnetwork run.
-        controls: Name to control, such as `control-uniform`.
-        baselines: Method to its run.
-        repeats: Seed to what was repeated with it, under the names of the first seed's stages.
-    """
-
-    full: TrainedStage
-    subnet: TrainedStage
-    controls: Mapping[str, TrainedStage] = field(default_factory=dict)
-    baselines: Mapping[str, TrainedStage] = field(default_factory=dict)
-    repeats: Mapping[int, Mapping[str, TrainedStage]] = field(default_factory=dict)
-
-    @property
-    def masked(self) -> dict[str, TrainedStage]:
-        """Full run, subnetwork run and controls, by name."""
-        return {"full": self.full, "subnet": self.subnet, **self.controls}
-
-    @property
-    def all(self) -> dict[str, TrainedStage]:
-        """Every run by its name; a repeated one has the seed's folder before it, as in `seed-1/full`."""
-        repeated = {f"seed-{seed}/{name}": run for seed, stages in self.repeats.items() for name, run in stages.items()}
-        return {**self.masked, **self.baselines, **repeated}
 
 
 def run_report(
     inputs: RunInputs,
     folder: Path,
-    runs: Runs,
+    runs: TrainedRuns,
     records: Mapping[str, list[dict[str, Any]] | None],
     *,
     not_measured: Sequence[str] = (),
