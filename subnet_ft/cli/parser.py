@@ -11,6 +11,7 @@ from subnet_ft.cli.comparing import compare_methods, names
 from subnet_ft.cli.judging import evaluate, verify_run
 from subnet_ft.cli.machine import bench, densities, env, recipes
 from subnet_ft.cli.masks import extract_mask, mask_info
+from subnet_ft.cli.overlapping import mask_overlap
 from subnet_ft.cli.training import run, train
 
 _EXIT_CODES = "Exit codes: 0 fine, 1 a verification failed, 2 wrong usage or input, 3 unexpected error."
@@ -77,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     info_command = _command(mask_commands, mask_info, "info", "what a mask file holds")
     info_command.add_argument("mask", help="a NAME.subnet.safetensors file")
     info_command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    overlap_command = _command(mask_commands, mask_overlap, "overlap", "what masks have in common, beside both nulls")
+    overlap_command.add_argument("masks", nargs="+", metavar="MASK", help="NAME.subnet.safetensors files, two or more")
+    overlap_command.add_argument("--base", help="the masks' base model, for the magnitude-matched null")
+    overlap_command.add_argument(
+        "-o", "--output", metavar="DIR", help="write overlap.html, overlap.md and overlap.json there"
+    )
+    overlap_command.add_argument("--json", action="store_true", help="print one JSON object")
 
     evaluate_command = _command(commands, evaluate, "evaluate", "accuracy of a model on a recipe's held-out prompts")
     evaluate_command.add_argument("model", help="folder or other name of a model")

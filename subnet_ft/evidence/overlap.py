@@ -70,6 +70,10 @@ class Overlap:
     """Standard deviation of o1 under the magnitude-matched null."""
     magnitude_o2_se: float | None
     """Standard deviation of o2 under the magnitude-matched null."""
+    excess: float | None = None
+    """How far the common weights go from the magnitude-matched null's expectation, 0, to the smaller mask lying wholly
+    in the larger, 1; negative below the null. A lift is bounded where the null is high, this is not. `None` without a
+    base."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ class _Counts:
         uniform = _hypergeometric(self.num_elements, self.first, self.second)
         expected, deviation = float(uniform[0]), math.sqrt(uniform[1])
         magnitude = (self.expected, math.sqrt(self.variance)) if has_magnitude else (None, None)
+        room = min(self.first, self.second) - self.expected
         return Overlap(
             o1=_share(self.both, self.first),
             o2=_share(self.both, self.second),
@@ -165,6 +170,7 @@ class _Counts:
             magnitude_o2=_share(magnitude[0], self.second),
             magnitude_o1_se=_share(magnitude[1], self.first),
             magnitude_o2_se=_share(magnitude[1], self.second),
+            excess=(self.both - self.expected) / room if has_magnitude and room > 0 else None,
         )
 
 
