@@ -15,8 +15,8 @@ NULLS = (
     "o1 is the common weights' share of the first mask, o2 of the second. The uniform null replaces a mask by random "
     "weights, the magnitude-matched null by random weights of the same tensor and the same bin of |w|: rounding to "
     "bfloat16 lets small weights change in every run, so only what exceeds the second null speaks of shared structure. "
-    "A lift is the common weights over what a null expects; the excess is the way from the magnitude-matched null, 0 %, "
-    "to the smaller mask lying wholly in the larger, 100 %."
+    "A lift is the common weights over what a null expects; the excess is the way from the magnitude-matched null (0) "
+    "to the smaller mask lying wholly in the larger (100 %)."
 )
 """What a reader must know to judge an overlap."""
 
