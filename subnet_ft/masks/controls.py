@@ -2,112 +2,133 @@
 
 from __future__ import annotations
 
-import zlib
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import numpy as np
 import torch
 
 import subnet_kernels
-from subnet_ft.errors import MaskError
-from subnet_ft.masks.magnitude import NUM_BINS, magnitude_bins
+from subnet_ft.errors import MaskError, MaskMismatchError
+from subnet_ft.masks.draws import drawn_like, drawn_outside
+from subnet_ft.masks.layer_permutation import layer_permuted
+from subnet_ft.masks.low_rank import RANK_SHARE, low_rank_magnitudes
 from subnet_ft.masks.mask import SubnetMask, TensorMask
 from subnet_ft.masks.provenance import Provenance
+from subnet_ft.masks.selection import generator_of, lowest, magnitude_keys
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-CONTROLS = ("uniform", "magnitude_matched")
-
-_TILE = 1 << 20  # elements drawn at a time
-_SEGMENT = 1 << 29  # numpy's hypergeometric draws stop at 10**9; larger tensors are matched segment by segment
+CONTROLS = (
+    "uniform",
+    "magnitude_matched",
+    "inverted",
+    "layer_permuted",
+    "low_magnitude",
+    "principal",
+    "non_principal",
+)
+WEIGHED = ("magnitude_matched", "low_magnitude", "principal", "non_principal")
+"""Controls that look at the base's weights."""
 
 
 def control_mask(
-    mask: SubnetMask, kind: str, *, seed: int, weights: Iterable[tuple[str, torch.Tensor]] | None = None
+    mask: SubnetMask,
+    kind: str,
+    *,
+    seed: int,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+    rank: int | None = None,
 ) -> SubnetMask:
-    """Draw a random mask of the same size as `mask` in every tensor.
+    """Make a mask of the same size as `mask` that does not know which weights were trained.
+
+    Every kind has the count of every tensor, `layer_permuted` that of every matrix kind over its layers.
 
     Args:
         mask: The subnetwork to match.
         kind: `uniform`: any weight of the tensor is as likely as any other. `magnitude_matched`: the same count in
             every bin of |w| (float32 exponent and three leading mantissa bits), uniform inside a bin; bf16 rounding
-            lets small weights change in every run, so this is the harder and the fairer control.
-        seed: Seed of the draw, with each tensor's name; the same seed gives the same mask.
-        weights: The base model's tensors by name, for `magnitude_matched`.
+            lets small weights change in every run, so this is the harder and the fairer control. `inverted`: uniform
+            among the weights outside the mask. `layer_permuted`: the mask that the same kind of tensor has in another
+            decoder layer; tensors outside the layers are drawn uniformly. `low_magnitude`: the smallest |w|.
+            `principal`, `non_principal`: the largest and the smallest entries of an approximation of low rank.
+        seed: Of whatever is drawn, with each tensor's name; the same seed gives the same mask. Of the kinds that rank
+            weights it decides which of equal ones are taken.
+        weights: The base model's tensors by name, for the kinds that look at them; cast to the dtype that the mask was
+            compared in.
+        rank: Of the approximation; `None`: 1/32 of the smaller side of a matrix.
 
     Raises:
-        MaskError: `kind` is unknown, or the weights it needs are missing.
+        MaskError: `kind` is unknown, the weights it needs are missing, or the mask has no control of this kind: a
+            tensor that is more than half dense has no inverse, layers of different shapes no permutation.
+        MaskMismatchError: The weights are not those of the mask's tensors.
     """
     if kind not in CONTROLS:
         raise MaskError(f"`{kind}` is not a control; choose one of {', '.join(CONTROLS)}.")
-    source = {"kind": kind, "seed": seed, "of": mask.fingerprint}
+    if kind in WEIGHED and weights is None:
+        raise MaskError(f"A control of kind `{kind}` needs the base model's weights.")
+    source: dict[str, Any] = {"kind": kind, "seed": seed, "of": mask.fingerprint, **rank_source(kind, rank)}
     origin = mask.provenance
     provenance = Provenance(base=origin.base, compare_dtype=origin.compare_dtype, source=source)
-    tensors: dict[str, TensorMask] = {}
-    if kind == "uniform":
-        for name, tensor in mask.tensors.items():
-            tensors[name] = _draw(tensor, None, name, seed)
-        return SubnetMask(tensors, provenance)
-    if weights is None:
-        raise MaskError("A magnitude-matched control needs the base model's weights.")
+    if kind in WEIGHED:
+        assert weights is not None
+        tensors = {
+            name: drawn_like(mask.tensors[name], name, seed, weight)
+            if kind == "magnitude_matched"
+            else ranked(kind, name, weight, mask.tensors[name].count, seed=seed, rank=rank)
+            for name, weight in _of_mask(mask, weights)
+        }
+        tensors = {name: tensors[name] for name in mask.tensors}
+    elif kind == "layer_permuted":
+        tensors = layer_permuted(mask, seed)
+    else:
+        draw = drawn_like if kind == "uniform" else drawn_outside
+        tensors = {name: draw(tensor, name, seed) for name, tensor in mask.tensors.items()}
+    return SubnetMask(tensors, provenance)
+
+
+def ranked(kind: str, name: str, weight: torch.Tensor, count: int, *, seed: int, rank: int | None) -> TensorMask:
+    """Choose the first `count` weights of a tensor by magnitude or by what an approximation of low rank says.
+
+    Args:
+        kind: `low_magnitude`, `principal` or `non_principal`.
+        name: Of the tensor.
+        weight: Its weights, any shape.
+        count: How many to choose.
+        seed: Decides which of equal ones are taken.
+        rank: Of the approximation.
+    """
+    score = weight if kind == "low_magnitude" else low_rank_magnitudes(name, weight, rank)
+    keys = magnitude_keys(score, largest_first=kind == "principal")
+    chosen = lowest(keys, count, generator_of(seed, name))
+    return TensorMask.build(subnet_kernels.pack_bits(chosen), tuple(weight.shape))
+
+
+def rank_source(kind: str, rank: int | None) -> dict[str, Any]:
+    """Return what a mask's source says about the rank.
+
+    Raises:
+        MaskError: There is a rank for a kind that has none, or one below 1.
+    """
+    if kind in ("principal", "non_principal"):
+        if rank is not None and rank < 1:
+            raise MaskError(f"`rank` must be >= 1, got {rank}.")
+        return {"rank_share": RANK_SHARE} if rank is None else {"rank": rank}
+    if rank is not None:
+        raise MaskError(f"A mask of kind `{kind}` has no `rank`; only `principal` and `non_principal` have one.")
+    return {}
+
+
+def _of_mask(mask: SubnetMask, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Check that the weights are of the mask's tensors, each once, and cast them as the mask was compared."""
+    dtype = mask.provenance.compare_dtype
+    seen = set()
     for name, weight in weights:
-        tensors[name] = _draw(mask.tensors[name], weight.detach().reshape(-1), name, seed)
-    missing = [name for name in mask.tensors if name not in tensors]
+        if name not in mask.tensors or tuple(weight.shape) != mask.tensors[name].shape:
+            expected = f"of shape {mask.tensors[name].shape}" if name in mask.tensors else "not in the mask"
+            raise MaskMismatchError(
+                f"The weights of `{name}` have shape {tuple(weight.shape)}, but the tensor is {expected}. Pass the "
+                "tensors of the mask's own base."
+            )
+        seen.add(name)
+        yield name, weight if dtype is None else weight.to(getattr(torch, dtype))
+    missing = [name for name in mask.tensors if name not in seen]
     if missing:
         raise MaskError(f"No weights were given for `{missing[0]}` ({len(missing)} tensors in all).")
-    return SubnetMask({name: tensors[name] for name in mask.tensors}, provenance)
-
-
-def _draw(tensor: TensorMask, weight: torch.Tensor | None, name: str, seed: int) -> TensorMask:
-    """Draw `tensor.count` elements; per bin of |weight| as many as `tensor` has there."""
-    if tensor.count in (0, tensor.num_elements):
-        return tensor
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    drawn = torch.zeros(tensor.num_elements, dtype=torch.bool)
-    chosen = subnet_kernels.unpack_bits(tensor.bits, tensor.num_elements)
-    for start in range(0, tensor.num_elements, _SEGMENT):
-        segment = slice(start, min(start + _SEGMENT, tensor.num_elements))
-        _draw_segment(drawn[segment], chosen[segment], None if weight is None else weight[segment], rng)
-    return TensorMask.build(subnet_kernels.pack_bits(drawn), tensor.shape)
-
-
-def _draw_segment(
-    drawn: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor | None, rng: np.random.Generator
-) -> None:
-    """Fill (n,) bool `drawn` with a random set that has the bin counts of (n,) bool `chosen`.
-
-    Tile by tile: how many of each bin fall into the tile is hypergeometric in what is left, and which ones is a
-    random order inside the bin. Together that is a uniform draw, in memory bounded by the tile.
-    """
-    tiles = [slice(start, min(start + _TILE, drawn.numel())) for start in range(0, drawn.numel(), _TILE)]
-    population = np.zeros(NUM_BINS, dtype=np.int64)
-    wanted = np.zeros(NUM_BINS, dtype=np.int64)
-    for tile in tiles:
-        bins = _bins(weight, tile)
-        population += np.bincount(bins, minlength=NUM_BINS)
-        wanted += np.bincount(bins[chosen[tile].numpy()], minlength=NUM_BINS)
-    for tile in tiles:
-        bins = _bins(weight, tile)
-        here = np.bincount(bins, minlength=NUM_BINS)
-        take = rng.hypergeometric(wanted, population - wanted, here)
-        order = np.argsort(
-            (bins.astype(np.uint64) << np.uint64(48)) | rng.integers(1 << 48, size=bins.size, dtype=np.uint64)
-        )
-        rank = np.arange(bins.size) - (np.cumsum(here) - here)[bins[order]]
-        drawn[tile] = torch.from_numpy(_scattered(order, rank < take[bins[order]]))
-        population -= here
-        wanted -= take
-
-
-def _bins(weight: torch.Tensor | None, tile: slice) -> np.ndarray:
-    """Return the (n,) bin numbers of a tile: exponent and three mantissa bits of |w|, or all zero."""
-    if weight is None:
-        return np.zeros(tile.stop - tile.start, dtype=np.int64)
-    return magnitude_bins(weight[tile])
-
-
-def _scattered(order: np.ndarray, values: np.ndarray) -> np.ndarray:
-    result = np.empty(order.size, dtype=np.bool_)
-    result[order] = values
-    return result

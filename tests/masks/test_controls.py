@@ -1,4 +1,4 @@
-"""Control masks: the counts they promise, and that they are random."""
+"""Control masks: the counts they promise, what they choose, and that they belong to the base."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers import random_bits
 
-import subnet_ft.masks.controls as controls
 from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.checkpoints.models import load_model
 from subnet_ft.checkpoints.tiny import save_tiny
-from subnet_ft.errors import MaskError
-from subnet_ft.masks import CONTROLS, SubnetMask, control_mask, extract
+from subnet_ft.errors import MaskError, MaskMismatchError
+from subnet_ft.masks import CONTROLS, Provenance, SubnetMask, control_mask, extract
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -35,75 +35,120 @@ def small_weights_mask() -> SubnetMask:
     return SubnetMask.from_dense(dense)
 
 
-def bins(weight: torch.Tensor) -> torch.Tensor:
-    return (weight.float().view(torch.int32) & 0x7FFFFFFF) >> 20
+def reordered() -> list[tuple[str, torch.Tensor]]:
+    """The weights in another order than the mask's: sources of weights need not know it."""
+    return list(reversed(weights().items()))
 
 
-@pytest.mark.parametrize("kind", ["uniform", "magnitude_matched"])
-@pytest.mark.parametrize("tile", [1 << 20, 1000])
-def test_control_mask_has_the_count_of_every_tensor(kind: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controls, "_TILE", tile)
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_control_mask_has_the_count_of_every_tensor(kind: str) -> None:
     mask = small_weights_mask()
-    control = control_mask(mask, kind, seed=3, weights=weights().items())
+    if kind == "inverted":
+        mask = SubnetMask.from_dense({name: mask[name] for name in mask.names if name != "all"})
+    control = control_mask(mask, kind, seed=3, weights=reordered() if kind != "inverted" else None)
     assert {n: t.count for n, t in control.tensors.items()} == {n: t.count for n, t in mask.tensors.items()}
+    assert {n: t.shape for n, t in control.tensors.items()} == {n: t.shape for n, t in mask.tensors.items()}
     assert control.names == mask.names
     assert control != mask
-    assert control.provenance.source == {"kind": kind, "seed": 3, "of": mask.fingerprint}
+    rank = {"rank_share": 1 / 32} if "principal" in kind else {}
+    assert control.provenance.source == {"kind": kind, "seed": 3, "of": mask.fingerprint, **rank}
 
 
-@pytest.mark.parametrize("tile", [1 << 20, 1000])
-def test_magnitude_matched_has_the_count_of_every_bin(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controls, "_TILE", tile)
-    mask = small_weights_mask()
-    control = control_mask(mask, "magnitude_matched", seed=3, weights=weights().items())
-    uniform = control_mask(mask, "uniform", seed=3)
-    for name, weight in weights().items():
-        counts = [torch.bincount(bins(weight)[m[name]], minlength=2048) for m in (mask, control, uniform)]
-        assert torch.equal(counts[0], counts[1])
-    assert not torch.equal(counts[0], counts[2]) or mask.tensors[name].count in (0, 10)
-    spread = bins(weights()["a"])
-    assert not torch.equal(torch.bincount(spread[mask["a"]]), torch.bincount(spread[uniform["a"]]))
-
-
-def test_control_mask_is_reproducible_and_depends_on_the_seed() -> None:
-    mask = small_weights_mask()
-    draws = [control_mask(mask, "uniform", seed=seed).fingerprint for seed in (1, 1, 2)]
+@pytest.mark.parametrize("kind", [kind for kind in CONTROLS if "principal" not in kind])
+def test_control_mask_is_reproducible_and_depends_on_the_seed(kind: str) -> None:
+    # 40 layers of equal weights: where nothing ranks them, the seed decides.
+    dense = {f"layers.{layer}.w": random_bits(100, 0.3, layer) for layer in range(40)}
+    mask = SubnetMask.from_dense(dense)
+    equal = {name: torch.ones(100, dtype=torch.bfloat16) for name in dense}
+    draws = [control_mask(mask, kind, seed=seed, weights=equal.items()).fingerprint for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_uniform_control_reaches_every_weight_equally_often() -> None:
-    mask = SubnetMask.from_dense({"w": torch.arange(30) < 6})
-    hits = torch.zeros(30)
-    for seed in range(2000):
-        hits += control_mask(mask, "uniform", seed=seed)["w"]
-    # Each of 30 counts is binomial(2000, 0.2): standard deviation 17.9; 5 of them is one false alarm in 60,000 runs.
-    assert (hits - 400).abs().max() < 5 * 17.9
+def test_inverted_control_is_outside_the_mask() -> None:
+    mask = SubnetMask.from_dense({"a": random_bits(1000, 0.3), "b": random_bits(77, 0.4).view(7, 11)})
+    assert mask.tensors["a"].count < 500
+    control = control_mask(mask, "inverted", seed=0)
+    assert (control & mask).num_trainable == 0
+    assert control.num_trainable == mask.num_trainable
+    with pytest.raises(MaskError, match=r"612 of the 1,000 weights of `a`, so there are only 388 outside"):
+        control_mask(mask | control, "inverted", seed=0)
 
 
-def test_uniform_control_over_several_tiles_is_not_stratified(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controls, "_TILE", 10)
-    mask = SubnetMask.from_dense({"w": torch.arange(30) < 6})
-    in_first_tile = [int(control_mask(mask, "uniform", seed=seed)["w"][:10].sum()) for seed in range(300)]
-    assert {0, 1, 2, 3, 4} <= set(in_first_tile)
-    assert abs(sum(in_first_tile) / 300 - 2.0) < 5 * (1.05 / 300**0.5)
+def test_low_magnitude_control_has_the_smallest_weights() -> None:
+    mask = small_weights_mask()
+    control = control_mask(mask, "low_magnitude", seed=0, weights=reordered())
+    for name, weight in weights().items():
+        magnitudes = weight.float().abs().flatten()
+        expected = magnitudes.sort().values[: mask.tensors[name].count]
+        assert torch.equal(magnitudes[control[name].flatten()].sort().values, expected)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_principal_controls_have_the_ends_of_the_low_rank_approximation(rank: int | None) -> None:
+    mask = small_weights_mask()
+    largest = control_mask(mask, "principal", seed=0, weights=reordered(), rank=rank)
+    smallest = control_mask(mask, "non_principal", seed=0, weights=reordered(), rank=rank)
+    u, s, vh = torch.linalg.svd(weights()["a"].double(), full_matrices=False)
+    kept = rank or 1  # 40 / 32
+    approximation = ((u[:, :kept] * s[:kept]) @ vh[:kept]).abs().flatten()
+    order = approximation.argsort()
+    count = mask.tensors["a"].count
+    assert set(order[-count:].tolist()) == set(largest["a"].flatten().nonzero().flatten().tolist())
+    assert set(order[:count].tolist()) == set(smallest["a"].flatten().nonzero().flatten().tolist())
+    vector = weights()["b"].float().abs()
+    assert vector[largest["b"]].min() >= vector[~largest["b"]].max()
+    source = largest.provenance.source
+    assert source.get("rank") == rank
+    assert ("rank_share" in source) == (rank is None)
+
+
+def test_controls_look_at_the_weights_as_the_mask_was_compared(tmp_path: Path) -> None:
+    """In float32 the smallest weights differ, in bfloat16 many are equal: the mask belongs to those."""
+    generator = torch.Generator().manual_seed(0)
+    stored = {"w": 1 + torch.rand(4000, generator=generator)}
+    mask = SubnetMask.from_dense(
+        {"w": random_bits(4000, 0.1)}, Provenance(compare_dtype="bfloat16", source={"kind": "test"})
+    )
+    for kind in ("low_magnitude", "magnitude_matched"):
+        cast = control_mask(mask, kind, seed=0, weights=[("w", stored["w"].bfloat16())])
+        assert control_mask(mask, kind, seed=0, weights=stored.items()) == cast
+    draws = {control_mask(mask, "low_magnitude", seed=seed, weights=stored.items()) for seed in (0, 1)}
+    assert len(draws) == 2
 
 
 @pytest.mark.parametrize("kind", CONTROLS)
 def test_control_mask_fits_the_base_of_a_mask_that_was_compared_after_a_cast(kind: str, tmp_path: Path) -> None:
-    base, tuned = (save_tiny("llama", tmp_path / str(seed), seed=seed, dtype=torch.float32) for seed in (0, 1))
-    mask = extract(base, tuned, dtype="bfloat16")
+    base = save_tiny("llama", tmp_path / "base", dtype=torch.float32)
+    model, _ = load_model(base, dtype="float32")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.flatten()[::3] *= 2
+    model.save_pretrained(tmp_path / "tuned")
+    mask = extract(base, tmp_path / "tuned", dtype="bfloat16")
     control = control_mask(mask, kind, seed=0, weights=open_checkpoint(base).tensors())
     control.check_base(base)
     path = control.save(tmp_path / "control.subnet.safetensors")
-    assert SubnetMask.load(path, base=base).provenance == control.provenance
+    loaded = SubnetMask.load(path, base=base)
+    assert (loaded, loaded.provenance) == (control, control.provenance)
     (~control).check_base(base)
 
 
-def test_control_mask_names_a_bad_kind_and_missing_weights() -> None:
+def test_control_mask_names_a_bad_kind_and_missing_or_foreign_weights() -> None:
     mask = small_weights_mask()
     with pytest.raises(MaskError, match="`unifrom` is not a control"):
         control_mask(mask, "unifrom", seed=0)
-    with pytest.raises(MaskError, match="needs the base model's weights"):
-        control_mask(mask, "magnitude_matched", seed=0)
+    for kind in ("magnitude_matched", "low_magnitude", "principal", "non_principal"):
+        with pytest.raises(MaskError, match=f"`{kind}` needs the base model's weights"):
+            control_mask(mask, kind, seed=0)
     with pytest.raises(MaskError, match="No weights were given for `b`"):
         control_mask(mask, "magnitude_matched", seed=0, weights=[("a", weights()["a"])])
+    with pytest.raises(MaskMismatchError, match=r"`a` have shape \(20000,\), but the tensor is of shape \(40, 500\)"):
+        control_mask(mask, "low_magnitude", seed=0, weights=[("a", weights()["a"].flatten())])
+    with pytest.raises(MaskMismatchError, match=r"`c` have shape .* not in the mask"):
+        control_mask(mask, "low_magnitude", seed=0, weights=[("c", weights()["a"])])
+    with pytest.raises(MaskError, match="`uniform` has no `rank`"):
+        control_mask(mask, "uniform", seed=0, rank=3)
+    with pytest.raises(MaskError, match="`rank` must be >= 1, got 0"):
+        control_mask(mask, "principal", seed=0, weights=weights().items(), rank=0)
+    with pytest.raises(MaskError, match="`seed` must be >= 0, got -1"):
+        control_mask(mask, "uniform", seed=-1)
