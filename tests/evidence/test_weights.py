@@ -1,8 +1,6 @@
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from memory_checkpoint import MemoryCheckpoint
 
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import save_tiny
@@ -12,30 +10,6 @@ from subnet_ft.evidence.weights import RunWeights, compare_weights
 from subnet_ft.masks import SubnetMask
 
 SHAPES = {"embed.weight": (50, 8), "layers.0.mlp.weight": (8, 8, 3), "layers.0.norm.weight": (8,), "scale": ()}
-
-
-@dataclass(frozen=True)
-class Spec:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass
-class FakeCheckpoint:
-    """A checkpoint in memory that counts how often each tensor is read."""
-
-    name: str
-    values: dict[str, torch.Tensor]
-    reads: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def specs(self) -> dict[str, Spec]:
-        return {name: Spec(tuple(value.shape), value.dtype) for name, value in self.values.items()}
-
-    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in names or self.values:
-            self.reads[name] = self.reads.get(name, 0) + 1
-            yield name, self.values[name]
 
 
 def random_model(seed: int, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -74,9 +48,9 @@ def test_compare_weights_equals_three_lines_of_torch(dtype, chunk, monkeypatch):
     run_mask["scale"] = torch.tensor(False)
 
     result = compare_weights(
-        FakeCheckpoint("base", base),
-        FakeCheckpoint("full", full),
-        {"subnet": RunWeights(FakeCheckpoint("run", run), run_mask)},
+        MemoryCheckpoint("base", base),
+        MemoryCheckpoint("full", full),
+        {"subnet": RunWeights(MemoryCheckpoint("run", run), run_mask)},
     )["subnet"]
 
     b, f, r, own = flat(base), flat(full), flat(run), flat(run_mask)
@@ -100,7 +74,9 @@ def test_compare_weights_takes_the_weights_whose_bits_the_full_run_changed():
     base = random_model(0)
     full = moved(base, random_mask(1, 0.4), seed=3, by=1e-2)
     result = compare_weights(
-        FakeCheckpoint("base", base), FakeCheckpoint("full", full), {"full": RunWeights(FakeCheckpoint("full", full))}
+        MemoryCheckpoint("base", base),
+        MemoryCheckpoint("full", full),
+        {"full": RunWeights(MemoryCheckpoint("full", full))},
     )["full"]
     assert result.num_in_mask == int((flat(base) != flat(full)).sum())
     assert result.base_in_mask_identical["0"] == 0.0
@@ -114,9 +90,9 @@ def test_compare_weights_when_the_full_run_changed_nothing():
     base = random_model(0)
     empty = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
     result = compare_weights(
-        FakeCheckpoint("base", base),
-        FakeCheckpoint("full", base),
-        {"subnet": RunWeights(FakeCheckpoint("run", random_model(5)), empty)},
+        MemoryCheckpoint("base", base),
+        MemoryCheckpoint("full", base),
+        {"subnet": RunWeights(MemoryCheckpoint("run", random_model(5)), empty)},
     )["subnet"]
     assert result.relative_distance is None
     assert result.in_mask_identical is None
@@ -131,9 +107,9 @@ def test_compare_weights_compares_bits_not_values():
     run = {"w": torch.tensor([-0.0, -0.0, float("nan"), float("inf")])}
     outside = {"w": torch.zeros(4, dtype=torch.bool)}
     result = compare_weights(
-        FakeCheckpoint("base", base),
-        FakeCheckpoint("full", base),
-        {"run": RunWeights(FakeCheckpoint("run", run), outside)},
+        MemoryCheckpoint("base", base),
+        MemoryCheckpoint("full", base),
+        {"run": RunWeights(MemoryCheckpoint("run", run), outside)},
     )["run"]
     assert result.off_mask_changed == 2
     assert result.identical == {"0": 0.5, "1e-06": 1.0, "1e-05": 1.0, "0.0001": 1.0}
@@ -145,14 +121,16 @@ def test_compare_weights_subtracts_in_fp32():
     full = {"w": torch.tensor([0.015625], dtype=torch.bfloat16)}
     run = {"w": torch.tensor([0.01556396484375], dtype=torch.bfloat16)}
     result = compare_weights(
-        FakeCheckpoint("base", base), FakeCheckpoint("full", full), {"run": RunWeights(FakeCheckpoint("run", run))}
+        MemoryCheckpoint("base", base),
+        MemoryCheckpoint("full", full),
+        {"run": RunWeights(MemoryCheckpoint("run", run))},
     )["run"]
     assert result.identical["0.0001"] == 1.0
     assert result.identical["1e-05"] == 0.0
 
 
 def test_compare_weights_reads_every_checkpoint_once():
-    base, full, one, two = (FakeCheckpoint(str(seed), random_model(seed)) for seed in range(4))
+    base, full, one, two = (MemoryCheckpoint(str(seed), random_model(seed)) for seed in range(4))
     compare_weights(base, full, {"one": RunWeights(one), "two": RunWeights(two)})
     for checkpoint in (base, full, one, two):
         assert checkpoint.reads == dict.fromkeys(SHAPES, 1)
@@ -175,9 +153,9 @@ def test_compare_weights_names_few_offending_tensors():
     run = {name: value + 1 for name, value in base.items()}
     outside = {name: torch.zeros(2, dtype=torch.bool) for name in base}
     result = compare_weights(
-        FakeCheckpoint("base", base),
-        FakeCheckpoint("full", base),
-        {"run": RunWeights(FakeCheckpoint("run", run), outside)},
+        MemoryCheckpoint("base", base),
+        MemoryCheckpoint("full", base),
+        {"run": RunWeights(MemoryCheckpoint("run", run), outside)},
     )["run"]
     assert result.off_mask_changed == 18
     assert result.off_mask_tensors == ["w0", "w1", "w2", "w3", "w4"]
@@ -196,7 +174,7 @@ def test_compare_weights_names_few_offending_tensors():
 def test_compare_weights_refuses_checkpoints_of_another_model(change, words, place):
     models = {name: random_model(0) for name in ("base", "full", "run")}
     change(models[place])
-    checkpoints = {name: FakeCheckpoint(f"folder/{name}", values) for name, values in models.items()}
+    checkpoints = {name: MemoryCheckpoint(f"folder/{name}", values) for name, values in models.items()}
     with pytest.raises(CheckpointMismatchError, match=words) as caught:
         compare_weights(checkpoints["base"], checkpoints["full"], {"run": RunWeights(checkpoints["run"])})
     assert f"folder/{place}" in str(caught.value)
@@ -204,7 +182,7 @@ def test_compare_weights_refuses_checkpoints_of_another_model(change, words, pla
 
 @pytest.mark.parametrize("bad", [{}, {"w": torch.ones(3, dtype=torch.bool)}])
 def test_compare_weights_refuses_a_mask_of_another_model(bad):
-    model = FakeCheckpoint("model", {"w": torch.zeros(2)})
+    model = MemoryCheckpoint("model", {"w": torch.zeros(2)})
     with pytest.raises(MaskMismatchError, match="`w`"):
         compare_weights(model, model, {"subnet": RunWeights(model, bad)})
 
@@ -218,9 +196,9 @@ def test_compare_weights_casts_to_a_dtype():
     wide = {name: value.float() for name, value in run.items()}
     cast, plain = (
         compare_weights(
-            FakeCheckpoint("base", base),
-            FakeCheckpoint("full", full),
-            {"subnet": RunWeights(FakeCheckpoint("run", values), run_mask)},
+            MemoryCheckpoint("base", base),
+            MemoryCheckpoint("full", full),
+            {"subnet": RunWeights(MemoryCheckpoint("run", values), run_mask)},
             dtype=dtype,
         )["subnet"]
         for base, values, dtype in ((stored, wide, "bfloat16"), (start, run, None))
@@ -231,7 +209,10 @@ def test_compare_weights_casts_to_a_dtype():
 
 
 def test_compare_weights_names_the_cast_that_different_dtypes_need():
-    base, full = FakeCheckpoint("base", random_model(0, dtype=torch.float32)), FakeCheckpoint("full", random_model(0))
+    base, full = (
+        MemoryCheckpoint("base", random_model(0, dtype=torch.float32)),
+        MemoryCheckpoint("full", random_model(0)),
+    )
     for first, second in ((base, full), (full, base)):
         with pytest.raises(CheckpointMismatchError, match="after a cast with dtype='bfloat16'"):
             compare_weights(first, second, {})
