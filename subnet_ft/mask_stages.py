@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from subnet_ft.errors import StageError
 from subnet_ft.inputs import RunInputs, RunVariant
-from subnet_ft.masks import SubnetMask, extract
+from subnet_ft.masks import SubnetMask, base_mask, early_mask, extract
 from subnet_ft.recipe import SourceSpec
 from subnet_ft.stages import TrainedStage, run_stage
 from subnet_ft.training.run import TRAINER
@@ -88,8 +88,6 @@ class MaskStages:
             assert source.density is not None  # the recipe was checked
             density = source.density
             inputs["seed"] = recipe.seed
-            from subnet_ft.masks import base_mask
-
             return self._made(
                 name,
                 inputs,
@@ -108,14 +106,21 @@ class MaskStages:
     def _probed(self, stage: TrainedStage, source: SourceSpec) -> SubnetMask:
         recipe, base = self.inputs.recipe, self.inputs.base
         dtype = compare_dtype(base, recipe)
+        checkpoint = stage.folder / TRAINER / f"checkpoint-{source.steps}"
         if source.kind == "early":
-            mask = self._compared(stage, source)
-            return SubnetMask(mask.tensors, replace(mask.provenance, source={"kind": "early", "step": source.steps}))
+            return early_mask(
+                base,
+                checkpoint,
+                criterion=source.criterion,
+                tolerance=source.tolerance,
+                dtype=dtype,
+                progress=self.progress,
+            )
         from subnet_ft.masks.forecast import forecast_mask
         from subnet_ft.masks.gradients import gradient_mask
         from subnet_ft.training.moments import read_moments
 
-        moments = read_moments(stage.folder / TRAINER / f"checkpoint-{source.steps}")
+        moments = read_moments(checkpoint)
         assert source.density is not None
         if source.kind == "forecast":
             return forecast_mask(base, moments, density=source.density, dtype=dtype)
