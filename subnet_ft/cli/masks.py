@@ -1,4 +1,4 @@
-"""`subnet-ft extract` and `subnet-ft mask`."""
+"""`subnet-ft extract` and `subnet-ft mask info`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ def extract_mask(options: argparse.Namespace, emit: Emit) -> int:
         dtype=options.dtype,
         progress=not options.quiet,
     )
-    path = mask.save(options.output)
-    _emit_mask(mask, options, emit)
-    if not options.json:
-        emit(f"  saved in {path}")
+    emit_saved(mask, options, emit)
     return FINE
 
 
@@ -42,6 +39,14 @@ def mask_info(options: argparse.Namespace, emit: Emit) -> int:
 
     _emit_mask(SubnetMask.load(options.mask), options, emit)
     return FINE
+
+
+def emit_saved(mask: SubnetMask, options: argparse.Namespace, emit: Emit) -> None:
+    """Save a mask at `options.output` and print its figures."""
+    path = mask.save(options.output)
+    _emit_mask(mask, options, emit)
+    if not options.json:
+        emit(f"  saved in {path}")
 
 
 def _emit_mask(mask: SubnetMask, options: argparse.Namespace, emit: Emit) -> None:

@@ -10,8 +10,10 @@ from subnet_ft import __version__
 from subnet_ft.cli.comparing import compare_methods, names
 from subnet_ft.cli.judging import evaluate, verify_run
 from subnet_ft.cli.machine import bench, densities, env, recipes
+from subnet_ft.cli.making import KINDS, RULES, combine_masks, make_mask
 from subnet_ft.cli.masks import extract_mask, mask_info
 from subnet_ft.cli.overlapping import mask_overlap
+from subnet_ft.cli.studying import study
 from subnet_ft.cli.training import run, train
 
 _EXIT_CODES = "Exit codes: 0 fine, 1 a verification failed, 2 wrong usage or input, 3 unexpected error."
@@ -60,32 +62,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare_command.add_argument("--json", action="store_true", help="print the table as one JSON object")
 
+    study_command = _command(
+        commands, study, "study", "a question of the paper at your own scale: many resumable runs, one page"
+    )
+    study_command.add_argument("name", metavar="NAME", help="sparsity, overlap, causes, which_mask or early_mask")
+    _recipe_arguments(study_command)
+    study_command.add_argument(
+        "--only", type=names, default=[], metavar="CELL,...", help="only these runs of it; --dry-run lists them"
+    )
+    study_command.add_argument("--json", action="store_true", help="print what it says as one JSON object")
+
     extract_command = _command(
         commands, extract_mask, "extract", "write the mask of the weights that differ between two checkpoints"
     )
     extract_command.add_argument("base", help="folder, Hub id, .gguf file, package:MODULE/FILE.gguf or tiny:FAMILY")
     extract_command.add_argument("tuned", help="the same, after training")
-    extract_command.add_argument(
-        "-o", "--output", required=True, metavar="MASK", help="NAME.subnet.safetensors to write"
-    )
+    _output_argument(extract_command)
     extract_command.add_argument("--criterion", choices=["exact", "absolute", "relative"], default="exact")
     extract_command.add_argument("--tolerance", type=float, default=0.0, help="of the criteria absolute and relative")
     extract_command.add_argument("--dtype", help="compare in this dtype instead of the stored one")
     extract_command.add_argument("--json", action="store_true", help="print the mask's figures as one JSON object")
 
-    mask = commands.add_parser("mask", help="look at masks", description="Look at masks.")
-    mask_commands = mask.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    info_command = _command(mask_commands, mask_info, "info", "what a mask file holds")
-    info_command.add_argument("mask", help="a NAME.subnet.safetensors file")
-    info_command.add_argument("--json", action="store_true", help="print one JSON object")
-
-    overlap_command = _command(mask_commands, mask_overlap, "overlap", "what masks have in common, beside both nulls")
-    overlap_command.add_argument("masks", nargs="+", metavar="MASK", help="NAME.subnet.safetensors files, two or more")
-    overlap_command.add_argument("--base", help="the masks' base model, for the magnitude-matched null")
-    overlap_command.add_argument(
-        "-o", "--output", metavar="DIR", help="write overlap.html, overlap.md and overlap.json there"
-    )
-    overlap_command.add_argument("--json", action="store_true", help="print one JSON object")
+    _mask_commands(commands)
 
     evaluate_command = _command(commands, evaluate, "evaluate", "accuracy of a model on a recipe's held-out prompts")
     evaluate_command.add_argument("model", help="folder or other name of a model")
@@ -125,6 +123,52 @@ def _parser() -> argparse.ArgumentParser:
     env_command = _command(commands, env, "env", "versions and hardware, for a bug report")
     env_command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _mask_commands(commands: Any) -> None:
+    mask = commands.add_parser("mask", help="make masks, look at them", description="Make masks and look at them.")
+    mask_commands = mask.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    info_command = _command(mask_commands, mask_info, "info", "what a mask file holds")
+    info_command.add_argument("mask", help="a NAME.subnet.safetensors file")
+    info_command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    overlap_command = _command(mask_commands, mask_overlap, "overlap", "what masks have in common, beside both nulls")
+    overlap_command.add_argument("masks", nargs="+", metavar="MASK", help="NAME.subnet.safetensors files, two or more")
+    overlap_command.add_argument("--base", help="the masks' base model, for the magnitude-matched null")
+    overlap_command.add_argument(
+        "-o", "--output", metavar="DIR", help="write overlap.html, overlap.md and overlap.json there"
+    )
+    overlap_command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    make_command = _command(mask_commands, make_mask, "make", "a mask from base weights, first steps or another mask")
+    make_command.description = f"Make a mask (docs/masks.md). KIND is one of {', '.join(KINDS)}."
+    make_command.add_argument("kind", metavar="KIND", choices=KINDS, help="where the mask comes from")
+    _output_argument(make_command)
+    make_command.add_argument("--like", metavar="MASK", help="choose as many weights per tensor as this mask does")
+    make_command.add_argument("--density", type=float, metavar="D", help="or this share of the weights")
+    make_command.add_argument("--base", help="the base model; with --like, if not the one that MASK names")
+    make_command.add_argument("--seed", type=int, help="of what is drawn, and of the order of equal weights; 0")
+    make_command.add_argument("--dtype", help="in which the weights are trained, if not the stored one")
+    make_command.add_argument("--rank", type=int, help="of (non_)principal's approximation; 1/32 of a matrix's side")
+    make_command.add_argument(
+        "--scope", help="of uniform: tensor (the default), or global for one draw from all weights"
+    )
+    make_command.add_argument("--reach", type=float, help="of predicted, instead of a density: the expected drift")
+    make_command.add_argument("--tuned", metavar="CHECKPOINT", help="of early: a checkpoint-STEP folder of a run")
+    make_command.add_argument("--criterion", help="of early: exact (the default), absolute or relative")
+    make_command.add_argument("--tolerance", type=float, help="of the criteria absolute and relative")
+    make_command.add_argument("--json", action="store_true", help="print the mask's figures as one JSON object")
+
+    combine_command = _command(mask_commands, combine_masks, "combine", "one mask from the masks of several runs")
+    combine_command.add_argument("rule", metavar="RULE", choices=RULES, help=", ".join(RULES))
+    combine_command.add_argument("masks", nargs="+", metavar="MASK", help="NAME.subnet.safetensors files, two or more")
+    _output_argument(combine_command)
+    combine_command.add_argument("--at-least", type=int, metavar="K", help="masks that make a majority; more than half")
+    combine_command.add_argument("--json", action="store_true", help="print the mask's figures as one JSON object")
+
+
+def _output_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", required=True, metavar="MASK", help="NAME.subnet.safetensors to write")
 
 
 def _command(commands: Any, function: Callable[..., int], name: str, summary: str) -> argparse.ArgumentParser:

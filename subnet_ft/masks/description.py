@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from subnet_ft.masks.mask import SubnetMask
@@ -46,6 +47,8 @@ def mask_lines(mask: SubnetMask) -> list[str]:
         lines.append(f"  base       {provenance.base.name}")
     if provenance.tuned:
         lines.append(f"  tuned      {provenance.tuned.name}")
+    if provenance.source:
+        lines.append(f"  source     {_source(provenance.source)}")
     if provenance.criterion:
         lines.append(f"  criterion  {provenance.criterion}, tolerance {provenance.tolerance:g}")
     for title, densities in (
@@ -61,3 +64,16 @@ def mask_lines(mask: SubnetMask) -> list[str]:
                 *(f"    {key:<{width}}  {value:.4f}" for key, value in densities.items()),
             ]
     return lines
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    """Name a kind and its parameters; masks that it was made of are shortened or counted."""
+    words = [str(source.get("kind", "unknown"))]
+    for key, value in source.items():
+        if key == "of" and isinstance(value, list):
+            words.append(f"of {len(value)} masks")
+        elif key == "of":
+            words.append(f"of {str(value)[:12]}")
+        elif key not in ("kind", "sources"):
+            words.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(words)
