@@ -124,7 +124,8 @@ def test_mask_structure_finds_planted_heads() -> None:
     [
         ("layers.1.self_attn.q_proj.weight", (24, 24), CONFIG, ("rows", 6)),
         ("layers.1.self_attn.v_proj.weight", (8, 24), CONFIG, ("rows", 2)),
-        ("layers.1.self_attn.out_proj.weight", (24, 24), CONFIG, ("columns", 6)),
+        ("layers.1.self_attn.q_proj.weight", (24, 48), CONFIG, ("rows", 6)),
+        ("layers.1.self_attn.out_proj.weight", (48, 24), CONFIG, ("columns", 6)),
         ("layers.1.self_attn.k_proj.weight", (24, 24), CONFIG, None),  # another size than the configuration's
         ("layers.1.self_attn.q_proj.bias", (24,), CONFIG, None),
         ("layers.1.mlp.up_proj.weight", (24, 24), CONFIG, None),
