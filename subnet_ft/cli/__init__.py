@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from subnet_ft.cli.parser import parse
 from subnet_ft.cli.results import UNEXPECTED, WRONG_INPUT, stdout_for_results
+from subnet_ft.cli.studying import study
 from subnet_ft.cli.training import run, train
 from subnet_ft.errors import SubnetError
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{named or type(error).__name__}\n")
         return WRONG_INPUT
     except KeyboardInterrupt:
-        goes_on = " The same command goes on from here." if options.command in (run, train) else ""
+        goes_on = " The same command goes on from here." if options.command in (run, train, study) else ""
         sys.stderr.write(f"\nInterrupted.{goes_on}\n")
         return 130
     except Exception:  # a bug, or something that torch, transformers or TRL refuses
