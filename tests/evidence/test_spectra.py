@@ -46,8 +46,9 @@ def low_rank(rank: int, rows: int, columns: int) -> torch.Tensor:
         gaussian(1, 9),
         gaussian(300, 20),
         low_rank(5, 20, 300),
+        torch.diag(torch.tensor([1.0, *[2e-5] * 39])) @ torch.eye(40, 250),
     ],
-    ids=["dense", "sparse", "rank 3", "rank 7 and noise", "row", "elongated", "elongated, rank 5"],
+    ids=["dense", "sparse", "rank 3", "rank 7 and noise", "row", "elongated", "elongated, rank 5", "at the tolerance"],
 )
 def test_spectrum_equals_three_lines_of_torch(delta: torch.Tensor) -> None:
     found = spectrum_of(delta)
