@@ -80,7 +80,7 @@ def plan_early_mask(recipes: Recipes) -> Plan:
         )
         cells.append(_cell(recipes, f"step_{step}", f"mask of step {step}", "early mask", MaskPlan(source=source)))
     cells.append(_cell(recipes, FINAL, f"final mask, step {most}", "early mask", MaskPlan()))
-    cells.append(_cell(recipes, "uniform", "uniform control of the final mask", "control", MaskPlan(control="uniform")))
+    cells.append(_cell(recipes, "uniform", "uniform control", "control", MaskPlan(control="uniform")))
     return Plan(study=recipes.study, recipe=own, cells=cells)
 
 
