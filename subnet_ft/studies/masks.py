@@ -51,16 +51,16 @@ def plan_which_mask(recipes: Recipes) -> Plan:
     ]
     for density in DENSITIES:
         share = f"{density * 100:g} %"
-        sweep = [(FINAL, f"final, thinned to {share}", MaskPlan(density=density))]
+        sweep = [(FINAL, f"final mask at {share}", MaskPlan(density=density))]
         sweep += [
-            (kind, f"{_label(kind)}, {share}", MaskPlan(control=kind, density=density)) for kind in _SWEPT_CONTROLS
+            (kind, f"{_label(kind)} at {share}", MaskPlan(control=kind, density=density)) for kind in _SWEPT_CONTROLS
         ]
         for source in (
             SourceSpec(kind="predicted", density=density),
             SourceSpec(kind="forecast", steps=steps, density=density),
             SourceSpec(kind="gradient", steps=steps, density=density),
         ):
-            sweep.append((source.kind, f"{source.kind}, {share}", MaskPlan(source=source)))
+            sweep.append((source.kind, f"{source.kind} at {share}", MaskPlan(source=source)))
         cells += [_cell(recipes, f"{kind}_{density:g}", label, f"at {share}", mask) for kind, label, mask in sweep]
     return Plan(study=recipes.study, recipe=own, cells=cells)
 

@@ -188,11 +188,12 @@ def _which_mask(report: StudyReport) -> list[str]:
             f"The final mask recovered, and so did the {' and the '.join(recovered)} control of its size: on this task "
             "accuracy alone does not show that these weights are the ones that matter."
         )
-    best = max(masked, key=lambda cell: cell.accuracy.accuracy if cell.accuracy else 0.0)
-    if best.difference is not None and best.accuracy is not None:
+    most = max(cell.accuracy.accuracy for cell in masked if cell.accuracy)
+    best = [cell for cell in masked if cell.accuracy and cell.accuracy.accuracy == most]
+    if len(best) == 1 and best[0].difference is not None:
         sentences.append(
-            f"The highest accuracy, {percent(best.accuracy.accuracy)}, is that of `{best.label}`: "
-            f"{difference_text(best.difference)} to the full run. The best of {len(masked)} runs is partly luck."
+            f"The highest accuracy, {percent(most)}, is that of `{best[0].label}`: "
+            f"{difference_text(best[0].difference)} to the full run. The best of {len(masked)} runs is partly luck."
         )
     return sentences
 
