@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from anonymous_memory import measure
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -25,45 +24,17 @@ def set_weight(folder: Path, name: str, value: torch.Tensor) -> None:
     save_file({**load_file(file), name: value}, file, metadata={"format": "pt"})
 
 
-_MEASURE = """
-import json, sys, threading
-import torch, transformers
-from transformers import LlamaForCausalLM
+_EXTRACT = """
 from subnet_ft.masks import extract
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
-
-def sample():
-    while not done.wait(0.001):
-        peak[0] = max(peak[0], anonymous())
-
-before = anonymous()
-peak, done = [before], threading.Event()
-thread = threading.Thread(target=sample)
-thread.start()
-mask = extract(sys.argv[1], sys.argv[2], criterion="absolute", tolerance=1e-5)
-done.set()
-thread.join()
-print(json.dumps({"peak_mb": peak[0] - before, "num_trainable": mask.num_trainable}))
+with Peak() as peak:
+    mask = extract(sys.argv[1], sys.argv[2], criterion="absolute", tolerance=1e-5)
+print(json.dumps({"peak_mb": peak.megabytes, "num_trainable": mask.num_trainable}))
 """
 
 
 def measure_extraction(base: Path, tuned: Path) -> dict[str, float]:
     """Extract in a fresh process; return its peak anonymous memory beyond the imports, and the mask's count."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        # glibc gives freed blocks back at once, so that the peak is what is held and not what it keeps for later.
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-    }
-    command = [sys.executable, "-c", _MEASURE, str(base), str(tuned)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    measured: dict[str, float] = json.loads(result.stdout)
-    return measured
+    return measure(_EXTRACT, str(base), str(tuned))
 
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
