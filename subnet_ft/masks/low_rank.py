@@ -11,7 +11,7 @@ RANK_SHARE = 1 / 32
 """Rank of the approximation, as a part of the smaller side, where none is given: 128 at 4,096, which the authors of
 LIFT (Liu et al. 2025, arXiv 2506.00772) recommend for models of that width."""
 
-_BLOCK = 1 << 22  # elements of a matrix that are held in float64 at a time
+_BLOCK = 1 << 20  # elements of a matrix that are held in float64 at a time
 
 
 def low_rank_magnitudes(name: str, weight: torch.Tensor, rank: int | None = None) -> torch.Tensor:

@@ -37,8 +37,11 @@ def generator_of(seed: int, name: str) -> np.random.Generator:
 
 def magnitude_keys(values: torch.Tensor, *, largest_first: bool = False) -> np.ndarray:
     """Return (N,) uint32 keys in the order of |value|, NaN above all; `largest_first` turns the order round."""
-    magnitudes = values.detach().reshape(-1).cpu().float().contiguous().view(torch.int32).numpy() & _LARGEST
-    keys: np.ndarray = (_LARGEST - magnitudes if largest_first else magnitudes).view(np.uint32)
+    bits = values.detach().reshape(-1).cpu().float().contiguous().view(torch.int32).numpy()
+    keys: np.ndarray = (bits & _LARGEST).view(np.uint32)
+    del bits
+    if largest_first:
+        np.subtract(_LARGEST, keys, out=keys)
     return keys
 
 

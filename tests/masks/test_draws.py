@@ -78,3 +78,5 @@ def test_drawn_outside_takes_up_to_half_of_a_tensor() -> None:
     half[1] = True
     with pytest.raises(MaskError, match="holds 501 of the 1,000 weights of `w`, so there are only 499 outside"):
         drawn_outside(tensor_mask(half), "w", 0)
+    with pytest.raises(MaskError, match="holds 3 of the 5 weights of `w`, so there are only 2 outside"):
+        drawn_outside(tensor_mask(torch.arange(5) < 3), "w", 0)

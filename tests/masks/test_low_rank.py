@@ -21,7 +21,7 @@ def by_svd(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40), (50, 50)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("block", [1 << 22, 100])
+@pytest.mark.parametrize("block", [1 << 20, 100])
 def test_low_rank_magnitudes_are_those_of_the_svd(
     shape: tuple[int, int], dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -30,7 +30,7 @@ def test_low_rank_magnitudes_are_those_of_the_svd(
     for rank in (1, 5, 39):
         found = low_rank_magnitudes("w", weight, rank)
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found, by_svd(weight, rank), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, by_svd(weight, rank), rtol=1.2e-7, atol=1e-12)
 
 
 def test_low_rank_magnitudes_find_a_planted_matrix_under_noise() -> None:
@@ -52,7 +52,7 @@ def test_low_rank_magnitudes_take_each_matrix_of_a_stack_by_itself() -> None:
     stack = normal(3, 20, 30)
     found = low_rank_magnitudes("w", stack, 2)
     for matrix, expected in zip(found, stack, strict=True):
-        torch.testing.assert_close(matrix, by_svd(expected, 2), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(matrix, by_svd(expected, 2), rtol=1.2e-7, atol=1e-12)
 
 
 def test_a_vector_and_a_matrix_of_smaller_rank_are_their_own_approximation() -> None:

@@ -77,6 +77,20 @@ def test_lowest_overall_is_a_sort_over_all_tensors(num_keys: int, count: int) ->
     assert np.array_equal(np.sort(chosen), np.sort(np.concatenate(list(keys.values())))[:count])
 
 
+@pytest.mark.parametrize("bits", [1, 12])
+def test_lowest_overall_orders_by_key_then_by_each_tensors_own_numbers(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subnet_ft.masks.selection._DRAWN_BITS", bits)
+    keys = keys_of(1, 3)
+    draws = {name: generator_of(7, name).integers(1 << 32, size=keys[name].size, dtype=np.uint32) for name in SHAPES}
+    order = np.lexsort([np.concatenate(list(values.values())) for values in (draws, keys)])
+    expected = np.zeros(order.size, dtype=bool)
+    expected[order[:1501]] = True
+    found = dense(overall(keys, 1501, 3, seed=7))
+    assert np.array_equal(np.concatenate(list(found.values())), expected)
+
+
 def test_lowest_overall_does_not_depend_on_the_pieces() -> None:
     keys = keys_of(1, 3)
     whole, cut = (dense(overall(keys, 1500, 3, size=size)) for size in (1 << 20, 8))
