@@ -8,7 +8,7 @@ far more than the first null says; only an excess over the second speaks of shar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from subnet_ft.masks.magnitude import NUM_BINS, magnitude_bins
 
 if TYPE_CHECKING:
     from subnet_ft.checkpoints import Checkpoint
-    from subnet_ft.masks import SubnetMask
+    from subnet_ft.masks import SubnetMask, TensorMask
 
 # Weights per piece: a multiple of 8, so that pieces meet at a byte of the masks.
 _CHUNK = 1 << 20
@@ -185,18 +185,18 @@ def _overlaps(named: list[tuple[str, SubnetMask]], base: Checkpoint | None, *, p
         total=masks[0].num_parameters, desc="Comparing masks", unit="weight", unit_scale=True, disable=not progress
     )
     with bar:
-        for name, bins in _bins_by_tensor(masks, base):
+        for name, bins in _bins_by_tensor(masks, base, bar.update):
             tensors = [mask.tensors[name] for mask in masks]
             for first, second in pairs:
                 left, right = tensors[first], tensors[second]
                 expected = variance = np.zeros(())
                 if bins is not None:
                     expected, variance = _hypergeometric(bins[0], bins[1 + first], bins[1 + second])
-                both = subnet_kernels.count_bits(left.bits & right.bits) if left.count and right.count else 0
+                both = _common(left, right)
                 counts[first, second][name] = _Counts(
                     left.count, right.count, both, left.num_elements, float(expected.sum()), float(variance.sum())
                 )
-            bar.update(tensors[0].num_elements)
+            bar.update(0 if base else tensors[0].num_elements)
     has_magnitude = base is not None
     return [
         MaskOverlap(
@@ -221,7 +221,7 @@ def _check(masks: list[SubnetMask], base: Checkpoint | None) -> None:
 
 
 def _bins_by_tensor(
-    masks: list[SubnetMask], base: Checkpoint | None
+    masks: list[SubnetMask], base: Checkpoint | None, advance: Callable[[int], object]
 ) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[np.int64]] | None]]:
     """Yield every tensor with its (1 + M, bins) counts: of all weights and of every mask's; `None` without a base."""
     if base is None:
@@ -247,8 +247,17 @@ def _bins_by_tensor(
                     chosen = subnet_kernels.unpack_bits(bits, bins.size).numpy()
                     counts[row] += np.bincount(bins[chosen], minlength=NUM_BINS)
             start += bins.size
+            advance(bins.size)
         recorded.check_fingerprint(name, dtype, sums)
         yield name, counts
+
+
+def _common(left: TensorMask, right: TensorMask) -> int:
+    """Count the weights that are trainable in both masks of a tensor, piece by piece."""
+    if not (left.count and right.count):
+        return 0
+    pieces = (slice(start, start + _CHUNK) for start in range(0, left.bits.numel(), _CHUNK))
+    return sum(subnet_kernels.count_bits(left.bits[piece] & right.bits[piece]) for piece in pieces)
 
 
 def _hypergeometric(n: Any, k1: Any, k2: Any) -> tuple[Any, Any]:

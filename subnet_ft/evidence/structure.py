@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from subnet_ft.masks import SubnetMask, TensorMask
 
 _CHUNK = 1 << 20  # weights unpacked at a time
+_BYTES = 1 << 17  # bytes of a mask looked at a time: a multiple of the runs' sizes
 _WORD = 32  # weights whose bits the kernels read at once
 
 # Projection to the axis along which heads lie side by side, and whether query heads share them.
@@ -124,6 +125,7 @@ def mask_structure(
     masks = [mask] if control is None else [mask, control]
     mask.check_shapes({name: tensor.shape for name, tensor in masks[-1].tensors.items()})
     found: list[Structure] = []
+    done = 0
     with tqdm(
         total=len(masks) * mask.num_parameters,
         desc="Counting rows and columns",
@@ -134,8 +136,9 @@ def mask_structure(
         for one in reversed(masks):
             tensors = {}
             for name, tensor in one.tensors.items():
-                tensors[name] = _tensor_structure(tensor, head_split(name, tensor.shape, config))
-                bar.update(tensor.num_elements)
+                tensors[name] = _tensor_structure(tensor, head_split(name, tensor.shape, config), bar.update)
+                done += tensor.num_elements
+                bar.update(done - bar.n)  # vectors and empty tensors took no time
             found.append(Structure(tensors, _by_kind(tensors), found[-1] if found else None))
     return found[-1]
 
@@ -160,11 +163,13 @@ def head_split(
     return (axis, heads) if shape[0 if axis == "rows" else 1] == heads * head_dim else None
 
 
-def _tensor_structure(tensor: TensorMask, split: tuple[Literal["rows", "columns"], int] | None) -> TensorStructure:
+def _tensor_structure(
+    tensor: TensorMask, split: tuple[Literal["rows", "columns"], int] | None, advance: Callable[[int], object]
+) -> TensorStructure:
     rows = columns = heads = None
     head_densities: list[float] = []
     if len(tensor.shape) >= 2 and tensor.num_elements:
-        row_counts, column_counts = _row_and_column_counts(tensor)
+        row_counts, column_counts = _row_and_column_counts(tensor, advance)
         rows, columns = _spread(row_counts, tensor), _spread(column_counts, tensor)
         if split is not None:
             counts = (row_counts if split[0] == "rows" else column_counts).reshape(split[1], -1).sum(axis=1)
@@ -185,7 +190,9 @@ def _tensor_structure(tensor: TensorMask, split: tuple[Literal["rows", "columns"
     )
 
 
-def _row_and_column_counts(tensor: TensorMask) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _row_and_column_counts(
+    tensor: TensorMask, advance: Callable[[int], object]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Count the trainable weights of every row and column, matrix after matrix of a stack, piece by piece."""
     *stack, num_rows, num_columns = tensor.shape
     num_matrices = math.prod(stack)
@@ -199,6 +206,7 @@ def _row_and_column_counts(tensor: TensorMask) -> tuple[np.ndarray[Any, Any], np
             dense = _dense(tensor, first, first + (stop - start) * num_columns).reshape(-1, num_columns)
             rows[matrix, start:stop] = np.count_nonzero(dense, axis=1)
             columns[matrix] += np.count_nonzero(dense, axis=0)
+            advance(dense.size)
     return rows.reshape(-1), columns.reshape(-1)
 
 
@@ -239,8 +247,13 @@ def _empty_runs(tensor: TensorMask, size: int) -> float:
     """Share of runs of `size` consecutive weights, the last one maybe shorter, without a trainable one."""
     if not tensor.count:
         return 1.0
-    starts = np.arange(0, tensor.bits.numel(), size // 8)
-    return float(np.mean(np.bitwise_or.reduceat(tensor.bits.numpy(), starts) == 0))
+    bits, width = tensor.bits.numpy(), size // 8
+    num_empty = 0
+    for start in range(0, bits.size, _BYTES):
+        part = bits[start : start + _BYTES]
+        runs = np.bitwise_or.reduceat(part, np.arange(0, part.size, width))
+        num_empty += int(np.count_nonzero(runs == 0))
+    return num_empty / -(-bits.size // width)
 
 
 def _chance_of_none(tensor: TensorMask, size: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -79,8 +79,8 @@ def extract(
     tensors: dict[str, TensorMask] = {}
     with _progress_bar(num_parameters, enabled=progress) as bar:
         for (name, old), (_, new) in zip(before.pieces(_CHUNK), after.pieces(_CHUNK, before.specs), strict=True):
-            tensors[name] = comparison.compare(name, before.specs[name].shape, zip(old, new, strict=True))
-            bar.update(tensors[name].num_elements)
+            pairs = _watched(zip(old, new, strict=True), bar)
+            tensors[name] = comparison.compare(name, before.specs[name].shape, pairs)
 
     densities = [count / max(num_parameters, 1) for count in comparison.counts]
     mask = SubnetMask(
@@ -211,6 +211,15 @@ def _warn_of_extremes(mask: SubnetMask, base: Checkpoint) -> None:
             "in bfloat16 or compare with a tolerance to find a subnetwork.",
             100 * mask.density,
         )
+
+
+def _watched(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], bar: tqdm[NoReturn]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pass pairs of pieces on and count them: one tensor may take most of the time."""
+    for pair in pairs:
+        yield pair
+        bar.update(pair[0].numel())
 
 
 def _progress_bar(total: int, *, enabled: bool) -> tqdm[NoReturn]:
