@@ -109,7 +109,7 @@ class Plan:
         return Path(self.recipe.output) / "studies" / self.study
 
     def only(self, names: Sequence[str]) -> Plan:
-        """Return the plan of these cells and of those that they are compared with.
+        """Return the plan of these cells, of those that they are compared with, and of the recipe's own run.
 
         Raises:
             SubnetError: A name is not one of the study's.
@@ -121,7 +121,12 @@ class Plan:
             if name not in known:
                 hint = did_you_mean(name, known) or f"; cells: {', '.join(known)}"
                 raise SubnetError(f"`{name}` is no cell of the study `{self.study}`{hint.rstrip('.')}.")
-        wanted = {*names, *(known[name].versus for name in names)}
+        wanted = {self.cells[0].name}
+        for name in names:
+            needed: str | None = name
+            while needed is not None:
+                wanted.add(needed)
+                needed = known[needed].versus
         left_out = [cell.name for cell in self.cells if cell.name not in wanted]
         notes = [*self.notes, *([f"The cells {', '.join(left_out)}: they were not asked for."] if left_out else [])]
         return dataclasses.replace(self, cells=[cell for cell in self.cells if cell.name in wanted], notes=notes)
