@@ -85,7 +85,7 @@ def verdict(
     gap = paired_difference(subnet, full, confidence=two_one_sided(confidence))
     numbers = _difference_text(gap, f"{subject} minus full run")
     within = f"{margin * 100:.1f} points"
-    name = _decide(gap.low, gap.high, gain.low, margin)
+    name = decide(gap.low, gap.high, gain.low, margin)
     if name == "recovered":
         if _equivalent(gap.low, gap.high, margin) and gain.low > margin:
             return Verdict(name, f"The {subject} is equivalent to the full run within {within}: {numbers}.")
@@ -162,7 +162,7 @@ def prompts_to_decide(gap: PairedDifference, gain: PairedDifference, *, margin: 
 
     def decides(count: int) -> bool:
         low, high = interval(gap, count)
-        return _decide(low, high, interval(gain, count)[0], margin) != "undecided"
+        return decide(low, high, interval(gain, count)[0], margin) != "undecided"
 
     upper = gap.num_prompts
     while not decides(upper):
@@ -177,7 +177,7 @@ def prompts_to_decide(gap: PairedDifference, gain: PairedDifference, *, margin: 
     return math.ceil(upper / unit) * unit
 
 
-def _decide(
+def decide(
     low: float, high: float, gain_low: float, margin: float
 ) -> Literal["recovered", "not_recovered", "undecided"]:
     """Apply the rule to the interval of a run minus the full run and the lower end of the full run's gain."""

@@ -51,7 +51,7 @@ def generate(
     """
     if num_samples > 1 and temperature == 0:
         raise TaskError(f"{num_samples} samples at temperature 0 would all be the same. Set a temperature above 0.")
-    tokens = [_tokenize(tokenizer, prompt) for prompt in prompts]
+    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(tokens[index]))
     step = max(1, batch_size // num_samples)
     config = _generation_config(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -67,7 +67,12 @@ def generate(
     return completions
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Return the tokens that a model continues.
+
+    Raises:
+        TaskError: The prompt has none, or is chat messages and the tokenizer has no chat template.
+    """
     tokens: Any
     if isinstance(prompt, str):
         tokens = tokenizer(prompt)["input_ids"]

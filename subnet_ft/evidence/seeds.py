@@ -1,0 +1,131 @@
+"""The summary over several seeds of training: one interval that covers the choice of seeds and that of prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from subnet_ft.evidence.verdict import VerdictName, decide, two_one_sided
+
+
+@dataclass(frozen=True)
+class MixedDifference:
+    """A difference of accuracies over several seeds, all on the same prompts."""
+
+    by_seed: dict[str, float]
+    """Seed to the difference with that seed, in [-1, 1]."""
+    mean: float
+    """Mean over seeds."""
+    sd_between_seeds: float
+    """Standard deviation of the seeds' true differences, prompts' noise taken off; 0 where none is left."""
+    low: float
+    """Lower end of the interval of the mean."""
+    high: float
+    """Upper end."""
+    confidence: float
+    """Two-sided confidence of the interval."""
+    degrees_of_freedom: float
+    """Of its t quantile; near the number of seeds minus one where seeds vary much, large where they do not."""
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """One run over several seeds, against the full run of the same seed and with the verdict's rule."""
+
+    run: str
+    """`subnet`, or a control."""
+    seeds: list[int]
+    """Seeds of training."""
+    minus_full: MixedDifference
+    """The run minus the full run, at the confidence of two one-sided tests."""
+    full_minus_base: MixedDifference
+    """The full run minus the base."""
+    verdict: VerdictName
+    """By the rule of a single seed, on these intervals."""
+    num_prompts: int
+    """Held-out prompts."""
+
+
+def mixed_difference(
+    first: Mapping[int, NDArray[np.bool_]], second: Mapping[int, NDArray[np.bool_]], *, confidence: float
+) -> MixedDifference:
+    """Average a paired difference over seeds, with seeds and prompts both as random draws.
+
+    With d[s, i] the difference for seed s and prompt i, the mean's variance is A/S + B/n - C/(S n), where A and B are
+    the variances of the seeds' and the prompts' means and C that of what neither explains, each with its degrees of
+    freedom; the interval's t quantile has those of their sum by Satterthwaite. Two seeds that differ much give a wide
+    interval, and should.
+
+    Args:
+        first: Seed to (n,) outcomes of the first model.
+        second: Seed to those of the second.
+        confidence: Two-sided confidence, in (0, 1).
+
+    Raises:
+        ValueError: There are fewer than two seeds, or the two models have others.
+
+    Source: two-way random effects without replication (Searle, Casella and McCulloch 1992, chapter 4); Satterthwaite
+    1946 (Biometrics Bulletin 2, 110-114).
+    """
+    if set(first) != set(second) or len(first) < 2:
+        raise ValueError(
+            f"A summary needs the same two seeds or more of both models, got {sorted(first)}, {sorted(second)}."
+        )
+    seeds = sorted(first)
+    values = np.array([first[seed].astype(np.int8) - second[seed].astype(np.int8) for seed in seeds], dtype=np.float64)
+    num_seeds, n = values.shape
+    by_seed, by_prompt, mean = values.mean(axis=1), values.mean(axis=0), float(values.mean())
+    left = values - by_seed[:, None] - by_prompt[None, :] + mean
+    free = (num_seeds - 1) * max(n - 1, 1)
+    within = float((left**2).sum()) / free
+    terms = (
+        (float(by_seed.var(ddof=1)) / num_seeds, num_seeds - 1),
+        (float(by_prompt.var(ddof=1)) / n if n > 1 else 0.0, max(n - 1, 1)),
+        (-within / (num_seeds * n), free),
+    )
+    variance = sum(part for part, _ in terms)
+    # Estimates of components can cancel; the prompts' part alone is there with any seeds.
+    variance = max(variance, terms[1][0])
+    spread = sum(part**2 / degrees for part, degrees in terms)
+    degrees = max(variance**2 / spread, 1.0) if spread > 0 else float(num_seeds - 1)
+    half = float(student.ppf((1 + confidence) / 2, degrees)) * math.sqrt(variance)
+    between = max(0.0, float(by_seed.var(ddof=1)) - within / n)
+    return MixedDifference(
+        by_seed={str(seed): float(value) for seed, value in zip(seeds, by_seed, strict=True)},
+        mean=mean,
+        sd_between_seeds=math.sqrt(between),
+        low=max(-1.0, mean - half),
+        high=min(1.0, mean + half),
+        confidence=confidence,
+        degrees_of_freedom=degrees,
+    )
+
+
+def summarize_seeds(
+    run: str,
+    base: NDArray[np.bool_],
+    full: Mapping[int, NDArray[np.bool_]],
+    other: Mapping[int, NDArray[np.bool_]],
+    *,
+    margin: float,
+    confidence: float,
+) -> SeedSummary:
+    """Judge a run over several seeds by the rule of `evidence.verdict.verdict`.
+
+    Args:
+        run: Name of the run.
+        base: (n,) outcomes of the base.
+        full: Seed to (n,) outcomes of the full run.
+        other: Seed to (n,) outcomes of the run.
+        margin: Largest difference in accuracy that counts as none, in (0, 1).
+        confidence: Confidence of each claim, in (0.5, 1).
+    """
+    gain = mixed_difference(full, dict.fromkeys(full, base), confidence=confidence)
+    gap = mixed_difference(other, full, confidence=two_one_sided(confidence))
+    name: VerdictName = "nothing_to_recover" if gain.low <= 0 else decide(gap.low, gap.high, gain.low, margin)
+    return SeedSummary(run, sorted(full), gap, gain, name, len(base))
