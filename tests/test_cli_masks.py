@@ -11,9 +11,11 @@ import pytest
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.cli import main
-from subnet_ft.cli.making import FROM_BASE, KINDS, LIKE, RULES
+from subnet_ft.cli.making import FROM_BASE, FROM_STATE, KINDS, LIKE, RULES
 from subnet_ft.masks import BASE_KINDS, CONTROLS, SubnetMask, base_mask, combine, control_mask, early_mask
 from subnet_ft.masks import RULES as LIBRARY_RULES
+from subnet_ft.masks.gradients import GRADIENT_KINDS, gradient_mask
+from subnet_ft.training.moments import read_moments
 
 SUFFIX = ".subnet.safetensors"
 
@@ -44,9 +46,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The checkpoint of two steps of a full run, with its optimizer's state."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    words = ["task.num_train=32", "training.max_steps=3", "training.save_steps=2", "keep_checkpoints=true"]
+    assert main(["train", "tiny/sft", "method=full", f"output={output}", *words, "-q"]) == 0
+    return str(next(output.rglob("checkpoint-2")))
+
+
 def test_kinds_and_rules_are_those_of_the_library() -> None:
     assert LIKE == CONTROLS
     assert FROM_BASE == BASE_KINDS
+    assert FROM_STATE == GRADIENT_KINDS
     assert RULES == LIBRARY_RULES
 
 
@@ -94,6 +106,19 @@ def test_make_early_is_an_early_mask(files: dict[str, str], tmp_path: Path, caps
     assert figures["source"] == {"kind": "early", "step": 7}
 
 
+@pytest.mark.parametrize(("kind", "options"), [("gradient", {}), ("fisher", {"scope": "global", "seed": 1})])
+def test_make_from_state_is_a_mask_of_gradients(
+    kind: str, options: dict[str, Any], state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    words += ["--base", "tiny:llama", "--state", state, "--density", "0.1"]
+    mask, figures = made(capsys, "mask", "make", kind, "-o", str(tmp_path / f"m{SUFFIX}"), *words)
+    expected = gradient_mask("tiny:llama", read_moments(state), kind, density=0.1, **options)
+    assert (mask, mask.provenance) == (expected, expected.provenance)
+    assert figures["source"]["step"] == 2
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_combine_combines(rule: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [files[number] for number in "123"]
@@ -129,6 +154,7 @@ def test_make_reads_as_text(files: dict[str, str], tmp_path: Path, capsys: pytes
         (["predicted", "--density", "0.1"], ["`predicted` needs `--base`."]),
         (["inverted", "--density", "0.1"], ["`inverted` has the size of another mask", "--like MASK"]),
         (["early", "--base", "B"], ["`early` needs `--tuned`"]),
+        (["fisher", "--base", "B"], ["`fisher` needs `--state`, `--density`."]),
         (["predicted", "--like", "M"], ["`predicted` matches no other mask", "`inverted`"]),
         (["uniform", "--like", "M", "--density", "0.1"], ["with `--like` does not use `--density`", "`--seed`"]),
         (["uniform", "--base", "B", "--density", "0.1", "--rank", "3"], ["does not use `--rank`", "`--scope`"]),

@@ -26,11 +26,14 @@ LIKE = (
 )
 """Kinds that match the size of another mask."""
 FROM_BASE = ("low_magnitude", "predicted", "principal", "non_principal", "uniform")
-FROM_STEPS = ("early",)
-KINDS = tuple(dict.fromkeys((*LIKE, *FROM_BASE, *FROM_STEPS)))
+FROM_STATE = ("gradient", "fisher")
+"""Kinds that read the optimizer's state after a few steps of a full run."""
+KINDS = tuple(dict.fromkeys((*LIKE, *FROM_BASE, "early", *FROM_STATE)))
 
 _LOOK_AT_WEIGHTS = ("magnitude_matched", "low_magnitude", "principal", "non_principal")
-_OPTIONS = ("like", "density", "base", "seed", "dtype", "rank", "scope", "reach", "tuned", "criterion", "tolerance")
+_OPTIONS = (
+    "like", "density", "base", "seed", "dtype", "rank", "scope", "reach", "state", "tuned", "criterion", "tolerance"
+)  # fmt: skip
 
 
 def make_mask(options: argparse.Namespace, emit: Emit) -> int:
@@ -61,7 +64,10 @@ def _maker(options: argparse.Namespace) -> Callable[[argparse.Namespace], Subnet
             )
         _check_options(options, needed=(), allowed=("like", "base", "seed", *_rank_of(kind)))
         return _like
-    if kind in FROM_STEPS:
+    if kind in FROM_STATE:
+        _check_options(options, needed=("base", "state", "density"), allowed=("seed", "dtype", "scope"))
+        return _from_state
+    if kind == "early":
         _check_options(options, needed=("base", "tuned"), allowed=("dtype", "criterion", "tolerance"))
         return _early
     if kind not in FROM_BASE:
@@ -80,7 +86,7 @@ def _like(options: argparse.Namespace) -> SubnetMask:
     weights = None
     if options.kind in _LOOK_AT_WEIGHTS or options.base is not None:
         recorded = mask.provenance.base
-        name = options.base or (recorded and recorded.name)
+        name = options.base or (None if recorded is None else recorded.name)
         if name is None:
             raise SubnetError(f"`{options.like}` does not name its base. Name it with `--base`.")
         base = open_checkpoint(name)
@@ -102,6 +108,21 @@ def _from_base(options: argparse.Namespace) -> SubnetMask:
         scope=options.scope or "tensor",
         reach=options.reach,
         progress=not options.quiet,
+    )
+
+
+def _from_state(options: argparse.Namespace) -> SubnetMask:
+    from subnet_ft.masks.gradients import gradient_mask
+    from subnet_ft.training.moments import read_moments
+
+    return gradient_mask(
+        options.base,
+        read_moments(options.state),
+        options.kind,
+        density=options.density,
+        scope=options.scope or "tensor",
+        dtype=options.dtype,
+        seed=options.seed or 0,
     )
 
 

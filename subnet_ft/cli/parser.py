@@ -150,10 +150,11 @@ def _mask_commands(commands: Any) -> None:
     make_command.add_argument("--seed", type=int, help="of what is drawn, and of the order of equal weights; 0")
     make_command.add_argument("--dtype", help="in which the weights are trained, if not the stored one")
     make_command.add_argument("--rank", type=int, help="of (non_)principal's approximation; 1/32 of a matrix's side")
-    make_command.add_argument(
-        "--scope", help="of uniform: tensor (the default), or global for one draw from all weights"
-    )
+    make_command.add_argument("--scope", help="of uniform, gradient, fisher: tensor (the default) or global")
     make_command.add_argument("--reach", type=float, help="of predicted, instead of a density: the expected drift")
+    make_command.add_argument(
+        "--state", metavar="CHECKPOINT", help="of gradient and fisher: one that has optimizer state"
+    )
     make_command.add_argument("--tuned", metavar="CHECKPOINT", help="of early: a checkpoint-STEP folder of a run")
     make_command.add_argument("--criterion", help="of early: exact (the default), absolute or relative")
     make_command.add_argument("--tolerance", type=float, help="of the criteria absolute and relative")
