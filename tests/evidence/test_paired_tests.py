@@ -40,9 +40,9 @@ def test_paired_tests_bootstrap_agrees_with_scipys() -> None:
     first, second = outcomes(60, 35, 500)
     ours = paired_tests(first, second, confidence=0.9)
     differences = first.astype(float) - second.astype(float)
-    theirs = bootstrap((differences,), np.mean, confidence_level=0.9, method="percentile", rng=1).confidence_interval
-    assert ours.bootstrap_low == pytest.approx(theirs.low, abs=0.003)
-    assert ours.bootstrap_high == pytest.approx(theirs.high, abs=0.003)
+    theirs = bootstrap((differences,), np.mean, confidence_level=0.9, method="percentile").confidence_interval
+    assert ours.bootstrap_low == pytest.approx(theirs.low, abs=0.004)
+    assert ours.bootstrap_high == pytest.approx(theirs.high, abs=0.004)
     assert ours == paired_tests(first, second, confidence=0.9)
 
 
