@@ -58,8 +58,10 @@ ARROWS: dict[str, set[str]] = {
     "trained_runs": {"stages"},
     "evidence_stages": {
         *_WEIGHTS,
+        "methods",
+        "tasks",
+        "digests",
         "evidence",
-        "held_out",
         "inputs",
         "stages",
         "trained_runs",

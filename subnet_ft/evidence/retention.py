@@ -116,7 +116,14 @@ def retention(
             confidence=confidence,
             seed=seed,
         )
-    return Retention(found, *kl, num_tokens=sum(len(text.tokens) for text in texts), confidence=confidence)
+    return Retention(
+        tasks=found,
+        kl_to_base=kl[0],
+        kl_low=kl[1],
+        kl_high=kl[2],
+        num_tokens=sum(len(text.tokens) for text in texts),
+        confidence=confidence,
+    )
 
 
 def retention_differences(
