@@ -15,11 +15,15 @@ from subnet_ft.optim.masters import check_master, forget_remainder, master_dtype
 from subnet_ft.optim.parameters import NamedParameters
 from subnet_ft.optim.remap import remap
 from subnet_ft.optim.state import check_keys, checked_tensor
+from subnet_ft.optim.watching import StepWatch
 from subnet_kernels import BitMask
 
 
 class FusedBase(MaskedBase):
     """A masked optimizer with a kernel of its own, which updates many tensors in a few launches."""
+
+    watch: StepWatch | None = None
+    """Sees what every step changes, to the same bits but slice by slice; not for stochastic rounding."""
 
     def __init__(
         self,
@@ -108,7 +112,13 @@ class FusedBase(MaskedBase):
         # Plans of a device that the model has left would keep its memory.
         self._cache = {device: self._cache.get(device, {}) for device in batches}
         for device, batch in batches.items():
-            self._run(batch, None if scale is None else scale.to(device), self._cache[device])
+            on_device = None if scale is None else scale.to(device)
+            if self.watch is None:
+                self._run(batch, on_device, self._cache[device])
+                continue
+            for update in batch:
+                for part in self.watch.slices(update):
+                    self._run([part], on_device, {})
         if self.master == "none":
             for parameter in grads:
                 forget_remainder(self.state[parameter].get("master"))
