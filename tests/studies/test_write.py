@@ -66,7 +66,8 @@ PLOTS = {
     "causes": ["Share of the weights that every run changed", "Share of changed weights by tolerance"],
     "sparsity": ["Share of the weights that every run changed"],
     "overlap": [
-        "Overlap of every two masks", "o1 of every pair beside its nulls", "Share of the weights that every run changed",
+        "Overlap of every two masks", "o1 of every pair beside its nulls",
+        "Share of the weights that every run changed",
     ],
     "which_mask": [
         "Paired difference of every run, in points", "Accuracy against the density of the mask",
