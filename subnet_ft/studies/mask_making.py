@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from subnet_ft.errors import MaskError, MaskMismatchError
 from subnet_ft.inputs import RunVariant
-from subnet_ft.masks import SubnetMask, base_mask, control_mask
+from subnet_ft.masks import SubnetMask, TensorMask, base_mask, control_mask
 from subnet_ft.recipe.mask_schema import CHOSEN
 from subnet_ft.stages import run_stage
 from subnet_ft.studies.measures import changed_mask
@@ -82,6 +84,8 @@ def _of_final(cell: Cell, pipeline: Pipeline, final: SubnetMask, folder: Path) -
             dtype = compare_dtype(base, pipeline.recipe)
             mask = final & base_mask(base, "uniform", density=plan.density / final.density, seed=seed, dtype=dtype)
         if plan.control is not None:
+            if plan.control == "inverted":
+                mask = _invertible(mask)
             try:
                 mask = control_mask(mask, plan.control, seed=seed, weights=base.tensors())
             except MaskMismatchError:
@@ -94,3 +98,16 @@ def _of_final(cell: Cell, pipeline: Pipeline, final: SubnetMask, folder: Path) -
     inputs = {"final": final.fingerprint, "density": plan.density, "control": plan.control, "seed": seed}
     run_stage(folder / "mask", inputs, work, overwrite=True, cheap=True, products=[path])
     return SubnetMask.load(path)
+
+
+def _invertible(mask: SubnetMask) -> SubnetMask:
+    """Leave out the tensors that are more than half dense: as many weights do not lie outside.
+
+    That is a norm of a few hundred weights now and then, and no reason to go without the control.
+    """
+    nothing = torch.empty(0, dtype=torch.uint8)
+    tensors = {
+        name: tensor if 2 * tensor.count <= tensor.num_elements else TensorMask(nothing, tensor.shape, 0)
+        for name, tensor in mask.tensors.items()
+    }
+    return SubnetMask(tensors, mask.provenance)

@@ -86,6 +86,7 @@ def plan_early_mask(recipes: Recipes) -> Plan:
 
 def _cell(recipes: Recipes, name: str, label: str, group: str, mask: MaskPlan) -> Cell:
     settings = [f"control {mask.control}"] if mask.control else []
+    settings += ["without tensors that are more than half dense"] if mask.control == "inverted" else []
     if mask.source is not None:
         settings = [f"subnet.source.kind={mask.source.kind}"]
         settings += [f"subnet.source.steps={mask.source.steps}"] if mask.source.steps is not None else []
