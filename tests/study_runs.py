@@ -53,18 +53,20 @@ def cell(name: str, share: float | None = 0.5, *, versus: float | None = None, *
         name: Its name, and its label with spaces.
         share: Its accuracy.
         versus: Accuracy of what it is compared with; `None` where it is not.
-        fields: Further fields of a `CellResult`; `changed` may be one share, for any bit and for 1e-5.
+        fields: Further fields of a `CellResult`; `changed` may be one share, for any bit and, halved, for 1e-5,
+            and `reference` names what it is compared with.
     """
     difference = None
     if share is not None and versus is not None:
         paired = paired_difference(solved(share), solved(versus), confidence=0.95)
         difference = difference_of(name, AS_WRITTEN, paired)
+    reference = fields.pop("reference", None if name == AS_WRITTEN else AS_WRITTEN)
     changed = fields.pop("changed", {})
     if isinstance(changed, float):
         changed = {"0": changed, "1e-08": changed, "1e-05": changed / 2}
     values: dict[str, Any] = {
         "label": name.replace("_", " "), "group": "", "settings": [],
-        "versus": None if name == AS_WRITTEN else AS_WRITTEN,
+        "versus": reference,
         "algorithm": "grpo", "model": "some/model", "dtype": "bfloat16", "seed": 0, "learning_rate": 2e-5,
         "num_steps": 40, "num_trainable": 100, "num_parameters": 1000, "train_seconds": 120.0, "resumed_from": None,
         "failure": None, "reward": None, "data_loss": None, "traits": None, "mask": None,

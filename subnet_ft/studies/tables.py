@@ -24,17 +24,17 @@ def settings_table(report: StudyReport) -> Table:
     rows = [
         [
             cell.label,
-            "; ".join(cell.settings) or "as written",
             cell.algorithm,
             _NONE if cell.learning_rate is None else f"{cell.learning_rate:g}",
             str(cell.num_steps) if cell.num_steps else _NONE,
             str(cell.seed),
             cell.dtype,
             _NONE if cell.train_seconds is None else duration(cell.train_seconds),
+            "; ".join(cell.settings) or "as written",
         ]
         for cell in report.cells
     ]
-    return Table(["run", "departs in", "algorithm", "learning rate", "steps", "seed", "weights", "training"], rows)
+    return Table(["run", "algorithm", "learning rate", "steps", "seed", "weights", "training", "departs in"], rows)
 
 
 def tolerance_table(report: StudyReport) -> Table | None:

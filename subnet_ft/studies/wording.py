@@ -113,12 +113,29 @@ def _causes(report: StudyReport) -> list[str]:
             f"Another seed changes {percent(seed.changed[EXACT])}: {spread * 100:.2f} points apart. That is one draw "
             "of what chance alone does; a cause that moves density by less is not shown to move it."
         )
-    for cell in report.cells:
-        other = report.cell(cell.versus or "")
-        if cell.name == "seed" or other is None or not cell.changed or not other.changed:
-            continue
-        sentences.append(_cause(cell, other, spread if other.model == own.model else None))
-    return sentences
+    compared = [(cell, other) for cell in report.cells if (other := _reference(report, cell)) is not None]
+    if spread is not None:
+        sentences.append(_beyond_seeds([pair for pair in compared if pair[1].model == own.model], spread))
+    return sentences + [_cause(cell, other, spread if other.model == own.model else None) for cell, other in compared]
+
+
+def _reference(report: StudyReport, cell: CellResult) -> CellResult | None:
+    """Return what a cause is compared with, where both changed weights or could have."""
+    other = report.cell(cell.versus or "")
+    return other if cell.name != "seed" and other is not None and cell.changed and other.changed else None
+
+
+def _beyond_seeds(compared: list[tuple[CellResult, CellResult]], spread: float) -> str:
+    """Sort the causes by whether they moved density by more than another seed did."""
+    moved = {cell.label: cell.changed[EXACT] - other.changed[EXACT] for cell, other in compared}
+    more = [name for name, by in moved.items() if by > spread]
+    fewer = [name for name, by in moved.items() if by < -spread]
+    same = [name for name, by in moved.items() if abs(by) <= spread]
+    text = (
+        f"By more than the two seeds differ, density rose with: {'; '.join(more) or 'nothing'}. It fell with: "
+        f"{'; '.join(fewer) or 'nothing'}."
+    )
+    return f"{text} Not shown to move it: {'; '.join(same)}." if same else text
 
 
 def _cause(cell: CellResult, other: CellResult, spread: float | None) -> str:
@@ -178,7 +195,7 @@ def _which_mask(report: StudyReport) -> list[str]:
     ):
         names = [cell.label for cell in masked if cell.mask and cell.mask.verdict == verdict]
         if names:
-            sentences.append(f"{len(names)} of {len(masked)} masks {what}: {', '.join(names)}.")
+            sentences.append(f"{len(names)} of {len(masked)} masks {what}: {'; '.join(names)}.")
     whole = [cell for cell in masked if not cell.group.startswith("at ")]
     random = [cell for cell in whole if cell.name in ("uniform", "magnitude_matched") and cell.mask]
     recovered = [cell.label for cell in random if cell.mask and cell.mask.verdict == "recovered"]

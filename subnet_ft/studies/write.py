@@ -20,6 +20,7 @@ from subnet_ft.studies import plots, tables
 from subnet_ft.studies.schema import StudyReport
 
 _WIDTH = 100
+_FIRST = 3  # sentences of `causes` that speak of all runs together
 
 
 def write_study(report: StudyReport, folder: Path) -> dict[str, Path]:
@@ -70,6 +71,7 @@ def render_html(report: StudyReport) -> str:
     page = environment.get_template("study.html.jinja").render(
         report=report,
         style=Markup(environment.get_template("style.css").render()),
+        num_first=_FIRST if report.study == "causes" else len(report.answers),
         rule=rule_sentence(report),
         tables={
             "main": tables.main_table(report),

@@ -22,6 +22,20 @@ def test_causes_calls_a_difference_within_two_seeds_none() -> None:
     assert "times as many" not in text
 
 
+def test_causes_sorts_runs_by_what_two_seeds_differ() -> None:
+    own, seed = cell("as_written", changed=0.17), cell("seed", changed=0.18)
+    others = [cell(name, changed=share) for name, share in (("up", 0.3), ("down", 0.1), ("a", 0.175), ("b", 0.165))]
+    # Seeds of one model say nothing of another.
+    small = [
+        cell("tiny", changed=0.5, model="tiny:x", reference=None),
+        cell("float32", changed=0.9, model="tiny:x", reference="tiny"),
+    ]
+    text = answers(report("causes", own, seed, *others, *small))[2]
+    assert text == (
+        "By more than the two seeds differ, density rose with: up. It fell with: down. Not shown to move it: a; b."
+    )
+
+
 def test_causes_gives_the_size_of_a_difference_beyond_two_seeds() -> None:
     own, seed = cell("as_written", changed=0.17), cell("seed", changed=0.18)
     text = said("causes", own, seed, cell("rate_triple", 0.8, versus=0.5, changed=0.34))
@@ -78,7 +92,7 @@ def test_which_mask_says_that_random_masks_recovered_too() -> None:
         cell("fisher", 0.5, versus=0.53, mask=mask(verdict="undecided")),
     ]
     text = said("which_mask", *cells)
-    assert "2 of 4 masks recovered the full run's accuracy: final, uniform." in text
+    assert "2 of 4 masks recovered the full run's accuracy: final; uniform." in text
     assert "1 of 4 masks stayed below it by more than the margin: principal." in text
     assert "1 of 4 masks are undecided: fisher." in text
     assert "so did the uniform control of its size: on this task accuracy alone does not show" in text
