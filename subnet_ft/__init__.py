@@ -14,6 +14,7 @@ _EXPORTS = {
     "MaskSchedule": "subnet_ft.training",
     "SubnetMask": "subnet_ft.masks",
     "SubnetTrainerMixin": "subnet_ft.training",
+    "TrainingDynamics": "subnet_ft.training",
     "extract": "subnet_ft.masks",
     "MaskedAdamW": "subnet_ft.optim",
     "MaskedOptimizer": "subnet_ft.optim",
@@ -28,6 +29,7 @@ __all__ = [
     "MaskedSGD",
     "SubnetMask",
     "SubnetTrainerMixin",
+    "TrainingDynamics",
     "__version__",
     "extract",
     "restrict",
@@ -36,7 +38,7 @@ __all__ = [
 if TYPE_CHECKING:
     from subnet_ft.masks import SubnetMask, extract
     from subnet_ft.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
-    from subnet_ft.training import MaskSchedule, SubnetTrainerMixin, restrict
+    from subnet_ft.training import MaskSchedule, SubnetTrainerMixin, TrainingDynamics, restrict
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -35,6 +36,8 @@ class StepWatch:
     values were added to the stored weight, and the sum rounded as masters are (`round_to_weights`)."""
     peak_bytes: int = 0
     """Most bytes of copies held at a time."""
+    seconds: float = 0.0
+    """Wall time of looking, without the updates."""
 
     def slices(self, update: Update) -> Iterator[Update]:
         """Yield the parts of an update one after another; each must be done before the next is asked for.
@@ -47,11 +50,15 @@ class StepWatch:
         if update.rounding_key is not None:
             raise ValueError("a weight that is rounded stochastically has no float32 value to watch")
         for part in _slices(update):
+            start = time.perf_counter()
             stored = subnet_kernels.gather(part.param, part.mask, dtype=part.param.dtype)
             before = _float32(part, stored)
             before = before.clone() if before is part.master else before
+            self.seconds += time.perf_counter() - start
             yield part
+            start = time.perf_counter()
             self._count(part, stored, before)
+            self.seconds += time.perf_counter() - start
 
     def _count(self, part: AdamWUpdate | SGDUpdate, stored: torch.Tensor, before: torch.Tensor) -> None:
         now = subnet_kernels.gather(part.param, part.mask, dtype=part.param.dtype)

@@ -2,6 +2,7 @@
 
 from subnet_ft.training.algorithms import ALGORITHMS, Algorithm, config_fields
 from subnet_ft.training.audit import FrozenWeightAudit
+from subnet_ft.training.dynamics import TrainingDynamics
 from subnet_ft.training.mask_schedule import MaskSchedule
 from subnet_ft.training.mixin import SubnetTrainerMixin
 from subnet_ft.training.restrict import restrict
@@ -13,6 +14,7 @@ __all__ = [
     "FrozenWeightAudit",
     "MaskSchedule",
     "SubnetTrainerMixin",
+    "TrainingDynamics",
     "TrainingRun",
     "config_fields",
     "restrict",

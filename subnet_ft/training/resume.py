@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from subnet_ft.errors import CheckpointError
 from subnet_ft.training.saving import FORMAT, MANIFEST, digests, remove
+from subnet_ft.training.snapshots import SNAPSHOTS, Snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +107,15 @@ def replayed(sampler: Any, epochs: int) -> Any:
 
 
 def remove_checkpoints(folder: Path, *, since: int = 0) -> None:
-    """Remove the trainer checkpoints of a run, those of step `since` and later; the logs of `report_to` stay."""
+    """Remove the trainer checkpoints of a run, those of step `since` and later; the logs of `report_to` stay.
+
+    With all of them go the bitmaps of its dynamics, which only a run that resumes needs.
+    """
     for path in _checkpoints(folder):
         if _step(path) >= since:
             remove(path)
+    if since == 0:
+        Snapshots(folder / SNAPSHOTS).remove()
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from subnet_ft.recipe.methods import METHODS, Method, training_of
 from subnet_ft.recipe.schema import MethodSpec
 from subnet_ft.training.adapters import index_nbytes, left_as_built, prompt_texts
 from subnet_ft.training.algorithms import ALGORITHMS, Algorithm, run_config
+from subnet_ft.training.dynamics import DYNAMICS, TrainingDynamics
 from subnet_ft.training.peak_memory import PeakMemory
 from subnet_ft.training.reference import hold_quantized
 from subnet_ft.training.restrict import restrict
@@ -149,6 +150,10 @@ def train(
         remove_checkpoints(folder / TRAINER, since=stop_after)
     times = StepTimes()
     trainer.add_callback(times)
+    every = recipe.evidence.dynamics_steps
+    if every is not None and stop_after is None and not is_adapter:
+        # The bitmaps go with the checkpoints: until then the run may have to resume.
+        trainer.add_callback(TrainingDynamics(base, every, file=folder / DYNAMICS, keep_bitmaps=True))
     show_progress(trainer, progress=progress)
     restrict(
         trainer,
