@@ -28,7 +28,8 @@ def drawn_like(tensor: TensorMask, name: str, seed: int, weight: torch.Tensor | 
     """
     if tensor.count in (0, tensor.num_elements):
         return tensor
-    rng = generator_of(seed, name)
+    # Two controls of one seed are two draws: a shared order would make them overlap.
+    rng = generator_of(seed, name if weight is None else f"matched {name}")
     flat = None if weight is None else weight.detach().reshape(-1)
     drawn = torch.zeros(tensor.num_elements, dtype=torch.bool)
     chosen = subnet_kernels.unpack_bits(tensor.bits, tensor.num_elements)

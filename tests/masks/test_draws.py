@@ -80,3 +80,11 @@ def test_drawn_outside_takes_up_to_half_of_a_tensor() -> None:
         drawn_outside(tensor_mask(half), "w", 0)
     with pytest.raises(MaskError, match="holds 3 of the 5 weights of `w`, so there are only 2 outside"):
         drawn_outside(tensor_mask(torch.arange(5) < 3), "w", 0)
+
+
+def test_drawn_like_draws_two_kinds_of_one_seed_independently() -> None:
+    """Controls that share an order of draws would overlap beyond chance, and their runs would look alike."""
+    weight = weights(200_000)
+    mask = tensor_mask(random_bits(weight.numel(), 0.2, 5))
+    matched, uniform = dense(drawn_like(mask, "w", 0, weight)), dense(drawn_like(mask, "w", 0))
+    assert (matched & uniform).sum() / mask.count == pytest.approx(0.2, abs=0.01)
