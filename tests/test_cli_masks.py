@@ -14,6 +14,7 @@ from subnet_ft.cli import main
 from subnet_ft.cli.making import FROM_BASE, FROM_STATE, KINDS, LIKE, RULES
 from subnet_ft.masks import BASE_KINDS, CONTROLS, SubnetMask, base_mask, combine, control_mask, early_mask
 from subnet_ft.masks import RULES as LIBRARY_RULES
+from subnet_ft.masks.forecast import forecast_mask
 from subnet_ft.masks.gradients import GRADIENT_KINDS, gradient_mask
 from subnet_ft.training.moments import read_moments
 
@@ -58,7 +59,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_kinds_and_rules_are_those_of_the_library() -> None:
     assert LIKE == CONTROLS
     assert FROM_BASE == BASE_KINDS
-    assert FROM_STATE == GRADIENT_KINDS
+    assert ("forecast", *GRADIENT_KINDS) == FROM_STATE
     assert RULES == LIBRARY_RULES
 
 
@@ -119,6 +120,19 @@ def test_make_from_state_is_a_mask_of_gradients(
     assert figures["source"]["step"] == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"density": 0.1, "seed": 1}, {"recall": 0.5, "total_steps": 20}])
+def test_make_forecast_is_a_forecast_of_the_run(
+    options: dict[str, Any], state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    words += ["--base", "tiny:llama", "--state", state]
+    mask, figures = made(capsys, "mask", "make", "forecast", "-o", str(tmp_path / f"m{SUFFIX}"), *words)
+    expected = forecast_mask("tiny:llama", read_moments(state), **{"total_steps": 3, **options})
+    assert (mask, mask.provenance) == (expected, expected.provenance)
+    assert (figures["source"]["step"], figures["source"]["total_steps"]) == (2, options.get("total_steps", 3))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_combine_combines(rule: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [files[number] for number in "123"]
@@ -154,6 +168,8 @@ def test_make_reads_as_text(files: dict[str, str], tmp_path: Path, capsys: pytes
         (["predicted", "--density", "0.1"], ["`predicted` needs `--base`."]),
         (["inverted", "--density", "0.1"], ["`inverted` has the size of another mask", "--like MASK"]),
         (["early", "--base", "B"], ["`early` needs `--tuned`"]),
+        (["forecast", "--base", "B", "--total-steps", "3"], ["`forecast` needs `--state`."]),
+        (["fisher", "--base", "B", "--density", "1", "--state", "S", "--total-steps", "3"], ["use `--total-steps`"]),
         (["fisher", "--base", "B"], ["`fisher` needs `--state`, `--density`."]),
         (["predicted", "--like", "M"], ["`predicted` matches no other mask", "`inverted`"]),
         (["uniform", "--like", "M", "--density", "0.1"], ["with `--like` does not use `--density`", "`--seed`"]),

@@ -26,13 +26,14 @@ LIKE = (
 )
 """Kinds that match the size of another mask."""
 FROM_BASE = ("low_magnitude", "predicted", "principal", "non_principal", "uniform")
-FROM_STATE = ("gradient", "fisher")
+FROM_STATE = ("forecast", "gradient", "fisher")
 """Kinds that read the optimizer's state after a few steps of a full run."""
 KINDS = tuple(dict.fromkeys((*LIKE, *FROM_BASE, "early", *FROM_STATE)))
 
 _LOOK_AT_WEIGHTS = ("magnitude_matched", "low_magnitude", "principal", "non_principal")
 _OPTIONS = (
-    "like", "density", "base", "seed", "dtype", "rank", "scope", "reach", "state", "tuned", "criterion", "tolerance"
+    "like", "density", "base", "seed", "dtype", "rank", "scope", "reach", "state", "recall", "total_steps", "tuned",
+    "criterion", "tolerance",
 )  # fmt: skip
 
 
@@ -64,9 +65,13 @@ def _maker(options: argparse.Namespace) -> Callable[[argparse.Namespace], Subnet
             )
         _check_options(options, needed=(), allowed=("like", "base", "seed", *_rank_of(kind)))
         return _like
+    if kind == "forecast":
+        sizes = ("density", "recall", "total_steps")
+        _check_options(options, needed=("base", "state"), allowed=("seed", "dtype", *sizes))
+        return _forecast
     if kind in FROM_STATE:
         _check_options(options, needed=("base", "state", "density"), allowed=("seed", "dtype", "scope"))
-        return _from_state
+        return _by_gradients
     if kind == "early":
         _check_options(options, needed=("base", "tuned"), allowed=("dtype", "criterion", "tolerance"))
         return _early
@@ -111,7 +116,23 @@ def _from_base(options: argparse.Namespace) -> SubnetMask:
     )
 
 
-def _from_state(options: argparse.Namespace) -> SubnetMask:
+def _forecast(options: argparse.Namespace) -> SubnetMask:
+    from subnet_ft.masks.forecast import forecast_mask
+    from subnet_ft.training.moments import read_moments
+
+    moments = read_moments(options.state)
+    return forecast_mask(
+        options.base,
+        moments,
+        total_steps=moments.total_steps if options.total_steps is None else options.total_steps,
+        density=options.density,
+        recall=options.recall,
+        dtype=options.dtype,
+        seed=options.seed or 0,
+    )
+
+
+def _by_gradients(options: argparse.Namespace) -> SubnetMask:
     from subnet_ft.masks.gradients import gradient_mask
     from subnet_ft.training.moments import read_moments
 
@@ -166,7 +187,7 @@ def _check_options(options: argparse.Namespace, *, needed: Iterable[str], allowe
 
 
 def _flags(names: Iterable[str]) -> str:
-    return _named(f"--{name}" for name in names)
+    return _named(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _named(words: Iterable[str]) -> str:

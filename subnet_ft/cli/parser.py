@@ -87,8 +87,20 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate_command = _command(commands, evaluate, "evaluate", "accuracy of a model on a recipe's held-out prompts")
     evaluate_command.add_argument("model", help="folder or other name of a model")
-    evaluate_command.add_argument("recipe", help="recipe file or the name of a shipped recipe")
+    evaluate_command.add_argument(
+        "recipe",
+        nargs="?",
+        help="recipe file or the name of a shipped recipe; with --lm-eval only for its model section",
+    )
     evaluate_command.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to change")
+    evaluate_command.add_argument(
+        "--lm-eval", type=names, metavar="TASK,...", help="judge on these tasks of lm-eval instead (docs/lm_eval.md)"
+    )
+    evaluate_command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each of these tasks")
+    evaluate_command.add_argument("--chat", action="store_true", help="render their prompts with the chat template")
+    evaluate_command.add_argument("--tasks-from", metavar="DIR", help="folder of further tasks in lm-eval's YAML")
+    evaluate_command.add_argument("-o", "--output", metavar="FILE", help="save their outcomes, prompt by prompt")
+    evaluate_command.add_argument("--against", metavar="FILE", help="such a file of another model, to compare with")
     evaluate_command.add_argument("--json", action="store_true", help="print one JSON object")
 
     verify_command = _command(commands, verify_run, "verify", "judge whether a subnetwork run recovered a full run")
@@ -152,9 +164,9 @@ def _mask_commands(commands: Any) -> None:
     make_command.add_argument("--rank", type=int, help="of (non_)principal's approximation; 1/32 of a matrix's side")
     make_command.add_argument("--scope", help="of uniform, gradient, fisher: tensor (the default) or global")
     make_command.add_argument("--reach", type=float, help="of predicted, instead of a density: the expected drift")
-    make_command.add_argument(
-        "--state", metavar="CHECKPOINT", help="of gradient and fisher: one that has optimizer state"
-    )
+    make_command.add_argument("--state", metavar="CHECKPOINT", help="of forecast, gradient, fisher: of a full run")
+    make_command.add_argument("--recall", type=float, help="of forecast, instead of a density: expected share to cover")
+    make_command.add_argument("--total-steps", type=int, metavar="N", help="of forecast: of the run, if not as planned")
     make_command.add_argument("--tuned", metavar="CHECKPOINT", help="of early: a checkpoint-STEP folder of a run")
     make_command.add_argument("--criterion", help="of early: exact (the default), absolute or relative")
     make_command.add_argument("--tolerance", type=float, help="of the criteria absolute and relative")
