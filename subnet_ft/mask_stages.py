@@ -12,7 +12,7 @@ from subnet_ft.errors import StageError
 from subnet_ft.inputs import RunInputs, RunVariant
 from subnet_ft.masks import SubnetMask, base_mask, early_mask, extract
 from subnet_ft.recipe import SourceSpec
-from subnet_ft.stages import TrainedStage, run_stage
+from subnet_ft.stages import TrainedStage, read_json, run_stage
 from subnet_ft.training.run import TRAINER
 from subnet_ft.verification import compare_dtype
 
@@ -123,7 +123,11 @@ class MaskStages:
         moments = read_moments(checkpoint)
         assert source.density is not None
         if source.kind == "forecast":
-            return forecast_mask(base, moments, density=source.density, dtype=dtype)
+            state = read_json(checkpoint / "trainer_state.json")
+            assert state is not None  # the trainer has written it
+            return forecast_mask(
+                base, moments, total_steps=state["max_steps"], density=source.density, dtype=dtype, seed=recipe.seed
+            )
         return gradient_mask(base, moments, source.kind, density=source.density, dtype=dtype)
 
     def _compared(self, run: TrainedStage, source: SourceSpec) -> SubnetMask:

@@ -18,14 +18,19 @@ _FINE_BITS = 11  # of the 31 of a non-negative float32; the histogram of the oth
 
 
 def highest_overall(
-    pieces: Callable[[], ScorePieces], shapes: Mapping[str, tuple[int, ...]], count: int, *, seed: int
+    pieces: Callable[[], ScorePieces],
+    shapes: Mapping[str, tuple[int, ...]],
+    count: int | Callable[[np.ndarray, np.ndarray], int],
+    *,
+    seed: int,
 ) -> dict[str, TensorMask]:
     """Choose the `count` highest scores of all tensors together, in three passes and the memory of the mask.
 
     Args:
         pieces: Gives the scores from the start; called three times. A tensor that is left out gets no trainable weight.
         shapes: Shape of every tensor.
-        count: How many weights to choose.
+        count: How many weights to choose, or what tells it from (B,) scores in falling order and the (B,) number of
+            weights with about each of them, to a factor of 1 + 2**-12.
         seed: Of the random order of equal scores.
 
     Example:
@@ -34,6 +39,8 @@ def highest_overall(
     histogram = np.zeros(1 << (31 - _FINE_BITS), dtype=np.int64)
     for _, scores in pieces():
         histogram += np.bincount(_keys(scores) >> _FINE_BITS, minlength=histogram.size)
+    if callable(count):
+        count = count(_coarse_scores(), histogram)
     # The coarse key at which the count is reached; only weights that have it need their finer order.
     coarse = int(np.searchsorted(np.cumsum(histogram), count))
 
@@ -50,3 +57,10 @@ def highest_overall(
 def _keys(scores: torch.Tensor) -> np.ndarray:
     """Return (n,) int32 keys, the lowest for the highest score."""
     return magnitude_keys(scores, largest_first=True).view(np.int32)
+
+
+def _coarse_scores() -> np.ndarray:
+    """Return (B,) float32: the lowest score of every coarse key; beyond every number there are none, and zeros here."""
+    bits = (0x7FFFFFFF - (np.arange(1, (1 << (31 - _FINE_BITS)) + 1) * (1 << _FINE_BITS) - 1)).astype(np.uint32)
+    scores: np.ndarray = bits.view(np.float32)
+    return np.where(np.isfinite(scores), scores, 0)

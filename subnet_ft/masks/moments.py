@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,11 @@ class Moments:
         """Return (N,) float32: the mean of the squared gradient, corrected for its start at zero."""
         return self.exp_avg_sq / (1 - self.beta2**self.step)
 
+    def part(self, where: slice) -> Moments:
+        """Return the moments of some of the weights."""
+        master = None if self.master is None else self.master[where]
+        return replace(self, exp_avg=self.exp_avg[where], exp_avg_sq=self.exp_avg_sq[where], master=master)
+
 
 def check_moments(moments: Iterable[tuple[str, Moments]], shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Check that moments are those of a model; returns how many steps were taken.
@@ -53,7 +58,7 @@ def check_moments(moments: Iterable[tuple[str, Moments]], shapes: Mapping[str, t
         shapes: Shape of every tensor of the model.
 
     Raises:
-        MaskError: There are none, no tensor took a step, or they can be iterated over only once.
+        MaskError: There are none, one is not finite, no tensor took a step, or they can be iterated over only once.
         MaskMismatchError: A tensor is not the model's, or has another number of weights.
     """
     if iter(moments) is moments:
@@ -73,6 +78,12 @@ def check_moments(moments: Iterable[tuple[str, Moments]], shapes: Mapping[str, t
                 f"The moments of `{name}` are {tuple(found.exp_avg.shape)}, the checkpoint's tensor is {shapes[name]}. "
                 "Pass the base that the run started from."
             )
+        for values in (found.exp_avg, found.exp_avg_sq, found.master):
+            if values is not None and not values.isfinite().all():
+                raise MaskError(
+                    f"The moments of `{name}` are not finite: the run had NaN or infinite gradients. Take the first "
+                    "steps again with `subnet.optimizer.nonfinite: raise`, which tells where."
+                )
         step = max(step, found.step)
     if step < 1:
         raise MaskError("The moments hold no tensor that took a step. Take at least one step of the full run first.")
