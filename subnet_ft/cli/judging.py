@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 from subnet_ft import __version__
+from subnet_ft.cli.harness import evaluate_with_lm_eval
 from subnet_ft.cli.results import FINE, VERIFICATION_FAILED, Emit, check_folder, recipe_to_judge
-from subnet_ft.errors import RecipeError
+from subnet_ft.errors import RecipeError, SubnetError
 
 
 def evaluate(options: argparse.Namespace, emit: Emit) -> int:
@@ -19,6 +20,9 @@ def evaluate(options: argparse.Namespace, emit: Emit) -> int:
     from subnet_ft.inputs import RunInputs
     from subnet_ft.methods.saved import is_adapter
 
+    if options.lm_eval is not None:
+        return evaluate_with_lm_eval(options, emit)
+    _refuse_what_lm_eval_takes(options)
     recipe = recipe_to_judge(options.recipe, options.overrides)
     path = Path(options.model)
     folder = path if is_adapter(path) else open_checkpoint(options.model).folder
@@ -58,3 +62,15 @@ def verify_run(options: argparse.Namespace, emit: Emit) -> int:
     )
     emit(json.dumps(summary_for_cli(report)) if options.json else "\n".join(lines_for_terminal(report)))
     return VERIFICATION_FAILED if has_failed(report) else FINE
+
+
+def _refuse_what_lm_eval_takes(options: argparse.Namespace) -> None:
+    if options.recipe is None:
+        raise SubnetError("`subnet-ft evaluate MODEL` needs a recipe to judge by, or --lm-eval TASK.")
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("limit", "chat", "tasks_from", "output", "against")
+        if getattr(options, name) not in (None, False)
+    ]
+    if given:
+        raise SubnetError(f"{', '.join(given)} goes with --lm-eval TASK, not with a recipe's prompts. Remove it.")
