@@ -13,8 +13,9 @@ FINAL = "final"
 
 DENSITIES = (0.01, 0.001)
 """Further densities of `which_mask`, where they lie below that of the final mask."""
-PROBE_SHARE = 10
-"""The probe of `which_mask` takes one step in so many of the full run."""
+PROBE_SHARE, PROBE_STEPS = 5, 5
+"""The probe of `which_mask` takes one step in so many of the full run, and no more than so many: of a few steps some may
+have had no gradient, because every answer got the same reward."""
 
 _SWEPT_CONTROLS: tuple[Control, ...] = ("uniform", "magnitude_matched")
 _LABELS = {
@@ -33,7 +34,7 @@ def plan_which_mask(recipes: Recipes) -> Plan:
     """
     own = recipes.own
     need_extracted(own, recipes.study)
-    steps = max(1, max_steps(own, recipes.study) // PROBE_SHARE)
+    steps = min(max(1, max_steps(own, recipes.study) // PROBE_SHARE), PROBE_STEPS)
     cells = [own_cell(own), _cell(recipes, FINAL, "final mask", "", MaskPlan())]
     cells += [
         _cell(recipes, kind, _label(kind), "control of the final mask", MaskPlan(control=kind))

@@ -27,9 +27,11 @@ def test_plan_which_mask_has_every_control_every_source_and_the_sweep(tmp_path: 
     early = next(cell for cell in plan.cells if cell.name == "early")
     assert early.mask is not None
     assert early.mask.source is not None
-    # A tenth of the run, whose steps the cell pays for.
-    assert early.mask.source.steps == 3
-    assert early.num_steps == 33
+    # A fifth of the run and at most five steps, which the cell pays for.
+    assert early.mask.source.steps == 5
+    assert early.num_steps == 35
+    short = next(cell for cell in plan_of("which_mask", tmp_path).cells if cell.name == "forecast")
+    assert short.num_steps == 8 + 1
 
 
 def test_plan_which_mask_shares_stages_with_a_run(tmp_path: Path) -> None:
