@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from subnet_ft.evidence.overlap import MaskOverlap, Overlap
-from subnet_ft.evidence.report.build import accuracy_of, difference_of
+from subnet_ft.evidence.report.answers import accuracy_of, difference_of
 from subnet_ft.evidence.report.schema import Accuracy
 from subnet_ft.evidence.statistics import paired_difference
 from subnet_ft.studies.execution import Study

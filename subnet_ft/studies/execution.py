@@ -13,15 +13,10 @@ from numpy.typing import NDArray
 import subnet_ft
 from subnet_ft.errors import NonFiniteGradientError, StageError
 from subnet_ft.evidence.overlap import MaskOverlap, overlap_matrix
-from subnet_ft.evidence.report.build import (
-    RunEvidence,
-    accuracy_of,
-    difference_of,
-    plain,
-    solved_prompts,
-    title_of,
-    what_was_judged,
-)
+from subnet_ft.evidence.plain import as_json
+from subnet_ft.evidence.report.answers import accuracy_of, difference_of, solved_prompts, what_was_judged
+from subnet_ft.evidence.report.build import title_of
+from subnet_ft.evidence.report.run_evidence import RunEvidence
 from subnet_ft.evidence.report.schema import Difference
 from subnet_ft.evidence.statistics import paired_difference
 from subnet_ft.evidence.verdict import verdict
@@ -158,8 +153,8 @@ class Study:
             num_prompts=0 if base is None else len(base),
             base=None if base is None else accuracy_of(base, confidence),
             cells=cells,
-            environment=plain(trained.results["environment"]),
-            recipe=plain(recipe_to_dict(recipe)),
+            environment=as_json(trained.results["environment"]),
+            recipe=as_json(recipe_to_dict(recipe)),
             seed=recipe.seed,
             not_measured=[],
             overlaps=overlaps,
