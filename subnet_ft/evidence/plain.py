@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -23,6 +24,12 @@ def from_plain(kind: type[T], value: Any) -> T:
     """
     built: T = _build(kind, value)
     return built
+
+
+def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy that JSON can hold: what it has no form for becomes its string, NaN and infinity null."""
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+    return plain
 
 
 def _build(kind: Any, value: Any) -> Any:

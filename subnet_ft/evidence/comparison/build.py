@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from subnet_ft.evidence.comparison.schema import MethodComparison, MethodResult, QuantizedCopy
-from subnet_ft.evidence.report.build import (
-    RunEvidence,
+from subnet_ft.evidence.plain import as_json
+from subnet_ft.evidence.report.answers import (
     accuracy_of,
     check_same_prompts,
     difference_of,
-    plain,
     solved_prompts,
-    title_of,
     what_was_judged,
 )
+from subnet_ft.evidence.report.build import title_of
+from subnet_ft.evidence.report.run_evidence import RunEvidence
 from subnet_ft.evidence.report.schema import Difference
 from subnet_ft.evidence.statistics import paired_difference
 
@@ -113,8 +113,8 @@ def build_comparison(
                 memory=dict(entry.results["memory"]),
                 checkpoint_bytes=entry.checkpoint_bytes,
                 patch_bytes=entry.patch_bytes,
-                training=plain(entry.training),
-                config=plain(entry.config),
+                training=as_json(entry.training),
+                config=as_json(entry.config),
                 accuracy=accuracy[entry.method],
             )
             for entry in methods
@@ -131,8 +131,8 @@ def build_comparison(
             for entry in methods
             for copy in entry.copies
         ],
-        environment=plain(environment),
-        recipe=plain(recipe),
+        environment=as_json(environment),
+        recipe=as_json(recipe),
         seed=seed,
         not_measured=_gaps(methods, accuracy, environment, seed, judged_on),
         judged_on=judged_on,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from subnet_ft.evidence.report.build import RunEvidence, build_report
+from subnet_ft.evidence.report.build import build_report
+from subnet_ft.evidence.report.run_evidence import RunEvidence
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.summary import lines_for_terminal, summary_for_cli
 from subnet_ft.evidence.report.write import write_report

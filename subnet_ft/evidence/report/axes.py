@@ -38,7 +38,8 @@ def css_class(report: Report, name: str) -> str:
     if name in roles:
         return roles[name]
     # By name, so that a control keeps its colour whichever speaks most against the subnetwork.
-    return f"m-control-{sorted(report.controls).index(name) % 3 + 1}"
+    others = [*sorted(report.controls), *sorted(report.baselines)]
+    return f"m-control-{others.index(name) % 6 + 1}"
 
 
 def rows_over_axis(

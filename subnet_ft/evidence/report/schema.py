@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
+from subnet_ft.evidence.agreement import Agreement
+from subnet_ft.evidence.cost import Cost, Origin
+from subnet_ft.evidence.dynamics import Dynamics
+from subnet_ft.evidence.floor import Floor
+from subnet_ft.evidence.overlap import MaskOverlap
+from subnet_ft.evidence.plain import from_plain
+from subnet_ft.evidence.retention import Retention, RetentionDifference
+from subnet_ft.evidence.scatter import Scatter
+from subnet_ft.evidence.seeds import SeedSummary
+from subnet_ft.evidence.spectra import Spectra
+from subnet_ft.evidence.structure import Structure
 from subnet_ft.evidence.verdict import Comparison, Verdict
 from subnet_ft.evidence.weights import WeightComparison
 
@@ -70,21 +81,28 @@ class MaskInfo:
     """The mask and where it came from."""
 
     num_trainable: int
+    """Weights that train."""
     num_parameters: int
+    """Weights of the model."""
     fingerprint: str
+    """Of the mask's bits."""
     criterion: str | None
+    """When a weight counts as changed, for masks that compare two checkpoints."""
     tolerance: float | None
+    """Of the criterion."""
     compare_dtype: str | None
+    """Dtype in which the checkpoints were compared, if not the stored one."""
     source: dict[str, Any]
+    """The mask's own record of where it comes from."""
     base: str | None
+    """Base checkpoint."""
     tuned: str | None
+    """Tuned checkpoint."""
     seconds: float | None
-    """Time to make the mask, without the run that it was extracted from."""
-
-    @property
-    def needs_full_run(self) -> bool:
-        """Whether the mask was extracted from a finished run, whose cost then belongs to the subnetwork."""
-        return self.source.get("kind") == "extract" or self.tuned is not None
+    """Time to make the mask, without the run that it was made from."""
+    origin: Origin
+    """Which run it was made from: `full`, `probe` (a few steps of the full run's method), `elsewhere` (one that this
+    report knows nothing of), or `nothing` but the base."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +110,9 @@ class Answered:
     """One model's answer to one prompt."""
 
     completion: str
+    """Its text."""
     correct: bool
+    """Whether it was counted as right."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +120,22 @@ class Sample:
     """One held-out prompt with the answers of several models."""
 
     prompt: str
+    """Its text."""
     reference: str
+    """The right answer; empty where the task has none."""
     answers: dict[str, Answered]
     """By model name."""
 
 
-@dataclass(frozen=True)
+SCHEMA: Final = "urn:subnet-ft:report:1"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """All evidence on one subnetwork; `report.json` is exactly this."""
 
+    schema: Literal["urn:subnet-ft:report:1"] = SCHEMA
+    """Identifier of the JSON schema that this follows; the number rises when a reader must change."""
     version: str
     """Version of subnet-ft that wrote it."""
     title: str
@@ -125,6 +152,8 @@ class Report:
     """Name of the subnetwork run's entry."""
     controls: list[str]
     """Names of the controls, the one that speaks most against the subnetwork first."""
+    baselines: list[str] = field(default_factory=list)
+    """Names of other methods' runs, such as `lora`."""
     control_verdicts: dict[str, Verdict]
     """Control to its verdict by the subnetwork's rule."""
     above_control: dict[str, Comparison]
@@ -138,7 +167,7 @@ class Report:
     accuracy: dict[str, Accuracy]
     """By model name."""
     differences: list[Difference]
-    """Full minus base, every run minus full, subnetwork minus every control."""
+    """Full minus base, every run minus full, subnetwork minus every control and baseline."""
     weights: dict[str, WeightComparison]
     """Run to its weights against the base model's and the full run's."""
     density: Density | None
@@ -163,11 +192,33 @@ class Report:
     """What this report cannot say, one sentence each."""
     judged_on: Literal["prompts", "pairs"] = "prompts"
     """What was right or wrong: greedy answers to held-out prompts, or which of two completions got more reward."""
+    overlaps: list[MaskOverlap] = field(default_factory=list)
+    """Every two masks of the run."""
+    structure: Structure | None = None
+    """How the subnetwork's mask spreads over rows, columns and heads."""
+    spectra: Spectra | None = None
+    """Singular values of what the full run added to the base."""
+    dynamics: dict[str, Dynamics] = field(default_factory=dict)
+    """Run to which weights had changed at which step."""
+    agreement: dict[str, Agreement] = field(default_factory=dict)
+    """Model to how like the full run's its outputs are."""
+    retention: dict[str, Retention] = field(default_factory=dict)
+    """Model to what it keeps of the base."""
+    retention_differences: list[RetentionDifference] = field(default_factory=list)
+    """On tasks that were not trained: every run minus base, subnetwork minus every other run."""
+    floor: Floor | None = None
+    """The full run beside another one with a different seed."""
+    seeds_summary: list[SeedSummary] = field(default_factory=list)
+    """Run to its verdict over several seeds of training."""
+    scatter: Scatter | None = None
+    """What every run under a mask changed against what the full run changed, weight by weight."""
+    costs: list[Cost] = field(default_factory=list)
+    """The way to every run, the making of its mask included."""
 
     @property
     def runs(self) -> list[str]:
-        """The trained runs in reading order: full, subnetwork, controls."""
-        return [self.full, self.subnet, *self.controls]
+        """The trained runs in reading order: full, subnetwork, controls, baselines."""
+        return [self.full, self.subnet, *self.controls, *self.baselines]
 
     @property
     def models(self) -> list[str]:
@@ -192,20 +243,4 @@ class Report:
 
         Nothing here calls it: it is the reader of `report.json` for scripts that compare or redraw reports.
         """
-        values = dict(fields)
-        values["control_verdicts"] = {name: Verdict(**entry) for name, entry in values["control_verdicts"].items()}
-        values["above_control"] = {name: Comparison(**entry) for name, entry in values["above_control"].items()}
-        values["accuracy"] = {name: Accuracy(**entry) for name, entry in values["accuracy"].items()}
-        values["differences"] = [Difference(**entry) for entry in values["differences"]]
-        values["weights"] = {name: WeightComparison(**entry) for name, entry in values["weights"].items()}
-        values["density"] = Density(**values["density"]) if values["density"] else None
-        values["mask"] = MaskInfo(**values["mask"]) if values["mask"] else None
-        values["samples"] = [
-            Sample(
-                entry["prompt"],
-                entry["reference"],
-                {name: Answered(**answer) for name, answer in entry["answers"].items()},
-            )
-            for entry in values["samples"]
-        ]
-        return cls(**values)
+        return from_plain(cls, fields)

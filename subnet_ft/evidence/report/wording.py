@@ -206,7 +206,7 @@ def whole_cost(report: Report) -> dict[str, float] | None:
     `None` also for a mask that needed no full run: then the subnetwork's own time is all.
     """
     own, full = report.seconds.get(report.subnet), report.seconds.get(report.full)
-    if own is None or full is None or report.mask is None or not report.mask.needs_full_run:
+    if own is None or full is None or report.mask is None or report.mask.origin != "full":
         return None
     whole = {stage: seconds for stage, seconds in full.items() if not stage.startswith("eval")}
     if report.mask.seconds is not None:
@@ -220,7 +220,7 @@ def cost_sentence(report: Report) -> str | None:
     """Say what the mask itself cost."""
     if report.mask is None:
         return None
-    if not report.mask.needs_full_run:
+    if report.mask.origin != "full":
         return "The mask was made without a full run; its own cost is small."
     whole = whole_cost(report)
     known = f" With that run the subnetwork took {duration(sum(whole.values()))}." if whole else ""
