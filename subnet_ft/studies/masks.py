@@ -14,8 +14,8 @@ FINAL = "final"
 DENSITIES = (0.01, 0.001)
 """Further densities of `which_mask`, where they lie below that of the final mask."""
 PROBE_SHARE, PROBE_STEPS = 5, 5
-"""The probe of `which_mask` takes one step in so many of the full run, and no more than so many: of a few steps some may
-have had no gradient, because every answer got the same reward."""
+"""The probe of `which_mask` takes one step in so many of the full run, and no more than so many: a single step may have
+had no gradient, because every answer got the same reward."""
 
 _SWEPT_CONTROLS: tuple[Control, ...] = ("uniform", "magnitude_matched")
 _LABELS = {
@@ -52,16 +52,16 @@ def plan_which_mask(recipes: Recipes) -> Plan:
     ]
     for density in DENSITIES:
         share = f"{density * 100:g} %"
-        sweep = [(FINAL, f"final mask at {share}", MaskPlan(density=density))]
+        sweep = [(FINAL, f"final mask {share}", MaskPlan(density=density))]
         sweep += [
-            (kind, f"{_label(kind)} at {share}", MaskPlan(control=kind, density=density)) for kind in _SWEPT_CONTROLS
+            (kind, f"{_label(kind)} {share}", MaskPlan(control=kind, density=density)) for kind in _SWEPT_CONTROLS
         ]
         for source in (
             SourceSpec(kind="predicted", density=density),
             SourceSpec(kind="forecast", steps=steps, density=density),
             SourceSpec(kind="gradient", steps=steps, density=density),
         ):
-            sweep.append((source.kind, f"{source.kind} at {share}", MaskPlan(source=source)))
+            sweep.append((source.kind, f"{source.kind} {share}", MaskPlan(source=source)))
         cells += [_cell(recipes, f"{kind}_{density:g}", label, f"at {share}", mask) for kind, label, mask in sweep]
     return Plan(study=recipes.study, recipe=own, cells=cells)
 
