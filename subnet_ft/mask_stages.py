@@ -11,8 +11,11 @@ from typing import Any
 from subnet_ft.errors import StageError
 from subnet_ft.inputs import RunInputs, RunVariant
 from subnet_ft.masks import SubnetMask, base_mask, early_mask, extract
+from subnet_ft.masks.forecast import forecast_mask
+from subnet_ft.masks.gradients import gradient_mask
 from subnet_ft.recipe import SourceSpec
 from subnet_ft.stages import TrainedStage, read_json, run_stage
+from subnet_ft.training.moments import read_moments
 from subnet_ft.training.run import TRAINER
 from subnet_ft.verification import compare_dtype
 
@@ -116,18 +119,14 @@ class MaskStages:
                 dtype=dtype,
                 progress=self.progress,
             )
-        from subnet_ft.masks.forecast import forecast_mask
-        from subnet_ft.masks.gradients import gradient_mask
-        from subnet_ft.training.moments import read_moments
-
         moments = read_moments(checkpoint)
-        assert source.density is not None
         if source.kind == "forecast":
             state = read_json(checkpoint / "trainer_state.json")
             assert state is not None  # the trainer has written it
             return forecast_mask(
                 base, moments, total_steps=state["max_steps"], density=source.density, dtype=dtype, seed=recipe.seed
             )
+        assert source.density is not None  # the recipe was checked
         return gradient_mask(base, moments, source.kind, density=source.density, dtype=dtype)
 
     def _compared(self, run: TrainedStage, source: SourceSpec) -> SubnetMask:

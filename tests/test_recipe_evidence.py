@@ -16,6 +16,7 @@ SOURCE = "subnet.source="
         "{kind: early, steps: 5}",
         "{kind: early, steps: 5, criterion: absolute, tolerance: 1e-5}",
         "{kind: forecast, steps: 3, density: 0.2}",
+        "{kind: forecast, steps: 3}",
         "{kind: fisher, steps: 3, density: 0.2}",
         "{kind: low_magnitude, density: 0.2}",
         "{kind: uniform, density: 0.001}",

@@ -45,7 +45,8 @@ def _amounts(recipe: Recipe, source: SourceSpec) -> Problems:
         ("density", CHOSEN, "the share of the weights to train"),
     ):
         value = getattr(source, name)
-        if source.kind in kinds and value is None:
+        is_estimated = name == "density" and source.kind == "forecast"
+        if source.kind in kinds and value is None and not is_estimated:
             yield f"subnet.source.{name}", f"missing; `kind: {source.kind}` needs {what}"
         elif source.kind not in kinds and value is not None:
             users = ", ".join(f"`{kind}`" for kind in kinds)

@@ -48,4 +48,5 @@ class SourceSpec:
     """Optimizer steps of the full run that `early`, `forecast`, `gradient` and `fisher` look at."""
 
     density: Annotated[float, Range(above=0.0, below=1.0)] | None = None
-    """Share of the weights to train, for the kinds that rank weights."""
+    """Share of the weights to train, for the kinds that rank weights; `None` lets `forecast` estimate how many the
+    whole run will change."""
