@@ -169,7 +169,7 @@ class TrainingDynamics(TrainerCallback):
         )
         self._snapshots(args).write(taken, changed)
         count = sum(tensor.count for tensor in changed.values())
-        logger.info("step %d: %d of %d weights differ from the base", taken.step, count, taken.num_parameters)
+        logger.debug("step %d: %d of %d weights differ from the base", taken.step, count, taken.num_parameters)
 
     def _is_due(self, step: int, state: TrainerState) -> bool:
         return step % self.every == 0 or step >= state.max_steps

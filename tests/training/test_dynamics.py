@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "accumulation": ACCUMULATED,
     "dense gradients": {"subnet": {"compact_grads": False}},
     "SGD": {"optim": "sgd", "optim_args": "momentum=0.9"},
+    "float16": {"dtype": torch.float16},
     "float32": {"dtype": torch.float32},
     "float32, full mask": {"dtype": torch.float32, "mask": "full"},
 }
@@ -198,12 +200,13 @@ def test_training_dynamics_are_those_of_full_copies(kind: str, every: int, tmp_p
     assert found.seconds > 0
     assert 0 < found.disk_bytes <= len(found.steps) * found.num_parameters / 8
     # What the comparison must be able to see.
-    assert 0 < found.final < 1
+    assert found.final > 0
     assert found.recall[-1] == found.coverage[-1] == 1
     if "float32" in kind:  # a weight changes at once, and never comes back to the bit
         assert set(found.lost_with_masters) == set(found.lost_without_masters) == {0.0}
     else:
         assert found.cancelled > 0
+        assert found.never > 0
         assert 0 < found.recall[0] < 1  # type: ignore[operator]
         assert all(0 < value < 1 for value in [*found.lost_with_masters, *found.lost_without_masters])  # type: ignore[operator]
         assert found.lost_with_masters[1:] != found.lost_without_masters[1:]
@@ -436,3 +439,19 @@ def test_what_the_callback_writes_is_what_evidence_reads(tmp_path: Path, bases: 
     run(tmp_path, bases).train()
     written = json.loads((tmp_path / DYNAMICS).read_text())
     assert set(written) == {"format", *Dynamics.__dataclass_fields__}
+
+
+def test_the_code_on_the_page_runs(
+    tmp_path: Path, bases: Bases, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## Dynamics\n(.*?)(?=^## |\Z)", page, flags=re.M | re.S)
+    (code,) = re.findall(r"^```python\n(.*?)^```", section, flags=re.M | re.S)
+    assert "Qwen/Qwen2.5-0.5B" in code
+    names = {"trainer": plain(tmp_path, max_steps=11), "mask": usual_mask()}
+    exec(code.replace("Qwen/Qwen2.5-0.5B", str(bases(torch.bfloat16))), names)
+    found = read_dynamics(tmp_path)
+    assert found.steps == [10, 11]
+    assert (
+        f"never {found.never:.1%}, cancelled {found.cancelled:.1%}, final {found.final:.1%}" in capsys.readouterr().out
+    )

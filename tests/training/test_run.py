@@ -13,9 +13,12 @@ from transformers import AutoTokenizer
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.errors import CheckpointError, TrainerError
+from subnet_ft.evidence.dynamics import DYNAMICS, read_dynamics
 from subnet_ft.masks import extract
 from subnet_ft.pipeline import load_checked_recipe
 from subnet_ft.training import run as training_run
+from subnet_ft.training.resume import remove_checkpoints
+from subnet_ft.training.snapshots import SNAPSHOTS
 
 ROUTER = "model.layers.1.mlp.gate.weight"
 PAIRS = Dataset.from_list([{"prompt": f"{a} + 1 = ", "chosen": f"{a + 1}", "rejected": "?"} for a in range(8)])
@@ -111,3 +114,30 @@ def test_train_refuses_a_teacher_with_another_tokenizer(tmp_path: Path) -> None:
 def _keep(trainers: list[Any], trainer: Any) -> Any:
     trainers.append(trainer)
     return trainer
+
+
+def test_train_writes_the_dynamics_that_the_recipe_asks_for(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    settings = ["training.max_steps=5", "training.save_steps=2", "methods.lora.config.r=2", f"output={tmp_path}"]
+    asked = load_checked_recipe("tiny/dpo", [*settings, "evidence.dynamics_steps=2"])
+    data: dict[str, Any] = {"base": base, "dataset": PAIRS, "task": None}
+    training_run.train(asked, folder=tmp_path / "full", mask=None, **data)
+    found = read_dynamics(tmp_path / "full")
+    mask = extract(base, tmp_path / "full")
+    assert (found.steps, found.final, found.missing) == ([2, 4, 5], mask.density, "")
+    assert found.num_trainable == found.num_parameters == mask.num_parameters
+    training_run.train(asked, folder=tmp_path / "subnet", mask=mask, **data)
+    assert read_dynamics(tmp_path / "subnet").num_trainable == mask.num_trainable
+    # A run may have to resume until its stage is finished, and then nothing of this is needed.
+    bitmaps = tmp_path / "full" / training_run.TRAINER / SNAPSHOTS
+    assert len(list(bitmaps.iterdir())) == 3
+    remove_checkpoints(bitmaps.parent, since=2)
+    assert bitmaps.is_dir()
+    remove_checkpoints(bitmaps.parent)
+    assert not bitmaps.exists()
+
+    # The first steps of a run, whose checkpoint is all that is wanted; and weights that are not the base's.
+    training_run.train(asked, folder=tmp_path / "probe", mask=None, stop_after=3, **data)
+    training_run.train(asked, folder=tmp_path / "lora", mask=None, method="lora", **data)
+    training_run.train(load_checked_recipe("tiny/dpo", settings), folder=tmp_path / "unasked", mask=None, **data)
+    assert [folder.name for folder in sorted(tmp_path.iterdir()) if (folder / DYNAMICS).exists()] == ["full", "subnet"]
