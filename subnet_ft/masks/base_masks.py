@@ -75,15 +75,16 @@ def base_mask(
         tensors = _predicted(read, density, reach, seed)
     elif kind == "uniform" and scope == "global":
         assert density is not None
-        tensors = _uniform(read, density, seed)
+        for _ in read.tensors():  # only the record needs the weights
+            pass
+        tensors = _uniform(read.shapes, _count(density, read.num_parameters), seed)
     else:
         assert density is not None
         tensors = {}
         for name, weight in read.tensors():
             count = _count(density, weight.numel())
             if kind == "uniform":
-                shape = {name: tuple(weight.shape)}
-                tensors |= lowest_overall(partial(_no_keys, shape), shape, count, num_keys=1, seed=seed)
+                tensors |= _uniform({name: tuple(weight.shape)}, count, seed)
             else:
                 tensors[name] = ranked(kind, name, weight, count, seed=seed, rank=rank)
     return SubnetMask(tensors, Provenance(base=read.record, compare_dtype=dtype, source=source))
@@ -138,14 +139,11 @@ def _predicted(read: _Reader, density: float | None, reach: float | None, seed: 
         )  # fmt: skip
         return wanted
 
-    return lowest_overall(pieces, read.shapes, count, num_keys=NUM_REACHES, seed=seed)
+    return lowest_overall(pieces, read.shapes, count, num_keys=NUM_REACHES, seed=seed, purpose="predicted")
 
 
-def _uniform(read: _Reader, density: float, seed: int) -> dict[str, TensorMask]:
-    for _ in read.tensors():  # only the record needs the weights
-        pass
-    count = _count(density, read.num_parameters)
-    return lowest_overall(partial(_no_keys, read.shapes), read.shapes, count, num_keys=1, seed=seed)
+def _uniform(shapes: Mapping[str, tuple[int, ...]], count: int, seed: int) -> dict[str, TensorMask]:
+    return lowest_overall(partial(_no_keys, shapes), shapes, count, num_keys=1, seed=seed, purpose="uniform")
 
 
 def _no_keys(shapes: Mapping[str, tuple[int, ...]]) -> KeyPieces:

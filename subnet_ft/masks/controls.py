@@ -98,7 +98,7 @@ def ranked(kind: str, name: str, weight: torch.Tensor, count: int, *, seed: int,
     score = weight if kind == "low_magnitude" else low_rank_magnitudes(name, weight, rank)
     keys = magnitude_keys(score, largest_first=kind == "principal")
     del score
-    chosen = lowest(keys, count, generator_of(seed, name))
+    chosen = lowest(keys, count, generator_of(seed, f"{kind} {name}"))
     return TensorMask.build(subnet_kernels.pack_bits(chosen), tuple(weight.shape))
 
 

@@ -60,7 +60,8 @@ def drawn_outside(tensor: TensorMask, name: str, seed: int) -> TensorMask:
             part = bits[tile.start // 8 : (tile.stop + 7) // 8]
             yield name, np.unpackbits(part, count=tile.stop - tile.start, bitorder="little")
 
-    return lowest_overall(pieces, {name: tensor.shape}, tensor.count, num_keys=2, seed=seed)[name]
+    shapes = {name: tensor.shape}
+    return lowest_overall(pieces, shapes, tensor.count, num_keys=2, seed=seed, purpose="inverted")[name]
 
 
 def _draw_segment(

@@ -34,7 +34,7 @@ def layer_permuted(mask: SubnetMask, seed: int) -> dict[str, TensorMask]:
             for layer, other in zip(layers, _without_fixed_points(stack, layers, seed), strict=True):
                 sources[by_layer[layer]] = by_layer[other]
     return {
-        name: mask.tensors[sources[name]] if name in sources else drawn_like(tensor, name, seed)
+        name: mask.tensors[sources[name]] if name in sources else drawn_like(tensor, f"permuted {name}", seed)
         for name, tensor in mask.tensors.items()
     }
 

@@ -71,6 +71,7 @@ def lowest_overall(
     *,
     num_keys: int,
     seed: int,
+    purpose: str = "",
 ) -> dict[str, TensorMask]:
     """Choose the `count` lowest keys of all tensors together, in two passes and the memory of the mask.
 
@@ -80,9 +81,10 @@ def lowest_overall(
         count: How many weights to choose, or what tells it from the (num_keys,) number of weights with each key.
         num_keys: Keys are in [0, num_keys); a few thousand at most.
         seed: Of the random order of equal keys.
+        purpose: Choices of one seed for different purposes are independent; a shared order would make them overlap.
     """
     histogram = np.zeros(num_keys << _DRAWN_BITS, dtype=np.int64)
-    for _, codes, _ in _coded(pieces(), seed):
+    for _, codes, _ in _coded(pieces(), seed, purpose):
         histogram += np.bincount(codes, minlength=histogram.size)
     if callable(count):
         count = count(histogram.reshape(num_keys, -1).sum(axis=1))
@@ -94,7 +96,7 @@ def lowest_overall(
     done = dict.fromkeys(shapes, 0)
     numbers = {name: number for number, name in enumerate(shapes)}
     tied: list[np.ndarray] = []  # (3, n) each: random number, tensor, position
-    for name, codes, draws in _coded(pieces(), seed):
+    for name, codes, draws in _coded(pieces(), seed, purpose):
         start, done[name] = done[name], done[name] + codes.size
         packed = np.packbits(codes < threshold, bitorder="little")
         bits[name][start // 8 : start // 8 + packed.size] = packed
@@ -110,12 +112,12 @@ def tiles(num_elements: int, size: int = 1 << 20) -> Iterable[slice]:
         yield slice(start, min(start + size, num_elements))
 
 
-def _coded(pieces: KeyPieces, seed: int) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
+def _coded(pieces: KeyPieces, seed: int, purpose: str) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
     """Add to every piece its (n,) uint32 random numbers and the codes: the key with their leading bits behind it."""
     current, rng = None, None
     for name, keys in pieces:
         if rng is None or name != current:
-            current, rng = name, generator_of(seed, name)
+            current, rng = name, generator_of(seed, f"{purpose} {name}" if purpose else name)
         draws = rng.integers(1 << 32, size=keys.size, dtype=np.uint32)
         yield name, (keys.astype(np.int64) << _DRAWN_BITS) | (draws >> np.uint32(32 - _DRAWN_BITS)), draws
 

@@ -12,7 +12,7 @@ from subnet_ft.checkpoints import Checkpoint, open_checkpoint
 from subnet_ft.checkpoints.models import load_model
 from subnet_ft.checkpoints.tiny import FAMILIES, save_tiny
 from subnet_ft.errors import MaskError
-from subnet_ft.masks import BASE_KINDS, SubnetMask, base_mask, extract
+from subnet_ft.masks import BASE_KINDS, SubnetMask, base_mask, control_mask, extract
 from subnet_ft.masks.spacing import reach_keys, reach_of
 
 
@@ -85,6 +85,17 @@ def test_uniform_has_one_density_per_tensor_or_one_for_all(base: Checkpoint) -> 
     assert overall.num_trainable == round(0.25 * overall.num_parameters)
     assert overall.density_by_kind() != per_tensor.density_by_kind()
     assert overall == again != other
+
+
+def test_draws_of_one_seed_are_independent(base: Checkpoint) -> None:
+    """Masks that share an order of draws would overlap beyond chance, and their runs would look alike."""
+    drawn = [base_mask(base, "uniform", density=0.2, seed=1, scope=scope) for scope in ("tensor", "global")]
+    of = base_mask(base, "uniform", density=0.2, seed=9)
+    drawn += [control_mask(of, kind, seed=1) for kind in ("uniform", "inverted")]
+    # The two scopes are one order, cut per tensor and as a whole.
+    for first, second in ((0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
+        overlap = (drawn[first] & drawn[second]).num_trainable / of.num_trainable
+        assert overlap == pytest.approx(0.2, abs=0.03), (first, second)
 
 
 def test_predicted_is_one_threshold_on_the_spacing(base: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:

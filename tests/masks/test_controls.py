@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_control_mask_is_reproducible_and_depends_on_the_seed(kind: str) -> None
     equal = {name: torch.ones(100, dtype=torch.bfloat16) for name in dense}
     draws = [control_mask(mask, kind, seed=seed, weights=equal.items()).fingerprint for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
+
+
+def test_controls_of_one_seed_are_drawn_independently() -> None:
+    """Controls that share an order of draws would overlap beyond chance, and their runs would look alike."""
+    mask = SubnetMask.from_dense({"w": random_bits(100_000, 0.1, 5)})
+    equal = {"w": torch.ones(100_000, dtype=torch.bfloat16)}
+    drawn = {kind: control_mask(mask, kind, seed=0, weights=equal.items()) for kind in CONTROLS}
+    for first, second in itertools.combinations(CONTROLS, 2):
+        overlap = (drawn[first] & drawn[second]).num_trainable / mask.num_trainable
+        assert overlap == pytest.approx(0.1, abs=0.015), (first, second)
 
 
 def test_inverted_control_is_outside_the_mask() -> None:
