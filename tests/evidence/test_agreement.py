@@ -34,8 +34,10 @@ class Table(torch.nn.Module):
         super().__init__()
         self.rows = torch.tensor(rows)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=self.rows[input_ids])
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool, logits_to_keep: int
+    ) -> Any:
+        return SimpleNamespace(logits=self.rows[input_ids][:, -logits_to_keep:])
 
 
 def test_output_distances_are_those_of_two_known_distributions() -> None:
@@ -48,6 +50,35 @@ def test_output_distances_are_those_of_two_known_distributions() -> None:
     assert [entry.kl for entry in found] == pytest.approx([2 * one, one, 0.0])
     assert [entry.num_tokens for entry in found] == [2, 1, 2]
     assert [entry.same for entry in found] == [0, 0, 2]
+
+
+def test_output_distances_know_words_that_are_ruled_out() -> None:
+    never = float("-inf")
+    both, one = Table([[0.0, 0.0, never]]), Table([[0.0, 0.0, 0.0]])
+    texts = [Text([0], 0)]
+    assert output_distances(both, both, texts)[0].kl == 0.0
+    assert output_distances(both, one, texts)[0].kl == pytest.approx(np.log(1.5))
+    assert output_distances(one, both, texts)[0].kl == np.inf
+
+
+@pytest.mark.parametrize("learned_prompt", [False, True])
+def test_output_distances_are_the_same_in_pieces(learned_prompt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts longer than what is compared at a time, each from another position on."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    base, other = tiny_model("llama").float(), changed().float()
+    if learned_prompt:
+        torch.manual_seed(0)
+        other = get_peft_model(other, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    tokens = tiny_tokenizer()("7 + 8 = 15, and 15 + 8 = 23")["input_ids"]
+    texts = [Text(tokens, start) for start in (0, 3, len(tokens) - 1)]
+    monkeypatch.setattr("subnet_ft.evidence.output_distance._POSITIONS", 4)
+    found = output_distances(base, other, texts)
+    with torch.no_grad():
+        p, q = (m(input_ids=torch.tensor([tokens])).logits[0, -len(tokens) :].log_softmax(-1) for m in (base, other))
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert [entry.kl for entry in found] == pytest.approx([float(kl[text.start :].sum()) for text in texts], rel=1e-4)
+    assert [entry.num_tokens for entry in found] == [len(tokens) - text.start for text in texts]
 
 
 def test_output_distances_agree_with_three_lines_of_torch() -> None:
