@@ -14,7 +14,8 @@ REWORDED = " {completion}, says the reference solution that was given with this 
 
 _KL = 0.04  # the weight that GRPO was published with, arXiv 2402.03300
 _CLIP = 1.0
-_SAMPLED_PROMPTS = 1000
+_SAMPLED_PROMPTS = 2000
+_TRIED_PER_ROW = 2  # about half of the prompts give a right sample
 # SGD has no learning rate of AdamW's: AdamW moves a weight by about the rate at every step, SGD by the rate times the
 # gradient, which is orders of magnitude smaller. So the rate is swept, to at most 1.
 _SGD_FACTORS = (1, 1_000, 10_000)
@@ -84,7 +85,7 @@ def _data(recipes: Recipes) -> Iterator[Cell | str]:
     group = "data"
     pairs = own.task.pairs
     sampling = {
-        "num_prompts": min(own.task.num_train, _SAMPLED_PROMPTS) if pairs is None else pairs.num_prompts,
+        "num_prompts": _prompts_to_sample(own) if pairs is None else pairs.num_prompts,
         "num_samples": 8 if pairs is None else pairs.num_samples,
         "temperature": config_default(own, "temperature") or 1.0 if pairs is None else pairs.temperature,
         "max_new_tokens": own.evaluation.max_new_tokens if pairs is None else pairs.max_new_tokens,
@@ -110,6 +111,14 @@ def _data(recipes: Recipes) -> Iterator[Cell | str]:
             versus=versus,
             measure_data=True,
         )
+
+
+def _prompts_to_sample(recipe: Recipe) -> int:
+    """Return for how many prompts the base is sampled, so that the run need not repeat what it copies, if it can."""
+    training = recipe.training
+    rows = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
+    wanted = _TRIED_PER_ROW * rows * max(training.get("max_steps", -1), 0) or _SAMPLED_PROMPTS
+    return int(min(wanted, _SAMPLED_PROMPTS, recipe.task.num_train))
 
 
 def _completion_after(recipe: Recipe) -> str:

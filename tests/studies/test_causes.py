@@ -86,5 +86,15 @@ def test_plan_causes_compares_precision_on_a_tiny_model_where_float32_would_be_s
     # They run as shipped: settings of the large model would be none for the tiny one.
     assert small[0].recipe.training["max_steps"] == 25
     assert "without a GPU it is slow" in "\n".join(plan.notes)
-    own = next(cell for cell in plan.cells if cell.name == "data_reference")
-    assert own.recipe.task.completion == " {completion}"
+    copied = {cell.name: cell.recipe.task for cell in plan.cells if cell.group == "data"}
+    assert copied["data_reference"].completion == " {completion}"
+    pairs = copied["data_own_samples"].pairs
+    assert pairs is not None
+    # Eight steps of 32 rows, two prompts for each of them; but only 120 are there.
+    assert pairs.num_prompts == 120
+    more = plan_of(
+        "causes", tmp_path, "subnet.source.tolerance=0.0", "task.num_train=4000", recipe="smollm2_135m/grpo_arithmetic"
+    )
+    pairs = next(cell for cell in more.cells if cell.name == "data_own_samples").recipe.task.pairs
+    assert pairs is not None
+    assert pairs.num_prompts == 512
