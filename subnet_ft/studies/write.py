@@ -10,10 +10,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from subnet_ft.evidence.report.overlap_plots import matrix_plot, nulls_plot
 from subnet_ft.evidence.report import wording
 from subnet_ft.evidence.report.html import figure, templates
 from subnet_ft.evidence.report.markdown import escape, table
+from subnet_ft.evidence.report.overlap_plots import matrix_plot, nulls_plot
 from subnet_ft.evidence.report.section import Key
 from subnet_ft.evidence.report.summary import aligned
 from subnet_ft.evidence.report.write import write_files
