@@ -13,7 +13,8 @@ from helpers import random_bits
 from memory_checkpoint import MemoryCheckpoint
 
 from subnet_ft.evidence.overlap import MaskOverlap, overlap_matrix
-from subnet_ft.evidence.overlap_page import lines_for_terminal, plots, summary_for_cli, write_overlaps
+from subnet_ft.evidence.overlap_page import lines_for_terminal, summary_for_cli, write_overlaps
+from subnet_ft.evidence.report import overlap_plots as plots
 from subnet_ft.masks import SubnetMask
 
 NAMES = ("grpo", "a<b>&c", "a-very-long-name-of-a-mask", "empty")
@@ -106,7 +107,7 @@ def test_matrix_plot_shows_both_directions_of_every_pair(width: int) -> None:
         (first.o2, first.magnitude_o2, "a&lt;b&gt;&amp;c", "grpo"),
     ):
         tip = f"{share * 100:.1f} % of {row} lies in {column}; magnitude-matched null {null * 100:.1f} %"
-        assert drawing.count(tip) == 1
+        assert drawing.count(f"<title>{tip}<") == 1
     assert drawing.count('class="cell"') == 4 * 3
     opacities = [float(text) for text in re.findall(r'fill-opacity="([\d.]+)"', drawing)]
     assert max(opacities) <= 0.5

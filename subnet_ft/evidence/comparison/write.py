@@ -11,8 +11,9 @@ from markupsafe import Markup
 from subnet_ft.evidence.comparison import plots, tables
 from subnet_ft.evidence.comparison.schema import MethodComparison
 from subnet_ft.evidence.report import wording
-from subnet_ft.evidence.report.html import Key, figure, templates
+from subnet_ft.evidence.report.html import figure, templates
 from subnet_ft.evidence.report.markdown import escape, table
+from subnet_ft.evidence.report.section import Key
 from subnet_ft.evidence.report.tables import words
 from subnet_ft.evidence.report.write import write_files
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from subnet_ft.evidence.overlap import MaskOverlap
-from subnet_ft.evidence.overlap_page import plots, summary
-from subnet_ft.evidence.report.html import Key, figure, templates
+from subnet_ft.evidence.overlap_page import summary
+from subnet_ft.evidence.report import overlap_plots as plots
+from subnet_ft.evidence.report.html import figure, templates
 from subnet_ft.evidence.report.markdown import escape, table
+from subnet_ft.evidence.report.section import Key
 from subnet_ft.evidence.report.write import write_files
 
 

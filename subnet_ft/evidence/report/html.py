@@ -5,33 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from subnet_ft.evidence.report import curve_plots, mask_plots, plots, tables, wording
-from subnet_ft.evidence.report.axes import css_class
+from subnet_ft.evidence.report import wording
 from subnet_ft.evidence.report.schema import Report
+from subnet_ft.evidence.report.section import Figure
+from subnet_ft.evidence.report.sections import sections_of
 
-WIDE, PHONE = 720.0, 340.0
-"""Widths that drawings are made for; the style sheet shows the one that fits."""
-# What a reader wants to see of a log, the first two that were logged.
-_METRICS = ("reward", "rewards/accuracies", "accuracy", "loss")
-_METRIC_NAMES = {
-    "reward": "Reward",
-    "rewards/accuracies": "Share of pairs in which the chosen answer is preferred",
-    "accuracy": "Share of pairs in which the chosen completion gets more reward",
-    "loss": "Loss",
-}
+WIDE, PHONE, PANEL = 720.0, 340.0, 330.0
+"""Widths that drawings are made for; the style sheet shows the one that fits. Panels have one width."""
 
 
 @dataclass(frozen=True)
-class Key:
-    """One entry of a legend."""
+class Drawn:
+    """A figure with its drawings as markup."""
 
-    style: str
-    text: str
+    figure: Figure
+    drawing: Markup | None
+    panels: list[tuple[str, Markup]]
 
 
 def templates(*packages: str) -> Environment:
@@ -60,36 +53,10 @@ def render_html(report: Report) -> str:
         off_mask=wording.off_mask_sentence(report),
         off_mask_broken=wording.is_mask_broken(report),
         controls=wording.control_sentences(report),
-        judged=wording.judged_sentence(report.judged_on, report.num_prompts),
         samples_note=wording.samples_sentence(report),
-        rule=wording.rule_sentence(report),
-        identity=wording.identity_sentence(report),
         cost=wording.cost_sentence(report),
         facts=_facts(report),
-        tables={
-            "accuracy": tables.accuracy_table(report),
-            "controls": tables.controls_table(report),
-            "identity": tables.identity_table(report),
-            "movement": tables.movement_table(report),
-            "density": tables.density_table(report),
-            "memory": tables.memory_table(report),
-            "time": tables.time_table(report),
-        },
-        figures={
-            "accuracy": _figure(report, plots.accuracy_plot),
-            "difference": _figure(report, plots.difference_plot),
-            "identity": _figure(report, plots.identity_plot),
-            "density": _figure(report, mask_plots.density_plot),
-            "tolerance": _figure(report, mask_plots.tolerance_plot),
-            "memory": _figure(report, plots.memory_plot),
-            "time": _figure(report, plots.time_plot),
-        },
-        curves=_curves(report),
-        curve_keys=[
-            Key(css_class(report, name), wording.label(report, name)) for name in report.runs if name in report.curves
-        ],
-        memory_keys=_part_keys(plots.stack_parts(report.memory, report)),
-        time_keys=_part_keys(plots.time_parts(report)),
+        sections=[(section, [_drawn(entry) for entry in section.figures]) for section in sections_of(report)],
         sample_models=[(name, wording.label(report, name)) for name in (report.base, report.full, report.subnet)],
         conditions=wording.conditions(report),
         recipe=_json(report.recipe),
@@ -98,8 +65,9 @@ def render_html(report: Report) -> str:
     return str(page)
 
 
-def _figure(report: Report, draw: Callable[[Report, float], str | None]) -> Markup | None:
-    return figure(partial(draw, report))
+def _drawn(entry: Figure) -> Drawn:
+    panels = [(panel.title, Markup(panel.draw(PANEL) or "")) for panel in entry.panels]
+    return Drawn(entry, None if entry.draw is None else figure(entry.draw), panels)
 
 
 def figure(draw: Callable[[float], str | None]) -> Markup | None:
@@ -109,24 +77,6 @@ def figure(draw: Callable[[float], str | None]) -> Markup | None:
         return None
     # Svg escapes whatever enters it, so its markup is safe as it is.
     return Markup(f'<div class="wide">{wide}</div><div class="phone">{phone}</div>')
-
-
-def _curves(report: Report) -> list[tuple[str, Markup, int]]:
-    found = []
-    for metric in _METRICS:
-
-        def draw(report: Report, width: float, metric: str = metric) -> str | None:
-            return curve_plots.curves_plot(report, metric, width)
-
-        figure = _figure(report, draw)
-        if figure is not None:
-            found.append((_METRIC_NAMES[metric], figure, curve_plots.smoothing(report, metric)))
-    # The loss of an online algorithm measures no progress: a reward says all.
-    return found[:1] if found and found[0][0] == "Reward" else found[:2]
-
-
-def _part_keys(parts: list[str]) -> list[Key]:
-    return [Key(f"part-{index % 6 + 1}", tables.words(part)) for index, part in enumerate(parts)]
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

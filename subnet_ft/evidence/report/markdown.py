@@ -6,6 +6,7 @@ import re
 
 from subnet_ft.evidence.report import tables, wording
 from subnet_ft.evidence.report.schema import Report
+from subnet_ft.evidence.report.sections import sections_of
 
 
 def render_markdown(report: Report) -> str:
@@ -20,49 +21,16 @@ def render_markdown(report: Report) -> str:
     if report.title:
         blocks.append(f"{escape(report.title)}. Written by subnet-ft {report.version}.")
 
-    blocks.append("## Accuracy")
-    accuracy = tables.accuracy_table(report)
-    if accuracy is None:
-        blocks.append("No accuracy was measured.")
-    else:
-        level = f"{report.confidence * 100:g} %"
-        blocks += [
-            table(accuracy),
-            f"\\* The base model's difference has the {level} interval, which decides if anything can be recovered.",
-            wording.rule_sentence(report),
-        ]
-
-    blocks.append("## Controls")
-    controls = tables.controls_table(report)
-    blocks.append(table(controls) if controls else wording.control_sentences(report)[0])
-
-    blocks.append("## Weights")
-    identity, movement = tables.identity_table(report), tables.movement_table(report)
-    blocks.append(wording.identity_sentence(report) or "No weights were compared.")
-    blocks += [table(content) for content in (identity, movement) if content]
-
-    blocks.append("## The subnetwork")
-    density = tables.density_table(report)
-    if density is None or report.density is None:
-        blocks.append("No mask was given.")
-    else:
-        by_tolerance = ", ".join(
-            f"{wording.percent(share)} at {wording.tolerance_text(key, '0')}"
-            for key, share in report.density.by_tolerance.items()
-        )
-        blocks.append(
-            f"Density {wording.percent(report.density.overall, 2)}."
-            + (f" By tolerance: {by_tolerance}." if by_tolerance else "")
-        )
-        blocks.append(table(density))
-
-    blocks.append("## Cost")
-    costs = [wording.cost_sentence(report)]
-    costs += [table(content) for content in (tables.memory_table(report), tables.time_table(report)) if content]
-    blocks += [cost for cost in costs if cost] or ["Neither memory nor time was recorded."]
+    for section in sections_of(report):
+        blocks.append(f"## {section.title}")
+        for entry in section.figures:
+            blocks.append(f"**{escape(entry.question)}** {escape(entry.answer)}".rstrip())
+            if entry.table is not None:
+                blocks.append(table(entry.table))
+        blocks += [escape(note) for note in section.notes]
 
     if report.samples:
-        blocks += [f"## Five {report.judged_on}", wording.samples_sentence(report)]
+        blocks += [f"## {len(report.samples)} {report.judged_on}", wording.samples_sentence(report)]
         for sample in report.samples:
             blocks.append(_fenced(sample.prompt))
             lines = [f"- reference: {code(sample.reference)}"] if sample.reference else []
@@ -72,7 +40,7 @@ def render_markdown(report: Report) -> str:
                     lines.append(f"- {wording.label(report, name)}, {mark}: {code(answer.completion)}")
             blocks.append("\n".join(lines))
 
-    blocks += ["## What this report does not show", "\n".join(f"- {escape(gap)}" for gap in report.not_measured)]
+    blocks += ["## What was not measured", "\n".join(f"- {escape(gap)}" for gap in report.not_measured)]
     blocks += ["## Conditions", "\n".join(f"- {name}: {code(value)}" for name, value in wording.conditions(report))]
     return "\n\n".join(blocks) + "\n"
 

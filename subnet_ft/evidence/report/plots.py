@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from subnet_ft.evidence.report.axes import (
-    NARROW,
-    TOP,
     Scale,
     bottom_of_rows,
     css_class,
@@ -15,66 +13,67 @@ from subnet_ft.evidence.report.axes import (
     points_tick,
     row_centre,
     row_label,
-    rows_over_axis,
 )
-from subnet_ft.evidence.report.schema import Report
-from subnet_ft.evidence.report.svg import Svg, nice_ticks
+from subnet_ft.evidence.report.row_plots import Mark, Row, rows_plot
+from subnet_ft.evidence.report.schema import Difference, Report
+from subnet_ft.evidence.report.svg import Svg
 from subnet_ft.evidence.report.tables import is_peak, words
-from subnet_ft.evidence.report.wording import duration, label, percent, points, size, typographic, whole_cost
+from subnet_ft.evidence.report.wording import (
+    SECOND_FULL,
+    duration,
+    label,
+    percent,
+    points,
+    size,
+    typographic,
+    whole_time,
+)
 
 
 def accuracy_plot(report: Report, width: float) -> str | None:
     """Accuracy of every model with its own interval; a band of one margin lies around the full run."""
-    names = [name for name in report.models if name in report.accuracy]
-    if not names:
-        return None
-    entries = [report.accuracy[name] for name in names]
+    rows = []
+    for name in report.models:
+        if (entry := report.accuracy.get(name)) is not None:
+            low, high = entry.ci_low, entry.ci_high
+            tip = f"{label(report, name)}: {percent(entry.accuracy)}, {low * 100:.1f} to {high * 100:.1f} %"
+            text = percent(entry.accuracy)
+            rows.append(Row(label(report, name), css_class(report, name), entry.accuracy, text, low, high, tip=tip))
     full = report.accuracy.get(report.full)
-    low, high = min(entry.ci_low for entry in entries), max(entry.ci_high for entry in entries)
-    if full is not None:
-        low, high = min(low, full.accuracy - report.margin), max(high, full.accuracy + report.margin)
-    ticks = [tick for tick in nice_ticks(low, high, 4 if width < NARROW else 7) if -1e-9 <= tick <= 1 + 1e-9]
-    svg, x = rows_over_axis(
-        width, len(names), ticks, percent_tick, "Accuracy of every model with its interval", right=58
+    return rows_plot(
+        rows,
+        width,
+        title="Accuracy of every model with its interval",
+        write=percent_tick,
+        limits=(0, 1),
+        band=None if full is None else (full.accuracy - report.margin, full.accuracy + report.margin),
+        reference=None if full is None else full.accuracy,
     )
-    if full is not None:
-        _band(svg, x, full.accuracy - report.margin, full.accuracy + report.margin, len(names))
-        svg.line(x(full.accuracy), TOP, x(full.accuracy), bottom_of_rows(width, len(names)), "reference")
-    for row, (name, entry) in enumerate(zip(names, entries, strict=True)):
-        y = row_centre(width, row)
-        tip = (
-            f"{label(report, name)}: {percent(entry.accuracy)}, {entry.ci_low * 100:.1f} to {entry.ci_high * 100:.1f} %"
-        )
-        row_label(svg, label(report, name), y)
-        interval(svg, x, y, entry.ci_low, entry.accuracy, entry.ci_high, css_class(report, name), tip)
-        svg.text(width - 2, y + 4, percent(entry.accuracy), "value", anchor="end")
-    return svg.render()
 
 
 def difference_plot(report: Report, width: float) -> str | None:
     """Paired difference of every run to the full run: the interval and the band that the verdict looks at."""
     level = round(2 * report.confidence - 1, 12)
-    found = [(name, report.difference(name, report.full, confidence=level)) for name in report.runs]
-    gaps = [(name, gap) for name, gap in found if gap is not None]
-    if not gaps:
-        return None
-    margin = report.margin
-    low = min([-margin, *(gap.low for _, gap in gaps)]) * 1.05
-    high = max([margin, *(gap.high for _, gap in gaps)]) * 1.05
-    ticks = nice_ticks(low, high, 4 if width < NARROW else 7)
-    title = "Paired difference of every run to the full run, in points"
-    svg, x = rows_over_axis(width, len(gaps), ticks, points_tick, title, right=58)
-    _band(svg, x, -margin, margin, len(gaps))
-    svg.line(x(0), TOP, x(0), bottom_of_rows(width, len(gaps)), "reference")
-    for row, (name, gap) in enumerate(gaps):
-        y = row_centre(width, row)
-        tip = typographic(
-            f"{label(report, name)}: {points(gap.difference)} points, {points(gap.low)} to {points(gap.high)}"
-        )
-        row_label(svg, label(report, name), y)
-        interval(svg, x, y, gap.low, gap.difference, gap.high, css_class(report, name), tip)
-        svg.text(width - 2, y + 4, typographic(points(gap.difference)), "value", anchor="end")
-    return svg.render()
+    gaps = {name: report.difference(name, report.full, confidence=level) for name in report.runs}
+    return _differences(report, gaps, width, "Paired difference of every run to the full run, in points")
+
+
+def lead_plot(report: Report, width: float) -> str | None:
+    """Paired difference of the subnetwork to every control and baseline."""
+    gaps = {name: report.difference(report.subnet, name) for name in (*report.controls, *report.baselines)}
+    return _differences(report, gaps, width, "Subnetwork minus every other run, in points")
+
+
+def _differences(report: Report, gaps: Mapping[str, Difference | None], width: float, title: str) -> str | None:
+    rows = []
+    for name, gap in gaps.items():
+        if gap is not None:
+            text = typographic(points(gap.difference))
+            tip = typographic(f"{label(report, name)}: {text} points, {points(gap.low)} to {points(gap.high)}")
+            style = css_class(report, name)
+            rows.append(Row(label(report, name), style, gap.difference, text, gap.low, gap.high, tip=tip))
+    band = (-report.margin, report.margin)
+    return rows_plot(rows, width, title=title, write=points_tick, band=band, reference=0.0)
 
 
 def identity_plot(report: Report, width: float) -> str | None:
@@ -82,29 +81,52 @@ def identity_plot(report: Report, width: float) -> str | None:
     entry = next((report.weights[name] for name in report.runs if name in report.weights), None)
     if entry is None or entry.base_in_mask_identical is None:
         return None
-    rows = [(report.base, entry.base_in_mask_identical["0"], entry.base_identical["0"])]
+    found = [(label(report, report.base), "m-base", entry.base_in_mask_identical["0"], entry.base_identical["0"])]
     for name in report.runs:
         weights = report.weights.get(name)
         if weights is not None and weights.in_mask_identical is not None and name != report.full:
-            rows.append((name, weights.in_mask_identical["0"], weights.identical["0"]))
-    ticks = [0, 0.25, 0.5, 0.75, 1]
-    svg, x = rows_over_axis(width, len(rows), ticks, percent_tick, "Share of weights equal to the full run's", right=58)
-    for row, (name, inside, overall) in enumerate(rows):
-        y = row_centre(width, row)
-        style = css_class(report, name)
-        row_label(svg, label(report, name), y)
-        svg.line(x(0), y, x(1), y, "grid")
-        svg.rect(
-            x(0),
-            y - 8,
-            x(inside) - x(0),
-            16,
-            f"bar {style}",
-            tip=f"where the full run changed the bits: {percent(inside)}",
+            style = css_class(report, name)
+            found.append((label(report, name), style, weights.in_mask_identical["0"], weights.identical["0"]))
+    if report.floor is not None and report.floor.weights.in_mask_identical is not None:
+        second = report.floor.weights
+        assert second.in_mask_identical is not None
+        found.append((SECOND_FULL, "m-full", second.in_mask_identical["0"], second.identical["0"]))
+    rows = [
+        Row(
+            name,
+            style,
+            inside,
+            percent(inside),
+            is_bar=True,
+            marks=(Mark(overall, style, tip=f"{name}, over all weights: {percent(overall, 2)}"),),
+            tip=f"{name}, where the full run changed the bits: {percent(inside)}",
         )
-        svg.circle(x(overall), y, 5.5, f"ring {style}", tip=f"over all weights: {percent(overall, 2)}")
-        svg.text(width - 2, y + 4, percent(inside), "value", anchor="end")
-    return svg.render()
+        for name, style, inside, overall in found
+    ]
+    title = "Share of weights equal to the full run's"
+    return rows_plot(rows, width, title=title, write=percent_tick, within=(0, 1), limits=(0, 1))
+
+
+def distance_plot(report: Report, width: float) -> str | None:
+    """Distance of every run's weights to the full run's, as a part of the base model's."""
+    distances = {name: report.weights[name].relative_distance for name in report.runs if name in report.weights}
+    rows = [
+        Row(
+            label(report, name),
+            css_class(report, name),
+            distance,
+            f"{distance:.2f}",
+            is_bar=True,
+            tip=f"{distance:.3f}",
+        )
+        for name, distance in distances.items()
+        if distance is not None and name != report.full
+    ]
+    second = None if report.floor is None else report.floor.weights.relative_distance
+    if second is not None:
+        rows.append(Row(SECOND_FULL, "m-full", second, f"{second:.2f}", is_bar=True, tip=f"{second:.3f}"))
+    title = "Distance of every run to the full run"
+    return rows_plot(rows, width, title=title, write="{:g}".format, within=(0, 1), reference=1.0)
 
 
 def memory_plot(report: Report, width: float) -> str | None:
@@ -125,8 +147,8 @@ def time_plot(report: Report, width: float) -> str | None:
     for name in report.models:
         if name in report.seconds:
             stacks[label(report, name)] = dict(report.seconds[name])
-        if name == report.subnet and (whole := whole_cost(report)) is not None:
-            stacks["with the full run"] = whole
+        if name == report.subnet and (whole := whole_time(report)) is not None:
+            stacks["the first time, in all"] = whole
     if not stacks:
         return None
     return stacked(stacks, time_parts(report), width, duration, "Time by stage")
@@ -134,7 +156,7 @@ def time_plot(report: Report, width: float) -> str | None:
 
 def time_parts(report: Report) -> list[str]:
     """Return the stages in the order in which they are coloured, the mask's own last."""
-    return list(dict.fromkeys([*stack_parts(report.seconds, report), *(whole_cost(report) or {})]))
+    return list(dict.fromkeys([*stack_parts(report.seconds, report), *(whole_time(report) or {})]))
 
 
 def stack_parts(source: Mapping[str, Mapping[str, float]], report: Report) -> list[str]:
@@ -161,11 +183,6 @@ def stacked(
             start += value
         svg.text(x(start) + 7, y + 4, write(start), "value")
     return svg.render()
-
-
-def _band(svg: Svg, x: Scale, low: float, high: float, rows: int) -> None:
-    start, end = x(max(low, x.low)), x(min(high, x.high))
-    svg.rect(start, TOP, end - start, bottom_of_rows(svg.width, rows) - TOP, "band")
 
 
 def interval(svg: Svg, x: Scale, y: float, low: float, value: float, high: float, style: str, tip: str) -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from html import escape
 
+_MOST_READ_OUT = 30
+
 
 class Svg:
     """One drawing; `render` gives its markup. Every string that enters is escaped.
@@ -19,6 +21,7 @@ class Svg:
     def __init__(self, width: float, height: float, title: str) -> None:
         self.width, self._height, self._title = width, height, title
         self._parts: list[str] = []
+        self._tips: list[str] = []
 
     def line(self, x1: float, y1: float, x2: float, y2: float, style: str) -> None:
         self._add("line", {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "class": style})
@@ -52,6 +55,12 @@ class Svg:
         steps = " ".join(f"{'L' if index else 'M'}{x:.1f} {y:.1f}" for index, (x, y) in enumerate(coordinates))
         self._add("path", {"d": steps, "class": style})
 
+    def cells(self, boxes: list[tuple[float, float, float, float]], style: str, *, opacity: float) -> None:
+        """Draw boxes (x, y, width, height) of one shade as one element."""
+        if boxes:
+            steps = "".join(f"M{x:.1f} {y:.1f}h{w:.1f}v{h:.1f}h{-w:.1f}z" for x, y, w, h in boxes)
+            self._add("path", {"d": steps, "class": style, "fill-opacity": opacity})
+
     def text(self, x: float, y: float, content: str, style: str = "tick", *, anchor: str = "start") -> None:
         attributes: dict[str, str | float] = {"x": x, "y": y, "class": style, "text-anchor": anchor}
         self._parts.append(f"<text{_attributes(attributes)}>{escape(content)}</text>")
@@ -60,9 +69,15 @@ class Svg:
         head = {"viewBox": f"0 0 {self.width:g} {self._height:g}", "class": style, "role": "img"}
         body = "".join(self._parts)
         label = escape(self._title)
-        return f'<svg{_attributes(head)} aria-label="{label}">{body}</svg>'
+        # What a pointer shows mark by mark is read out in one go; many marks are left to the table beside the drawing.
+        count = len(self._tips)
+        said = "; ".join(self._tips) if count <= _MOST_READ_OUT else f"{count} values, which the table holds"
+        about = f"<title>{label}</title>" + (f"<desc>{escape(said)}</desc>" if said else "")
+        return f'<svg{_attributes(head)} aria-label="{label}">{about}{body}</svg>'
 
     def _add(self, tag: str, attributes: Mapping[str, str | float], *, tip: str = "") -> None:
+        if tip:
+            self._tips.append(tip)
         inner = f"><title>{escape(tip)}</title></{tag}>" if tip else "/>"
         self._parts.append(f"<{tag}{_attributes(attributes)}{inner}")
 

@@ -13,7 +13,6 @@ from subnet_ft.evidence.report.wording import (
     points,
     size,
     tolerance_text,
-    whole_cost,
 )
 
 _NONE = "\u2013"
@@ -149,12 +148,10 @@ def memory_table(report: Report) -> Table | None:
 
 
 def time_table(report: Report) -> Table | None:
-    """Time by stage and run, and what the subnetwork cost with the run that made its mask."""
+    """Time by stage and run."""
     entries = [(label(report, name), report.seconds[name]) for name in report.models if name in report.seconds]
     if not entries:
         return None
-    if (whole := whole_cost(report)) is not None:
-        entries.append(("subnetwork with its mask and the full run's training", whole))
     stages = list(dict.fromkeys(stage for _, seconds in (*entries[1:], entries[0]) for stage in seconds))
     rows = [
         [
@@ -165,6 +162,40 @@ def time_table(report: Report) -> Table | None:
         for name, seconds in entries
     ]
     return Table(["", *map(words, stages), "together"], rows)
+
+
+def costs_table(report: Report) -> Table | None:
+    """What every run costs the first time, with the run that its mask needs, and again under the same mask."""
+    if not report.costs:
+        return None
+    rows = [
+        [
+            label(report, cost.run),
+            "\u2013" if cost.needs is None else f"{cost.needs} run",
+            duration(cost.first_seconds),
+            duration(cost.train_seconds),
+            _bytes(cost.first_peak_bytes),
+            _bytes(cost.peak_bytes),
+            _bytes(cost.persistent_bytes),
+            _NONE if cost.bytes_per_weight is None else f"{cost.bytes_per_weight:.2f}",
+        ]
+        for cost in report.costs
+    ]
+    header = [
+        "",
+        "needs",
+        "time, first",
+        "time, again",
+        "peak, first",
+        "peak, again",
+        "step to step",
+        "bytes per weight",
+    ]
+    return Table(header, rows)
+
+
+def _bytes(value: int | None) -> str:
+    return _NONE if value is None else size(value)
 
 
 def density_table(report: Report) -> Table | None:

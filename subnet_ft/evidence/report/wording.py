@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from subnet_ft.evidence.cost import Cost
 from subnet_ft.evidence.report.schema import Report
 
 VERDICTS = {
@@ -14,6 +15,8 @@ VERDICTS = {
     "not_assessed": "Not assessed",
 }
 MISSING = "not measured"
+SECOND_FULL = "full run, other seed"
+_METHODS = {"lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "eva": "EVA", "shira": "SHiRA", "ia3": "IA3"}
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -77,6 +80,11 @@ def label(report: Report, name: str) -> str:
     roles = {report.base: "base model", report.full: "full run", report.subnet: "subnetwork"}
     if name in roles:
         return roles[name]
+    if name in report.baselines:
+        return _METHODS.get(name, name.replace("_", " "))
+    if name.startswith("seed-") and "/" in name:
+        seed, _, run = name.removeprefix("seed-").partition("/")
+        return f"{label(report, run)}, seed {seed}"
     return (
         name.removeprefix("control-").replace("magnitude_matched", "magnitude-matched").replace("_", " ") + " control"
     )
@@ -200,34 +208,62 @@ def rule_sentence(report: Report) -> str:
     )
 
 
-def whole_cost(report: Report) -> dict[str, float] | None:
-    """Return the subnetwork's time by stage with the mask and the full run's training; `None` if not all is known.
+def cost_of(report: Report, name: str) -> Cost | None:
+    """Return what a run cost, if that is known."""
+    return next((cost for cost in report.costs if cost.run == name), None)
 
-    `None` also for a mask that needed no full run: then the subnetwork's own time is all.
+
+def whole_time(report: Report) -> dict[str, float] | None:
+    """Return the subnetwork's time by stage from the base on, with the run that its mask was made from.
+
+    `None` where there was no such run, or not all of it is known.
     """
-    own, full = report.seconds.get(report.subnet), report.seconds.get(report.full)
-    if own is None or full is None or report.mask is None or report.mask.origin != "full":
+    cost = cost_of(report, report.subnet)
+    if cost is None or cost.needs is None or cost.first_seconds is None or cost.train_seconds is None:
         return None
-    whole = {stage: seconds for stage, seconds in full.items() if not stage.startswith("eval")}
-    if report.mask.seconds is not None:
-        whole["extract"] = report.mask.seconds
-    for stage, seconds in own.items():
-        whole[stage] = whole.get(stage, 0.0) + seconds
-    return whole
+    made = cost.mask_seconds or 0.0
+    before = cost.first_seconds - cost.train_seconds - made
+    return {"train": cost.train_seconds, f"{cost.needs} run": before, "mask": made}
 
 
 def cost_sentence(report: Report) -> str | None:
-    """Say what the mask itself cost."""
+    """Say what the mask itself cost, and from which run on memory is saved."""
     if report.mask is None:
         return None
-    if report.mask.origin != "full":
-        return "The mask was made without a full run; its own cost is small."
-    whole = whole_cost(report)
-    known = f" With that run the subnetwork took {duration(sum(whole.values()))}." if whole else ""
-    return (
-        "The mask was extracted from the finished full run, so that run's time and peak memory were spent first. "
-        f"This is evidence about a subnetwork, not a saving.{known}"
+    cost = cost_of(report, report.subnet)
+    origin = report.mask.origin
+    if origin == "nothing":
+        return f"The mask was made from the base alone, so nothing came before this run.{_saved(report, cost, 'first')}"
+    if origin == "elsewhere":
+        return (
+            "The mask came from elsewhere: what the run behind it cost is not in this report."
+            f"{_saved(report, cost, 'first')}"
+        )
+    made = (
+        "The mask was extracted from the finished full run"
+        if origin == "full"
+        else "The mask was made from a few steps of the full run\u2019s method"
     )
+    if cost is None or cost.first_seconds is None or cost.train_seconds is None:
+        return f"{made}, so that run\u2019s time and peak memory were spent first: the first time this is no saving."
+    peaks = ["", ""]
+    if cost.peak_bytes is not None and cost.first_peak_bytes is not None:
+        peaks = [f" and {size(bytes_)} at its peak" for bytes_ in (cost.first_peak_bytes, cost.peak_bytes)]
+    return (
+        f"{made}. The first subnetwork run cost both: {duration(cost.first_seconds)} of training{peaks[0]}. Another "
+        "one "
+        f"under the same mask costs {duration(cost.train_seconds)}{peaks[1]}.{_saved(report, cost, 'second')}"
+    )
+
+
+def _saved(report: Report, cost: Cost | None, which: str) -> str:
+    """Say whether memory is saved, and from which run on."""
+    full = cost_of(report, report.full)
+    if cost is None or full is None or cost.peak_bytes is None or full.peak_bytes is None:
+        return ""
+    if cost.peak_bytes >= full.peak_bytes:
+        return " Its peak is no lower than the full run\u2019s: no memory was saved."
+    return f" Memory is saved from the {which} run on: {size(full.peak_bytes)} became {size(cost.peak_bytes)}."
 
 
 def conditions(report: Report) -> list[tuple[str, str]]:
