@@ -99,12 +99,18 @@ class MaskStages:
                 ),
                 user=user,
             )
-        # Large gradients at the base are those of a policy that stands still.
-        stage = self.probe(
-            RunVariant(seed=seed, stop_after=source.steps, at_base=source.kind in ("gradient", "fisher"))
-        )
+        stage = self.probe_of(source, seed=seed)
+        assert stage is not None  # the source has steps
         inputs["probe"] = stage.results["sha256"]
         return self._made(name, inputs, lambda: self._probed(stage, source), user=user)
+
+    def probe_of(self, source: SourceSpec, *, seed: int | None = None) -> TrainedStage | None:
+        """Do the first steps of a full run that a source looks at; `None` where it looks at none."""
+        if source.steps is None:
+            return None
+        # Large gradients at the base are those of a policy that stands still.
+        at_base = source.kind in ("gradient", "fisher")
+        return self.probe(RunVariant(seed=seed, stop_after=source.steps, at_base=at_base))
 
     def _probed(self, stage: TrainedStage, source: SourceSpec) -> SubnetMask:
         recipe, base = self.inputs.recipe, self.inputs.base

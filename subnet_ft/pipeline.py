@@ -92,11 +92,14 @@ class Pipeline:
         _ = self.held_out  # too few pairs to judge by are better known before hours of training
         full = self.full_run()
         mask = self.mask(full)
+        if "inverted" in self.recipe.controls:
+            control_mask(mask, "inverted", seed=self.recipe.seed)  # a mask that has none is better known now
         subnet = self.masked_run("subnet", mask)
         controls = {f"control-{kind}": self.control_run(kind, mask) for kind in self.recipe.controls}
         baselines = {name: self.method_run(name) for name in self.recipe.baselines}
         repeats = {seed: self.repeat(seed) for seed in self.recipe.repeats.seeds}
-        return self.report(TrainedRuns(full, subnet, controls, baselines, repeats))
+        probe = self.masks.probe_of(self.recipe.subnet.source)
+        return self.report(TrainedRuns(full, subnet, controls, baselines, repeats, probe))
 
     def train(self) -> TrainedStage:
         """Do the one run that the recipe's `method` names."""
@@ -242,7 +245,15 @@ class Pipeline:
         records = {"base": self.answers("base"), **{name: self.answers(name, run) for name, run in runs.all.items()}}
         logger.info("verify: comparing weights")
         notes = self.held_out.not_measured if isinstance(self.held_out, HeldOutPairs) else ()
-        report = run_report(self.inputs, self.folder, runs, records, not_measured=notes)
+        report = run_report(
+            self.inputs,
+            self.folder,
+            runs,
+            records,
+            not_measured=notes,
+            overwrite=self.overwrite,
+            progress=self.progress,
+        )
         self._describe(runs.full)
         write_report(report, self.folder)
         return report

@@ -11,9 +11,11 @@ import subnet_ft
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.evidence.report import Report, RunEvidence, build_report
 from subnet_ft.evidence.weights import RunWeights, compare_weights
+from subnet_ft.evidence_stages import OutputEvidence, WeightEvidence, over_seeds
+from subnet_ft.evidence_stages.stage import EvidenceFolder
 from subnet_ft.inputs import RunInputs
 from subnet_ft.recipe import recipe_to_dict
-from subnet_ft.stages import read_json
+from subnet_ft.stages import TrainedStage, read_json
 from subnet_ft.trained_runs import TrainedRuns
 from subnet_ft.training.run import LOG
 from subnet_ft.verification import compare_dtype
@@ -26,8 +28,10 @@ def run_report(
     records: Mapping[str, list[dict[str, Any]] | None],
     *,
     not_measured: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> Report:
-    """Compare the weights of a run's models and judge them.
+    """Compare the weights of a run's models, gather the evidence beside them, and judge.
 
     Args:
         inputs: The recipe with its base.
@@ -35,47 +39,65 @@ def run_report(
         runs: What was trained.
         records: What each of them and `base` answered, by name; `None` where evaluation is off.
         not_measured: Further sentences for the section of that name.
+        overwrite: Passed on to the stages of evidence, all of which are cheap.
+        progress: Show progress bars on stderr.
     """
-    recipe, trained, subnet = inputs.recipe, runs.masked, runs.subnet
+    recipe, subnet = inputs.recipe, runs.subnet
     weights = compare_weights(
         inputs.base,
-        open_checkpoint(trained["full"].folder),
-        {name: RunWeights(open_checkpoint(run.folder), run.mask) for name, run in trained.items() if name != "full"},
+        open_checkpoint(runs.full.folder),
+        {
+            name: RunWeights(open_checkpoint(run.folder), run.mask)
+            for name, run in runs.masked.items()
+            if name != "full"
+        },
         dtype=compare_dtype(inputs.base, recipe),
     )
 
-    def evidence(name: str) -> RunEvidence:
-        run = trained[name]
+    def evidence(name: str, run: TrainedStage) -> RunEvidence:
         return RunEvidence(
             name,
-            records=records[name],
+            records=records.get(name),
             log_history=json.loads((run.folder / LOG).read_text()),
             seconds={"train": run.results["train_seconds"], **_evaluation_seconds(folder, name)},
             memory=run.results["memory"],
             weights=weights.get(name),
         )
 
-    from_full = recipe.subnet.source.kind == "extract"
-    mask_stage = read_json(folder / "mask" / "stage.json") if from_full else None
+    into = EvidenceFolder(folder, overwrite)
+    of_weights = WeightEvidence(inputs, runs, into, progress=progress)
+    of_outputs = OutputEvidence(inputs, runs, into, progress=progress)
+    mask_stage = read_json(folder / "mask" / "stage.json") if recipe.subnet.source.kind != "file" else None
     return build_report(
         version=subnet_ft.__version__,
         base=RunEvidence("base", records=records["base"], seconds=_evaluation_seconds(folder, "base")),
-        full=evidence("full"),
-        subnet=evidence("subnet"),
-        controls=[evidence(name) for name in trained if name not in ("full", "subnet")],
+        full=evidence("full", runs.full),
+        subnet=evidence("subnet", subnet),
+        controls=[evidence(name, run) for name, run in runs.controls.items()],
+        baselines=[evidence(name, run) for name, run in runs.baselines.items()],
+        probe=None if runs.probe is None else evidence("probe", runs.probe),
         mask=subnet.mask,
         mask_seconds=mask_stage["results"]["seconds"] if mask_stage else None,
         margin=recipe.evaluation.margin,
         confidence=recipe.evaluation.confidence,
         recipe=recipe_to_dict(recipe),
-        environment=trained["full"].results["environment"],
-        seeds=[recipe.seed],
+        environment=runs.full.results["environment"],
+        seeds=[recipe.seed, *runs.repeats],
+        overlaps=of_weights.overlaps(),
+        structure=of_weights.structure(),
+        spectra=of_weights.spectra(),
+        dynamics=of_weights.dynamics(),
+        agreement=of_outputs.agreement(records),
+        retention=of_outputs.retention(),
+        floor=of_weights.floor(records),
+        seeds_summary=over_seeds(recipe, runs, records),
+        scatter=of_weights.scatter(),
         not_measured=[
             *not_measured,
             *(
                 f"The whole training time of `{name}`: it was interrupted and resumed from "
                 f"{run.results['resumed_from']}, and the time shown is that of the last part."
-                for name, run in trained.items()
+                for name, run in runs.all.items()
                 if run.results["resumed_from"]
             ),
         ],

@@ -18,6 +18,7 @@ class TrainedRuns:
         controls: Name to control, such as `control-uniform`.
         baselines: Method to its run.
         repeats: Seed to what was repeated with it, under the names of the first seed's stages.
+        probe: The few steps that the mask was made from, if it was.
     """
 
     full: TrainedStage
@@ -25,6 +26,7 @@ class TrainedRuns:
     controls: Mapping[str, TrainedStage] = field(default_factory=dict)
     baselines: Mapping[str, TrainedStage] = field(default_factory=dict)
     repeats: Mapping[int, Mapping[str, TrainedStage]] = field(default_factory=dict)
+    probe: TrainedStage | None = None
 
     @property
     def masked(self) -> dict[str, TrainedStage]:
