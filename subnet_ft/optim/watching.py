@@ -12,7 +12,7 @@ import torch
 import subnet_kernels
 from subnet_kernels import AdamWUpdate, BitMask, SGDUpdate
 
-SLICE = 1 << 22
+SLICE = 1 << 20
 """Elements of a tensor that are updated at a time while a step is watched; whole tiles."""
 
 Update = TypeVar("Update", AdamWUpdate, SGDUpdate)
