@@ -10,7 +10,8 @@ from subnet_ft.checkpoints.models import save_with_reward_head
 from subnet_ft.digests import checkpoint_sha256
 from subnet_ft.errors import StageError
 from subnet_ft.inputs import BASE, RunInputs
-from subnet_ft.stages import run_stage
+from subnet_ft.recipe.methods import METHODS
+from subnet_ft.stages import FINISHED, STARTED, run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,17 @@ def make_base(inputs: RunInputs, folder: Path, *, overwrite: bool) -> None:
 
     logger.info("base: %s with a new head of one output", recipe.model.name)
     # Once a run has started from it, it belongs to that run and is not replaced without being asked.
-    used = any((folder / name).is_dir() for name in ("full", "subnet"))
+    cheap = not _has_trained(folder)
     weights = stage / "config.json"
-    results = run_stage(stage, inputs.of_base(), work, overwrite=overwrite, cheap=not used, products=[weights])
+    results = run_stage(stage, inputs.of_base(), work, overwrite=overwrite, cheap=cheap, products=[weights])
     if checkpoint_sha256(stage) != results["sha256"]:
         raise StageError(
             f"The checkpoint in `{stage}` is not the one that this stage saved. Remove the folder to make it again."
         )
+
+
+def _has_trained(folder: Path) -> bool:
+    """Tell whether a run's folder holds a training stage, finished or not, of this seed or of a repeated one."""
+    names = (*METHODS, "control-*", "probe-*")
+    stages = (stage for within in (folder, *folder.glob("seed-*")) for name in names for stage in within.glob(name))
+    return any((stage / file).is_file() for stage in stages for file in (FINISHED, STARTED))

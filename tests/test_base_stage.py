@@ -10,6 +10,7 @@ from subnet_ft.base_stage import make_base
 from subnet_ft.errors import StageError
 from subnet_ft.inputs import RunInputs
 from subnet_ft.pipeline import load_checked_recipe
+from subnet_ft.recipe.methods import METHODS
 
 
 def inputs_of(name: str, folder: Path, *overrides: str) -> RunInputs:
@@ -34,11 +35,15 @@ def test_make_base_makes_nothing_where_the_model_is_the_base(tmp_path: Path) -> 
     assert inputs.base.folder == inputs.language_model.folder
 
 
-@pytest.mark.parametrize("started", ["full", "subnet"])
-def test_make_base_replaces_no_base_that_a_run_started_from(started: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["started.json", "stage.json"])
+@pytest.mark.parametrize(
+    "started", [*METHODS, "control-uniform", "probe-4", "seed-7/full", "seed-7/control-uniform", "seed-7/probe-4"]
+)
+def test_make_base_replaces_no_base_that_a_run_started_from(started: str, file: str, tmp_path: Path) -> None:
     make_base(inputs_of("reward", tmp_path), tmp_path, overwrite=False)
     make_base(inputs_of("reward", tmp_path, "seed=1"), tmp_path, overwrite=False)
-    (tmp_path / started).mkdir()
+    (tmp_path / started).mkdir(parents=True)
+    (tmp_path / started / file).write_text("{}")
     before = inputs_of("reward", tmp_path).base_sha256
     with pytest.raises(StageError, match="seed: was 1, is 2"):
         make_base(inputs_of("reward", tmp_path, "seed=2"), tmp_path, overwrite=False)
