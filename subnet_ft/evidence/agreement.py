@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from subnet_ft.evidence.output_distance import Text, mean_with_interval, output_distances
+from subnet_ft.evidence.output_distance import KlDifference, Text, kl_difference, mean_with_interval, output_distances
 from subnet_ft.evidence.statistics import wilson_interval
 from subnet_ft.tasks.generation import prompt_tokens
 from subnet_ft.tasks.task import Prompt
@@ -41,6 +41,10 @@ class Agreement:
     """Held-out prompts."""
     confidence: float
     """Two-sided confidence of the intervals."""
+    kl_by_prompt: list[float] = field(default_factory=list)
+    """Prompt by prompt, the sum of the KL over its positions, so that two models can be compared."""
+    tokens_by_prompt: list[int] = field(default_factory=list)
+    """Prompt by prompt, its positions."""
 
 
 def agreement(
@@ -99,4 +103,28 @@ def agreement(
         same_high=same_high,
         num_prompts=len(prompts),
         confidence=confidence,
+        kl_by_prompt=[entry.kl for entry in found],
+        tokens_by_prompt=[entry.num_tokens for entry in found],
     )
+
+
+def agreement_differences(
+    found: Mapping[str, Agreement], pairs: Sequence[tuple[str, str]], *, seed: int = 0
+) -> list[KlDifference]:
+    """Compare how far models lie from the full run, on the same completions of the full run.
+
+    Args:
+        found: Name to its agreement with the full run.
+        pairs: First and second model.
+        seed: Of the bootstrap.
+    """
+    return [
+        kl_difference(
+            (first, found[first].kl_by_prompt),
+            (second, found[second].kl_by_prompt),
+            found[first].tokens_by_prompt,
+            confidence=found[first].confidence,
+            seed=seed,
+        )
+        for first, second in pairs
+    ]

@@ -13,7 +13,14 @@ import numpy as np
 
 from subnet_ft.errors import TaskError
 from subnet_ft.evidence.accuracy import evaluate_model
-from subnet_ft.evidence.output_distance import Text, mean_with_interval, output_distances
+from subnet_ft.evidence.output_distance import (
+    KlDifference,
+    Text,
+    TextDistance,
+    kl_difference,
+    mean_with_interval,
+    output_distances,
+)
 from subnet_ft.evidence.statistics import paired_difference, wilson_interval
 from subnet_ft.tasks.task import Task
 
@@ -51,6 +58,10 @@ class Retention:
     """Tokens of neutral text."""
     confidence: float
     """Two-sided confidence of the intervals."""
+    kl_by_paragraph: list[float] = field(default_factory=list)
+    """Paragraph by paragraph, the sum of the KL over its tokens, to compare two models by; empty for the base."""
+    tokens_by_paragraph: list[int] = field(default_factory=list)
+    """Paragraph by paragraph, its tokens."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ def retention(
         found[name] = TaskRetention(sum(correct) / len(correct), low, high, correct)
     texts = _texts(tokenizer, paragraphs, max_tokens)
     kl: tuple[float, float, float] | tuple[None, None, None] = (None, None, None)
+    distances: list[TextDistance] = []
     if model is not None and texts:
         distances = output_distances(base, model, texts, progress=progress)
         kl = mean_with_interval(
@@ -123,6 +135,8 @@ def retention(
         kl_high=kl[2],
         num_tokens=sum(len(text.tokens) for text in texts),
         confidence=confidence,
+        kl_by_paragraph=[entry.kl for entry in distances],
+        tokens_by_paragraph=[len(text.tokens) for text in texts],
     )
 
 
@@ -144,6 +158,28 @@ def retention_differences(
                 RetentionDifference(first, second, task, paired.difference, paired.low, paired.high, confidence)
             )
     return differences
+
+
+def text_differences(
+    found: Mapping[str, Retention], pairs: Sequence[tuple[str, str]], *, seed: int = 0
+) -> list[KlDifference]:
+    """Compare how far models moved from the base on the same neutral text.
+
+    Args:
+        found: Name to what the model keeps; the base itself has not moved and cannot be compared.
+        pairs: First and second model.
+        seed: Of the bootstrap.
+    """
+    return [
+        kl_difference(
+            (first, found[first].kl_by_paragraph),
+            (second, found[second].kl_by_paragraph),
+            found[first].tokens_by_paragraph,
+            confidence=found[first].confidence,
+            seed=seed,
+        )
+        for first, second in pairs
+    ]
 
 
 def read_paragraphs(path: str | Path | None) -> list[str]:

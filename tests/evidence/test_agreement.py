@@ -11,7 +11,7 @@ import torch
 from scipy.stats import bootstrap
 
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
-from subnet_ft.evidence.agreement import agreement
+from subnet_ft.evidence.agreement import agreement, agreement_differences
 from subnet_ft.evidence.output_distance import Text, mean_with_interval, output_distances
 
 PROMPTS = ["1 + 1 =", "23 + 4 =", "a longer prompt with words"]
@@ -149,3 +149,20 @@ def test_mean_with_interval_agrees_with_scipys_bootstrap() -> None:
     theirs = bootstrap((sums, counts), ratio, paired=True, method="percentile").confidence_interval
     assert mean == pytest.approx(sums.sum() / counts.sum())
     assert (low, high) == pytest.approx((theirs.low, theirs.high), rel=0.03)
+
+
+def test_agreement_differences_pair_the_prompts() -> None:
+    """One model is a little nearer than another on every prompt: certain, though their intervals overlap."""
+    full, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    found = {
+        name: agreement(full, changed(scale), tokenizer, PROMPTS, COMPLETIONS, COMPLETIONS)
+        for name, scale in (("near", 1.48), ("far", 1.5))
+    }
+    (difference,) = agreement_differences(found, [("near", "far")])
+    assert (difference.first, difference.second) == ("near", "far")
+    assert difference.difference == pytest.approx(found["near"].kl - found["far"].kl)
+    assert found["near"].kl_high > found["far"].kl_low
+    assert difference.low <= difference.difference <= difference.high < 0
+    (same,) = agreement_differences(found, [("far", "far")])
+    assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert sum(found["far"].kl_by_prompt) / sum(found["far"].tokens_by_prompt) == pytest.approx(found["far"].kl)

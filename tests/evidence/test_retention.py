@@ -16,6 +16,7 @@ from subnet_ft.evidence.retention import (
     read_paragraphs,
     retention,
     retention_differences,
+    text_differences,
 )
 from subnet_ft.recipe import TaskSpec
 from subnet_ft.tasks import load_task
@@ -84,3 +85,15 @@ def test_read_paragraphs_takes_the_users(tmp_path: Path) -> None:
         read_paragraphs(path)
     with pytest.raises(TaskError, match="cannot be read"):
         read_paragraphs(tmp_path / "missing.txt")
+
+
+def test_text_differences_pair_the_paragraphs() -> None:
+    base, tokenizer, paragraphs = tiny_model("llama"), tiny_tokenizer(), ["some text", "more text", "the last one"]
+    found = {
+        name: retention(base, model, tokenizer, {}, paragraphs, **LIMITS)
+        for name, model in (("still", tiny_model("llama")), ("moved", changed()))
+    }
+    (difference,) = text_differences(found, [("moved", "still")])
+    assert difference.difference == found["moved"].kl_to_base
+    assert 0 < difference.low <= difference.difference <= difference.high
+    assert found["moved"].tokens_by_paragraph == [len(tokenizer(text)["input_ids"]) for text in paragraphs]
