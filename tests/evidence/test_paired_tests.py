@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, bootstrap, norm
+from scipy.stats import binom, binomtest, bootstrap, norm
 
 from subnet_ft.evidence.paired_tests import bootstrap_interval, mcnemar_mid_p, paired_tests
 from subnet_ft.evidence.statistics import paired_difference, tango_interval
@@ -96,3 +96,32 @@ def test_bootstrap_holds_the_truth_as_often_as_it_says(discordance: float) -> No
 @pytest.mark.parametrize("wrong", [_too_narrow, _unpaired])
 def test_coverage_tells_a_wrong_interval(wrong: Interval) -> None:
     assert not 0.935 <= coverage(wrong, 400, 0.2) <= 0.97
+
+
+def _wald(b: int, c: int, n: int) -> tuple[float, float]:
+    """The textbook's normal interval."""
+    shift = (b - c) / n
+    half = float(norm.ppf(0.975)) * np.sqrt(((b + c) / n - shift**2) / n)
+    return shift - half, shift + half
+
+
+def exact_coverage(interval: Interval, n: int, gap: float) -> float:
+    """The same without chance, where only the first model solves what the other does not: b is binomial, c is 0."""
+    low, high = (int(end) for end in binom.interval(1 - 1e-12, n, gap))
+    ends = {b: interval(b, 0, n) for b in range(low, high + 1)}
+    return float(sum(binom.pmf(b, n, gap) for b, (left, right) in ends.items() if left <= gap <= right))
+
+
+def test_interval_of_the_verdict_holds_where_every_discordant_prompt_goes_one_way() -> None:
+    """5 % of 400 prompts, the hardest place of the grid above: the normal interval covers 92.7 %, Tango's 95.0 %."""
+    assert exact_coverage(_tango, 400, 0.05) == pytest.approx(0.950, abs=0.001)
+    assert exact_coverage(_wald, 400, 0.05) < 0.93
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.04])
+@pytest.mark.parametrize("discordance", [0.05, 0.3])
+@pytest.mark.parametrize("n", [400, 1000])
+def test_intervals_hold_the_truth_of_no_difference_and_of_one_at_a_margin(
+    n: int, discordance: float, gap: float
+) -> None:
+    assert 0.935 <= coverage(_tango, n, discordance, gap=gap) <= 0.97
