@@ -81,10 +81,9 @@ class TrainingDynamics(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the run starts from the base, or that a resumed one has the snapshots of its first part."""
-        optimizer, snapshots = unwrapped(kwargs["optimizer"]), self._snapshots(args)
+        unwrapped(kwargs["optimizer"])  # raises where it is none of ours
+        snapshots = self._snapshots(args)
         self._watched, self._is_over = None, False
-        if isinstance(optimizer, FusedBase):
-            optimizer.watch = None  # of a run that was broken off in the middle of a step
         if not state.is_world_process_zero:
             return
         self._digest, other = digest_of(self.base, _weights(kwargs["model"]))

@@ -396,11 +396,12 @@ def test_training_dynamics_of_weights_rounded_without_masters(tmp_path: Path, ba
         assert count * (1 - lost) == pytest.approx(changed * found.num_parameters)  # type: ignore[operator]
 
 
-def test_training_dynamics_of_a_run_that_is_stopped_early(tmp_path: Path, bases: Bases) -> None:
-    class StopAtThree(Watch):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step == 3
+class StopAtThree(Watch):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 3
 
+
+def test_training_dynamics_of_a_run_that_is_stopped_early(tmp_path: Path, bases: Bases) -> None:
     trainer = run(tmp_path, bases)
     trainer.add_callback(StopAtThree())
     trainer.train()
@@ -408,6 +409,8 @@ def test_training_dynamics_of_a_run_that_is_stopped_early(tmp_path: Path, bases:
     assert found.steps == [2, 3]
     assert [count is None for count in found.num_updates] == [False, True]
     assert (tmp_path / SNAPSHOTS).is_dir()  # it may go on
+    changed = flat(weights_of(tiny_model("llama")), weights_of(trainer.model))
+    assert found.final == share(changed, torch.ones_like(changed))
 
 
 def test_the_best_model_is_not_taken_for_the_end(
@@ -418,6 +421,13 @@ def test_the_best_model_is_not_taken_for_the_end(
     best = run(tmp_path / "best", bases, **FIRST_IS_BEST)
     best.train()
     assert figures(read_dynamics(tmp_path / "best")) == figures(read_dynamics(tmp_path / "straight"))
+    assert "is not that of the last step" not in caplog.text
+    stopped = run(tmp_path / "stopped", bases, **FIRST_IS_BEST)
+    stopped.add_callback(StopAtThree())
+    stopped.train()
+    found = read_dynamics(tmp_path / "stopped")
+    assert (found.steps, found.density) == ([2], read_dynamics(tmp_path / "straight").density[:1])
+    assert "the model is not that of the last step: the last snapshot stands for the run's end" in caplog.messages
 
 
 def test_training_dynamics_go_where_they_are_told(tmp_path: Path, bases: Bases) -> None:
