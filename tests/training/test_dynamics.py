@@ -226,6 +226,21 @@ def test_training_dynamics_change_no_bit(kind: str, tmp_path: Path, bases: Bases
     same_state(state_of(watched), state_of(alone))
 
 
+def test_training_dynamics_watch_only_the_steps_that_end_in_a_snapshot(tmp_path: Path, bases: Bases) -> None:
+    trainer = run(tmp_path, bases, every=3, **ACCUMULATED)
+    before: list[bool] = []
+    after: list[bool] = []
+    trainer.add_callback(
+        Watch(
+            before=lambda _: before.append(trainer.masked_optimizer.watch is not None),
+            after=lambda _: after.append(trainer.masked_optimizer.watch is not None),
+        )
+    )
+    trainer.train()
+    assert before == [False, False, True, False, False, True, True]
+    assert not any(after)
+
+
 @pytest.mark.parametrize("after", [2, 3, 5])
 @pytest.mark.parametrize("kind", ["masters", "full mask, remainders", "SGD"])
 def test_training_dynamics_of_a_resumed_run_are_those_of_one_that_was_not_cut_off(
