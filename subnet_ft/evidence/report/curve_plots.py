@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from subnet_ft.evidence.report.axes import NARROW, Scale, css_class, upright
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.svg import nice_ticks
-from subnet_ft.evidence.report.wording import typographic
+from subnet_ft.evidence.report.wording import label, typographic
 
 
 def curves_plot(report: Report, metric: str, width: float) -> str | None:
@@ -30,6 +30,7 @@ def curves_plot(report: Report, metric: str, width: float) -> str | None:
         svg.path([(x(step), y(value)) for step, value in values], f"raw {css_class(report, name)}")
     for name, values in reversed(smooth.items()):
         svg.path([(x(step), y(value)) for step, value in values], f"curve {css_class(report, name)}")
+        svg.note(f"{label(report, name)}: from {values[0][1]:.3g} to {values[-1][1]:.3g}")
     for tick in nice_ticks(min(steps), max(steps), 4 if width < NARROW else 7):
         if min(steps) <= tick <= max(steps):
             svg.text(x(tick), 232, f"{tick:g}", "tick", anchor="middle")
@@ -64,6 +65,8 @@ def lines_plot(
     across = Scale(min(horizontal), max(horizontal), 54, width - 18)
     for style, points in reversed(drawn):
         svg.path([(across(x), scale(y)) for x, y in points], f"curve {style}")
+        if not has_dots:
+            svg.note(f"from {write(points[0][1])} to {write(points[-1][1])}")
         for x, y in points if has_dots else ():
             svg.circle(across(x), scale(y), 3, f"dot {style}", tip=f"{write_x(x)}: {write(y)}")
     for tick in nice_ticks(min(horizontal), max(horizontal), 4 if width < NARROW else 7):

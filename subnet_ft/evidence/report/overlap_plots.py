@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from subnet_ft.evidence.overlap import MaskOverlap, Overlap
 from subnet_ft.evidence.report.axes import NARROW, percent_tick, row_centre, row_label, rows_over_axis
+from subnet_ft.evidence.report.row_plots import Mark, Row, rows_plot, shorten
 from subnet_ft.evidence.report.svg import Svg
 from subnet_ft.evidence.report.wording import percent
 
@@ -28,7 +29,8 @@ def matrix_plot(overlaps: Sequence[MaskOverlap], width: float) -> str | None:
     by_pair = {(pair.first, pair.second): pair.overall for pair in overlaps}
     for row, name in enumerate(names):
         y = top + height * row
-        svg.text(left - 8, y + height / 2 + 4, f"{_short(name)}  {row + 1}", "tick", anchor="end")
+        longest = 11 if is_narrow else _LONGEST_NAME
+        svg.text(left - 8, y + height / 2 + 4, f"{shorten(name, longest)}  {row + 1}", "tick", anchor="end")
         svg.text(left + cell * (row + 0.5), top - 8, str(row + 1), "tick", anchor="middle")
         for column, other in enumerate(names):
             x = left + cell * column
@@ -47,7 +49,7 @@ def matrix_plot(overlaps: Sequence[MaskOverlap], width: float) -> str | None:
                     centre, y + height / 2 + (-2 if has_null else 4), f"{share * 100:.0f}", "name", anchor="middle"
                 )
             if has_null and null is not None:
-                svg.text(centre, y + height / 2 + 13, f"{null * 100:.0f}", "tick", anchor="middle")
+                svg.text(centre, y + height / 2 + 13, f"{null * 100:.0f}", "null", anchor="middle")
     return svg.render()
 
 
@@ -60,7 +62,7 @@ def nulls_plot(overlaps: Sequence[MaskOverlap], width: float) -> str | None:
     svg, x = rows_over_axis(width, len(found), ticks, percent_tick, "o1 of every pair beside its nulls", right=58)
     for row, (pair, share) in enumerate(found):
         y = row_centre(width, row)
-        row_label(svg, f"{_short(pair.first)}, {_short(pair.second)}", y)
+        row_label(svg, f"{shorten(pair.first, 12)}, {shorten(pair.second, 12)}", y)
         svg.line(x(0), y, x(1), y, "grid")
         for null, style, kind in (
             (pair.overall.uniform_o1, "ring m-base", "uniform"),
@@ -73,13 +75,34 @@ def nulls_plot(overlaps: Sequence[MaskOverlap], width: float) -> str | None:
     return svg.render()
 
 
+def others_plot(overlaps: Sequence[MaskOverlap], own: str, width: float) -> str | None:
+    """Share of one mask that lies in every other one, beside what the nulls say; the names are those of the others."""
+    rows = []
+    for pair in overlaps:
+        if own not in (pair.first, pair.second):
+            continue
+        is_first = pair.first == own
+        found, other = pair.overall, pair.second if is_first else pair.first
+        share = found.o1 if is_first else found.o2
+        nulls = (
+            ("m-base", "uniform null", found.uniform_o1 if is_first else found.uniform_o2),
+            ("m-control-1", "magnitude-matched null", found.magnitude_o1 if is_first else found.magnitude_o2),
+        )
+        if share is not None:
+            marks = [
+                Mark(null, style, f"{other}, {name}: {percent(null)}")
+                for style, name, null in nulls
+                if null is not None
+            ]
+            tip = f"{other}: {percent(share)}"
+            rows.append(Row(other, "m-subnet", share, percent(share), marks=marks, tip=tip))
+    title = "Share of the mask that lies in each other mask"
+    return rows_plot(rows, width, title=title, write=percent_tick, within=(0, 1), limits=(0, 1))
+
+
 def _against_null(overlap: Overlap, *, is_first: bool) -> tuple[float | None, float | None, str]:
     share = overlap.o1 if is_first else overlap.o2
     matched = overlap.magnitude_o1 if is_first else overlap.magnitude_o2
     if matched is not None:
         return share, matched, "magnitude-matched"
     return share, overlap.uniform_o1 if is_first else overlap.uniform_o2, "uniform"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[:7]}\u2026{name[-9:]}"

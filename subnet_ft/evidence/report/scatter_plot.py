@@ -6,7 +6,7 @@ import math
 
 from subnet_ft.evidence.report.axes import Scale
 from subnet_ft.evidence.report.svg import Svg
-from subnet_ft.evidence.report.wording import typographic
+from subnet_ft.evidence.report.wording import percent, tolerance_text, typographic
 from subnet_ft.evidence.scatter import RunScatter, Scatter
 
 LEVELS = 6
@@ -30,6 +30,7 @@ def scatter_panel(scatter: Scatter, run: RunScatter, title: str, style: str, wid
                 shades[min(int(share * LEVELS), LEVELS - 1)].append(
                     (x(column), y(row + 1), x(column + 1) - x(column), y(row) - y(row + 1))
                 )
+    svg.note(f"{run.moved_both:,} weights changed in both, {percent(run.same_direction)} of them the same way")
     svg.rect(left, top, side, side, "cell-back")
     for level, cells in enumerate(shades):
         svg.cells(cells, f"shade {style}", opacity=(level + 1) / LEVELS)
@@ -37,7 +38,8 @@ def scatter_panel(scatter: Scatter, run: RunScatter, title: str, style: str, wid
     svg.line(x(bins / 2), y(0), x(bins / 2), y(bins), "axis-line")
     svg.line(x(0), y(0), x(bins), y(bins), "diagonal")
     svg.text(left, 13, "\u2191 its own change", "tick")
-    low, high = typographic(f"-{scatter.limit:.1e}"), typographic(f"+{scatter.limit:.1e}")
+    limit = tolerance_text(f"{scatter.limit:.1e}", "0", digits=1)
+    low, high = typographic(f"-{limit}"), typographic(f"+{limit}")
     for value, content, anchor in ((0, low, "start"), (bins / 2, "base", "middle"), (bins, high, "end")):
         svg.text(x(value), top + side + 14, content, "tick", anchor=anchor)
     svg.text(left + side, top + side + 30, "the full run\u2019s change \u2192", "tick", anchor="end")

@@ -65,6 +65,10 @@ class Svg:
         attributes: dict[str, str | float] = {"x": x, "y": y, "class": style, "text-anchor": anchor}
         self._parts.append(f"<text{_attributes(attributes)}>{escape(content)}</text>")
 
+    def note(self, content: str) -> None:
+        """Add to what is read out where marks have no tips of their own."""
+        self._tips.append(content)
+
     def render(self, style: str = "") -> str:
         head = {"viewBox": f"0 0 {self.width:g} {self._height:g}", "class": style, "role": "img"}
         body = "".join(self._parts)

@@ -70,9 +70,9 @@ def typographic(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", signed)
 
 
-def tolerance_text(key: str, exact: str) -> str:
+def tolerance_text(key: str, exact: str, *, digits: int = 0) -> str:
     """Write a tolerance such as `1e-05` shortly; `exact` is the word for 0."""
-    return exact if float(key) == 0 else f"{float(key):.0e}".replace("e-0", "e-")
+    return exact if float(key) == 0 else f"{float(key):.{digits}e}".replace("e-0", "e-")
 
 
 def label(report: Report, name: str) -> str:
@@ -88,6 +88,11 @@ def label(report: Report, name: str) -> str:
     return (
         name.removeprefix("control-").replace("magnitude_matched", "magnitude-matched").replace("_", " ") + " control"
     )
+
+
+def the(report: Report, name: str) -> str:
+    """Return a model's label with its article; a method is a name of its own."""
+    return label(report, name) if name in report.baselines else f"the {label(report, name)}"
 
 
 def is_mask_broken(report: Report) -> bool:

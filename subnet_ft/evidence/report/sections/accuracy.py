@@ -10,7 +10,7 @@ from subnet_ft.evidence.report.row_plots import Mark, Row, rows_plot
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.section import Figure, Section
 from subnet_ft.evidence.report.tables import Table
-from subnet_ft.evidence.report.wording import VERDICTS, label, percent, points, typographic
+from subnet_ft.evidence.report.wording import VERDICTS, label, percent, points, the, typographic
 from subnet_ft.evidence.seeds import MixedDifference
 
 
@@ -31,7 +31,8 @@ def accuracy(report: Report) -> Section | None:
             f"{reached[0].upper()}{reached[1:]}.",
             partial(plots.accuracy_plot, report),
             f"{wording.judged_sentence(report.judged_on, report.num_prompts)}, with each model\u2019s own Wilson "
-            f"interval. The band is one margin, {margin} points, around the full run.",
+            f"interval. The band is one margin, {margin} points, around the full run. In the table, * marks the base "
+            f"model\u2019s difference at {level}, which decides if anything can be recovered.",
             table=tables.accuracy_table(report),
             is_table_open=True,
         ),
@@ -61,10 +62,7 @@ def accuracy(report: Report) -> Section | None:
                 is_table_open=True,
             )
         )
-    base_note = (
-        f"* The base model\u2019s difference has the {level} interval, which decides if anything can be recovered."
-    )
-    return Section("accuracy", "Accuracy", figures, [base_note, wording.rule_sentence(report)])
+    return Section("accuracy", "Accuracy", figures, [wording.rule_sentence(report)])
 
 
 def seeds(report: Report) -> Section | None:
@@ -72,7 +70,7 @@ def seeds(report: Report) -> Section | None:
     if not report.seeds_summary:
         return None
     answers = [
-        f"Over {len(entry.seeds)} seeds the {label(report, entry.run)} is {_said(entry.minus_full)} from the full run "
+        f"Over {len(entry.seeds)} seeds {the(report, entry.run)} is {_said(entry.minus_full)} from the full run "
         f"of the same seed: {VERDICTS[entry.verdict].lower()}."
         for entry in report.seeds_summary
     ]

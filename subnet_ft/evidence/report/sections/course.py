@@ -14,7 +14,7 @@ from subnet_ft.evidence.report.plots import stacked
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.section import Figure, Key, Section
 from subnet_ft.evidence.report.tables import Table
-from subnet_ft.evidence.report.wording import MISSING, label, percent
+from subnet_ft.evidence.report.wording import MISSING, label, percent, the
 
 # What a reader wants to see of a log: the first two that were logged.
 _METRICS = {
@@ -56,7 +56,7 @@ def dynamics(report: Report) -> Section | None:
             "dynamics-fate",
             "How many weights change and come back?",
             " ".join(
-                f"In the {label(report, run)} {percent(report.dynamics[run].final)} differ at the end, and "
+                f"In {the(report, run)} {percent(report.dynamics[run].final)} differ at the end, and "
                 f"{percent(report.dynamics[run].cancelled)} differed on the way and are the base\u2019s again."
                 for run in runs[:2]
             ),
@@ -167,7 +167,7 @@ def training(report: Report) -> Section | None:
                 question,
                 f"At the end: {said}.",
                 draw,
-                f"`{metric}` by step.{' Thin: as logged.' if bold else ''}{bold}",
+                f"{metric[0].upper()}{metric[1:]} by step.{' Thin: as logged.' if bold else ''}{bold}",
                 keys=[Key(css_class(report, name), label(report, name)) for name in runs],
                 mark="stroke",
             )

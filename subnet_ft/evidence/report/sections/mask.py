@@ -7,7 +7,7 @@ from functools import partial
 
 from subnet_ft.evidence.overlap import MaskOverlap
 from subnet_ft.evidence.report import mask_plots, tables
-from subnet_ft.evidence.report.overlap_plots import matrix_plot, nulls_plot
+from subnet_ft.evidence.report.overlap_plots import matrix_plot, others_plot
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.section import Figure, Key, Section
 from subnet_ft.evidence.report.tables import Table, short_kind
@@ -75,14 +75,15 @@ def overlap(report: Report) -> Section | None:
     runs = [pair for pair in named if "control" not in pair.first + pair.second]
     keys = [Key("m-subnet", "measured"), Key("m-base", "uniform null")]
     own = label(report, report.subnet)
-    drawn = [pair for pair in named if own in (pair.first, pair.second)] or named
+    drawn = [pair for pair in named if own in (pair.first, pair.second)]
     figures = [
         Figure(
             "overlap-nulls",
             "Does the mask share more with others than random masks would?",
             " ".join(_said(pair) for pair in (runs or named)[:2]),
-            partial(nulls_plot, drawn[:_MOST_PAIRS]),
-            "Share of the first mask that lies in the second. Rounding lets small weights change in every run, so only "
+            partial(others_plot, drawn[:_MOST_PAIRS], own),
+            "Share of the subnetwork\u2019s mask that lies in each other one. Rounding lets small weights change in "
+            "every run, so only "
             "what exceeds the magnitude-matched null speaks of shared structure; the magnitude-matched control lies at "
             "it by construction.",
             keys=[*keys, Key("m-control-1", "magnitude-matched null")] if has_magnitude else keys,

@@ -9,7 +9,7 @@ from subnet_ft.evidence.report.row_plots import Row, rows_plot
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.section import Figure, Section
 from subnet_ft.evidence.report.tables import Table
-from subnet_ft.evidence.report.wording import MISSING, label, percent, points
+from subnet_ft.evidence.report.wording import MISSING, label, percent, points, the
 
 
 def agreement(report: Report) -> Section | None:
@@ -34,7 +34,7 @@ def agreement(report: Report) -> Section | None:
         Figure(
             "agreement-distribution",
             "How far are the outputs from the full run\u2019s?",
-            _beside([f"{found[name].kl:.4f} nats per token for the {label(report, name)}" for name in shown]),
+            _beside([f"{found[name].kl:.4f} nats per token for {the(report, name)}" for name in shown]),
             partial(_kl_plot, report),
             f"Mean KL of each model from the full run over {first.num_tokens:,} tokens of the full run\u2019s greedy "
             f"completions to {first.num_prompts:,} held-out prompts, with the {level} interval of a bootstrap over "
@@ -44,7 +44,7 @@ def agreement(report: Report) -> Section | None:
         Figure(
             "agreement-completions",
             "How often is the greedy answer the full run\u2019s, word for word?",
-            _beside([f"{percent(found[name].same_completion)} for the {label(report, name)}" for name in shown]),
+            _beside([f"{percent(found[name].same_completion)} for {the(report, name)}" for name in shown]),
             partial(_same_plot, report),
             f"Share of {first.num_prompts:,} prompts, with Wilson\u2019s {level} interval.",
         ),
@@ -118,9 +118,7 @@ def retention(report: Report) -> Section | None:
             Figure(
                 "retention-text",
                 "How far did each run move on neutral text?",
-                _beside(
-                    [f"{moved[name].kl_to_base:.4f} nats per token for the {label(report, name)}" for name in shown]
-                ),
+                _beside([f"{moved[name].kl_to_base:.4f} nats per token for {the(report, name)}" for name in shown]),
                 partial(_moved_plot, report),
                 f"Mean KL from the base to each run over {next(iter(moved.values())).num_tokens:,} tokens that have "
                 f"nothing to do with the task, with the {level} interval of a bootstrap over paragraphs. 0 is the "
@@ -133,11 +131,12 @@ def retention(report: Report) -> Section | None:
 
 def _kept(report: Report, task: str) -> str:
     sentences = []
-    for gap in report.retention_differences:
-        if gap.task == task and gap.first == report.subnet:
-            interval = f"{points(gap.difference)} points [{points(gap.low)}, {points(gap.high)}]"
-            sentences.append(f"{interval} against the {label(report, gap.second)}")
-    return f"The subnetwork is at {'; '.join(sentences)}." if sentences else ""
+    for second in (report.base, report.full):
+        for gap in report.retention_differences:
+            if (gap.task, gap.first, gap.second) == (task, report.subnet, second):
+                interval = f"{points(gap.difference)} points [{points(gap.low)}, {points(gap.high)}]"
+                sentences.append(f"{interval} against {the(report, second)}")
+    return f"The subnetwork is at {' and '.join(sentences)}." if sentences else ""
 
 
 def _differences(report: Report, task: str) -> Table | None:

@@ -11,7 +11,7 @@ from subnet_ft.evidence.report.scatter_plot import scatter_panel
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.section import Figure, Key, Panel, Section
 from subnet_ft.evidence.report.tables import Table
-from subnet_ft.evidence.report.wording import SECOND_FULL, label, percent, points
+from subnet_ft.evidence.report.wording import SECOND_FULL, label, percent, points, the
 
 _MOVEMENT = (
     "Identity within a tolerance is |run \u2212 full| in fp32. A weight in a mask that did not change got no update "
@@ -80,7 +80,7 @@ def scatter(report: Report) -> Section | None:
             ]
         )
     said = [
-        f"{percent(found.runs[name].same_direction)} in the {label(report, name)}"
+        f"{percent(found.runs[name].same_direction)} in {the(report, name)}"
         for name in runs
         if found.runs[name].same_direction is not None
     ]
@@ -100,7 +100,7 @@ def scatter(report: Report) -> Section | None:
                     scatter_panel,
                     found,
                     found.runs[name],
-                    f"Changes of the {label(report, name)} against the full run's",
+                    f"Changes of {the(report, name)} against the full run's",
                     css_class(report, name),
                 ),
             )
