@@ -12,7 +12,7 @@ from typing import Any
 # Beside the weights: what decides how a checkpoint is loaded, tokenized and prompted.
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _ADAPTER = "adapter_model.safetensors"
-_NOT_THE_MODEL = ("stage.json", "started.json", "log.json")
+_NOT_THE_MODEL = ("stage.json", "started.json", "log.json", "dynamics.json")
 
 
 def checkpoint_sha256(folder: Path) -> str:

@@ -15,6 +15,7 @@ def test_checkpoint_sha256_sees_weights_and_tokenizer_but_not_what_lies_beside(t
     start = checkpoint_sha256(folder)
     (folder / "mask.subnet.safetensors").write_bytes(b"x")
     (folder / "log.json").write_text("[]")
+    (folder / "dynamics.json").write_text("{}")
     assert checkpoint_sha256(folder) == start
     found = {start}
     for name in ("model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"):
