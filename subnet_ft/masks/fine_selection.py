@@ -14,7 +14,7 @@ from subnet_ft.masks.selection import KeyPieces, lowest_overall, magnitude_keys
 ScorePieces: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 """Tensor names with (n,) float32 scores >= 0 of their next elements; pieces of a tensor but its last hold 8 * i."""
 
-_FINE_BITS = 11  # of the 31 of a non-negative float32; the histogram of the other 20 takes 8 MiB
+_FINE_BITS = 10  # of the 31 of a non-negative float32; both histograms take a few tens of MiB
 
 
 def highest_overall(
@@ -30,7 +30,7 @@ def highest_overall(
         pieces: Gives the scores from the start; called three times. A tensor that is left out gets no trainable weight.
         shapes: Shape of every tensor.
         count: How many weights to choose, or what tells it from (B,) scores in falling order and the (B,) number of
-            weights with about each of them, to a factor of 1 + 2**-12.
+            weights with about each of them, to a factor of 1 + 2**-13.
         seed: Of the random order of equal scores.
 
     Example:

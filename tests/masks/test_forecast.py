@@ -158,7 +158,7 @@ def test_change_probability_is_as_often_right_as_it_says(step: int, weights: tor
             assert changed[near].float().mean().item() == pytest.approx(probability[near].mean().item(), abs=0.06)
 
 
-@pytest.mark.parametrize(("step", "least"), [(1, 0.81), (4, 0.82), (12, 0.87), (39, 0.99)])
+@pytest.mark.parametrize(("step", "least"), [(1, 0.847), (4, 0.87), (12, 0.907), (39, 0.99)])
 def test_change_probability_ranks_better_than_spacing(step: int, least: float, weights: torch.Tensor, run: Run) -> None:
     """At 1.3 times the count; the bounds are one point below what the simulation gives."""
     found, changed = run
