@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "inputs": {*_WEIGHTS, "digests", "recipe", "tasks"},
     "stages": {"masks", "errors"},
     "training_data": {*_WEIGHTS, "inputs", "stages", "tasks", "recipe", "digests", "environment"},
-    "base_stage": {*_WEIGHTS, "inputs", "stages", "digests"},
+    "base_stage": {*_WEIGHTS, "inputs", "stages", "digests", "recipe"},
     "held_out": {*_WEIGHTS, "methods", "inputs", "training_data", "evidence", "tasks", "recipe"},
     "verification": {
         *_WEIGHTS,
