@@ -23,6 +23,7 @@ from subnet_ft.errors import MethodError, SubnetError
 from subnet_ft.masks import Provenance, SubnetMask, TensorMask, by_canonical_name
 from subnet_ft.methods.layers import head_names
 from subnet_ft.methods.learned_prompts import generate_as_trained
+from subnet_ft.methods.on_quantized import compute_on_quantized
 from subnet_ft.recipe.methods import METHODS, Method
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             parameter.data = parameter.data.to(torch.float32)
     if config.is_prompt_learning and not heads:
         generate_as_trained(adapted)
+    if getattr(model, "is_quantized", False):
+        compute_on_quantized(adapted)
     return adapted  # type: ignore[no-any-return]  # `Any`, because upstream's types are wider than what it returns
 
 
