@@ -13,7 +13,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(addprefix --co
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -Im pytest --import-mode=importlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow feature-table algorithm-table method-table family-table lint bench gpu-check clean distclean
+.PHONY: help demo test test-slow browser-test schemas feature-table algorithm-table method-table family-table lint bench gpu-check clean distclean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +22,11 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-smollm2  ## Run a whole recipe on a rea
 	HF_HUB_OFFLINE=1 $(VENV)/bin/subnet-ft run $(DEMO) $(OVERRIDES) || [ $$? -eq 1 ]  # 1: an honest "not recovered"
 
 test: $(VENV)/.stamp-dev  ## Run the tests that need neither minutes nor a pretrained model.
-	$(PYTEST) -m "not slow" -n $(WORKERS)
+	$(PYTEST) -m "not slow and not browser" -n $(WORKERS)
+
+browser-test: $(VENV)/.stamp-dev  ## Read a report in headless Chromium, and keep screenshots in build/screenshots.
+	scripts/install_chromium.sh
+	$(PYTEST) -m browser
 
 test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2  ## Run the slow tests: real model, builds, whole runs.
 	$(PYTEST) -m slow
