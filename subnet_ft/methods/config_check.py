@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from subnet_ft.methods.adapters import adapter_config
 from subnet_ft.recipe import Recipe
 from subnet_ft.recipe.algorithms import trains_reward_model
-from subnet_ft.recipe.methods import HYPER_PARAMETERS, METHODS, Method
+from subnet_ft.recipe.methods import HYPER_PARAMETERS, METHODS, Method, trained_methods
 from subnet_ft.recipe.parsing import Parser, did_you_mean, show
 from subnet_ft.recipe.ranges import Count, Range
 from subnet_ft.recipe.schema import MethodSpec
@@ -67,14 +67,14 @@ def method_problems(
     Args:
         recipe: Its `method` and `methods` sections have been parsed.
         training_fields: The fields of the algorithm's config with their types, or `None` when they are not known.
-        compared: Methods that are trained beside the recipe's own.
+        compared: Methods that are trained; the recipe's own and its baselines when there are none.
 
     Yields:
         A dotted key and the end of a sentence.
     """
     if recipe.method not in METHODS:
         yield "method", f"unknown, got {show(recipe.method)}{did_you_mean(recipe.method, METHODS)}"
-    for name in dict.fromkeys([recipe.method, *recipe.baselines, *compared]):
+    for name in trained_methods(recipe, compared):
         if name in METHODS:
             key = "method" if name == recipe.method else f"methods.{name}"
             yield from ((key, reason) for reason in _with_algorithm(METHODS[name], recipe))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -151,3 +151,11 @@ def training_of(recipe: Recipe, name: str) -> dict[str, Any]:
     """Return the `training` section that a method is trained with: the recipe's, with the method's own values."""
     own = recipe.methods[name].training if name in recipe.methods else {}
     return {**recipe.training, **own, **METHODS[name].training}
+
+
+def trained_methods(recipe: Recipe, named: Sequence[str] = ()) -> list[str]:
+    """Return what a command trains: the methods that it names, else the recipe's own and its baselines.
+
+    `subnet-ft train` trains the first of the latter only, and `subnet-ft run` the others; a recipe serves both.
+    """
+    return list(dict.fromkeys(named or [recipe.method, *recipe.baselines]))

@@ -14,7 +14,7 @@ import torch
 from subnet_ft.checkpoints.quantized import Quantization, import_bitsandbytes, why_not
 from subnet_ft.errors import MissingDependencyError
 from subnet_ft.recipe.algorithms import ALGORITHMS
-from subnet_ft.recipe.methods import METHODS
+from subnet_ft.recipe.methods import METHODS, trained_methods
 
 if TYPE_CHECKING:
     from subnet_ft.recipe import Recipe
@@ -32,13 +32,13 @@ def platform_problems(recipe: Recipe, *, methods: Sequence[str] = (), quantizati
 
     Args:
         recipe: Its sections are checked one by one, so that a wrong field elsewhere hides nothing.
-        methods: Methods that are trained beside that of the recipe.
+        methods: Methods that are trained; the recipe's own and its baselines when there are none.
         quantizations: Kinds of quantized copies that are judged.
 
     Yields:
         A dotted key, or an option of the command line, and the end of a sentence.
     """
-    for name in dict.fromkeys([recipe.method, *recipe.baselines, *methods]):
+    for name in trained_methods(recipe, methods):
         held = METHODS[name].quantization if name in METHODS else None
         if held is not None:
             key = "method" if name == recipe.method else f"methods.{name}"
@@ -93,7 +93,7 @@ def _reference(recipe: Recipe, methods: Sequence[str]) -> Problems:
         return
     key = "reference.quantization"
     yield from _quantized(key, f"the reference model cannot be held in {kind}", kind)
-    for name in dict.fromkeys([recipe.method, *recipe.baselines, *methods]):
+    for name in trained_methods(recipe, methods):
         if name in METHODS and METHODS[name].trains == "adapter":
             yield key, f"`{name}` has no reference model of its own: the base under its adapter is one; set it to null"
     weight = known.reference_weight

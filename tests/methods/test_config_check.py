@@ -122,6 +122,13 @@ def test_method_problems_names_an_adapter_whose_mask_a_second_model_would_get(re
     assert problems_of("method=lora", recipe=recipe) == problems_of(f"training.{key}=subnet", recipe=recipe) == []
 
 
+@pytest.mark.parametrize("setting", ["method=lora", "baselines=[lora]"])
+def test_method_problems_of_what_is_trained(setting: str) -> None:
+    both = ["training.value_trains=subnet", setting]
+    assert problems_of(*both, recipe="tiny/ppo", methods=["full", "bitfit"]) == []
+    assert len(problems_of(*both, recipe="tiny/ppo")) == 1
+
+
 @pytest.mark.parametrize("section", ["model", "methods", "reference", "subnet.optimizer", "teacher", "training"])
 def test_load_checked_recipe_reports_a_section_that_is_no_map(section: str) -> None:
     expected = [f"{section}: must be a map of keys to values, got 3"]

@@ -76,6 +76,25 @@ def test_platform_problems_names_all_that_needs_bitsandbytes_at_once(tmp_path: P
 
 
 @pytest.mark.usefixtures("without_bitsandbytes")
+def test_platform_problems_looks_at_what_is_trained(tmp_path: Path) -> None:
+    assert found(tmp_path, DPO, "method=qlora", "baselines=[lora]", methods=["full", "lora"]) == {}
+    assert found(tmp_path, DPO, "baselines=[qlora]", methods=["full"]) == {}
+    assert found(tmp_path, DPO, "baselines=[qlora]").keys() == {"methods.qlora"}
+
+
+def test_platform_problems_looks_at_the_reference_of_what_is_trained(tmp_path: Path) -> None:
+    held = ("reference.quantization=nf4", "method=lora", "baselines=[ia3]")
+    assert found(tmp_path, DPO, *held, methods=["full", "bitfit"]) == {}
+    assert list(platform_problems(recipe_of(tmp_path, DPO, *held), methods=["full", "dora"])) == [
+        (
+            "reference.quantization",
+            "`dora` has no reference model of its own: the base under its adapter is one; set it to null",
+        )
+    ]
+    assert [reason[:6] for _, reason in platform_problems(recipe_of(tmp_path, DPO, *held))] == ["`lora`", "`ia3` "]
+
+
+@pytest.mark.usefixtures("without_bitsandbytes")
 def test_load_checked_recipe_lists_a_lack_beside_the_other_problems(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(GRPO, encoding="utf-8")
