@@ -110,6 +110,12 @@ def _with_algorithm(method: Method, recipe: Recipe) -> Iterator[str]:
             f"`{method.name}` trains an adapter, so there is no mask of the policy to give a second model, as "
             f"`training.{follows}: subnet` asks; set it to `full`"
         )
+    if method.trains == "adapter" and (recipe.training or {}).get("precompute_ref_log_probs"):
+        yield (
+            f"`{method.name}` trains an adapter, whose reference is the base, and with "
+            "`training.precompute_ref_log_probs` TRL asks the model with its adapter instead; remove that, as the base "
+            "under the adapter is no model more to hold"
+        )
 
 
 def _training(name: str, spec: MethodSpec, algorithm: str, training_fields: Mapping[str, Any] | None) -> Problems:

@@ -129,6 +129,19 @@ def test_method_problems_of_what_is_trained(setting: str) -> None:
     assert len(problems_of(*both, recipe="tiny/ppo")) == 1
 
 
+@pytest.mark.parametrize("recipe", ["tiny/dpo", "tiny/kto"])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].trains == "adapter"])
+def test_method_problems_names_an_adapter_whose_reference_would_not_be_the_base(name: str, recipe: str) -> None:
+    precomputed = "training.precompute_ref_log_probs=true"
+    (problem,) = problems_of(precomputed, f"method={name}", recipe=recipe)
+    assert problem.startswith(f"method: `{name}` trains an adapter, whose reference is the base")
+    (baseline,) = problems_of(precomputed, f"baselines=[{name}]", recipe=recipe)
+    (compared,) = problems_of(precomputed, recipe=recipe, methods=["full", name])
+    assert baseline == compared == problem.replace("method:", f"methods.{name}:")
+    assert problems_of("training.precompute_ref_log_probs=false", f"method={name}", recipe=recipe) == []
+    assert problems_of(precomputed, recipe=recipe, methods=["full", "subnet", "last_layers"]) == []
+
+
 @pytest.mark.parametrize("section", ["model", "methods", "reference", "subnet.optimizer", "teacher", "training"])
 def test_load_checked_recipe_reports_a_section_that_is_no_map(section: str) -> None:
     expected = [f"{section}: must be a map of keys to values, got 3"]
