@@ -73,7 +73,7 @@ def test_read_paragraphs_has_text_of_its_own() -> None:
     paragraphs = read_paragraphs(None)
     assert len(paragraphs) >= 20
     assert len(set(paragraphs)) == len(paragraphs)
-    assert sum(len(paragraph.split()) for paragraph in paragraphs) > 1200
+    assert sum(len(paragraph.split()) for paragraph in paragraphs) > 1900
 
 
 def test_read_paragraphs_takes_the_users(tmp_path: Path) -> None:
