@@ -13,6 +13,8 @@ import pytest
 import transformers
 from packaging.version import Version
 
+from subnet_ft.checkpoints.tiny import save_tiny
+from subnet_ft.evidence.dynamics import read_dynamics
 from subnet_ft.training.saving import MANIFEST
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What either process wrote."""
     folder = tmp_path_factory.mktemp("two")
+    save_tiny("llama", folder / "base")
     worker = Path(__file__).with_name("two_processes_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
     paths = os.pathsep.join(str(ROOT / part) for part in ("tests", "kernels", "."))
@@ -40,7 +43,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
-    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in (0, 1)]
+    dynamics = read_dynamics(folder / "observed")
+    return [
+        {
+            **json.loads((folder / f"result-{rank}.json").read_text()),
+            "dynamics": dynamics.steps,
+            "lost": dynamics.missing,
+        }
+        for rank in (0, 1)
+    ]
 
 
 def test_restrict_resumes_to_the_same_bits_under_ddp(ranks: list[dict[str, Any]]) -> None:
@@ -83,3 +94,9 @@ def test_save_only_model_saves_the_model_of_both_processes(ranks: list[dict[str,
             needed = {"model.safetensors", "trainer_state.json", MANIFEST}
             assert {f"checkpoint-{step}/{name}" for name in needed} <= set(result["alone"])
             assert f"checkpoint-{step}/optimizer.pt" not in result["alone"]
+
+
+def test_dynamics_of_two_processes_are_written_once_and_change_no_bit(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["observed"] == result["quiet"] == ranks[0]["observed"]
+        assert (result["dynamics"], result["lost"]) == ([2, 4, 6], "")

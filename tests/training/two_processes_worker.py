@@ -1,5 +1,5 @@
 """One of two processes of `test_two_processes.py`: GRPO, whole and cut off in the middle of its completions; masks that
-change, NaN in one process, and checkpoints of the model alone."""
+change, NaN in one process, checkpoints of the model alone, and dynamics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 import subnet_kernels
 from subnet_ft.masks import SubnetMask, format_fingerprint
 from subnet_ft.optim.frozen import weights_digest
-from subnet_ft.training import MaskSchedule, restrict
+from subnet_ft.training import MaskSchedule, TrainingDynamics, restrict
 
 LEAVES = "model.layers.1.mlp.up_proj.weight"
 
@@ -101,8 +101,15 @@ def other_runs(folder: Path) -> dict[str, Any]:
     built.train()
     alone, _ = noted(folder / "alone", save_strategy="steps", save_steps=3, save_only_model=True)
     alone.train()
+    observed, seen = noted(folder / "observed")
+    observed.add_callback(TrainingDynamics(folder / "base", 2))
+    observed.train()
+    quiet, unseen = noted(folder / "quiet")
+    quiet.train()
     dist.barrier()
     return {
+        "observed": seen.all,
+        "quiet": unseen.all,
         "changing": changed.all,
         "leaving": changed.one,
         "norms": norms,
