@@ -43,6 +43,9 @@ method-table: $(VENV)/.stamp-dev  ## Train, save, load and judge with every meth
 family-table: $(VENV)/.stamp-dev  ## Train tiny models of every family and compare all their weights, and write the results to docs/families.md.
 	$(PYTEST) tests/test_families.py -k test_family --write-feature-table docs/families.md
 
+schemas: $(VENV)/.stamp-dev  ## Write the JSON schemas of reports, comparisons and studies to docs/.
+	$(PY) scripts/write_schemas.py
+
 lint: $(VENV)/.stamp-dev  ## Check style, format and types.
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check

@@ -140,6 +140,8 @@ class StudyReport:
     """Every pair of the runs' masks over all weights, where masks are compared; no single tensors."""
     judged_on: Literal["prompts", "pairs"] = "prompts"
     """What was right or wrong: greedy answers to held-out prompts, or which of two completions got more reward."""
+    schema: Literal["urn:subnet-ft:study:1"] = "urn:subnet-ft:study:1"
+    """Identifier of the JSON schema that this follows; the number rises when a reader must change."""
 
     def cell(self, name: str) -> CellResult | None:
         """Return the cell of this name, if it was run."""

@@ -94,6 +94,8 @@ class MethodComparison:
     """What this comparison cannot say, one sentence each."""
     judged_on: Literal["prompts", "pairs"] = "prompts"
     """What was right or wrong: greedy answers to held-out prompts, or which of two completions got more reward."""
+    schema: Literal["urn:subnet-ft:comparison:1"] = "urn:subnet-ft:comparison:1"
+    """Identifier of the JSON schema that this follows; the number rises when a reader must change."""
 
     def difference(self, first: str, second: str) -> Difference | None:
         """Return the paired difference of two models, if it was measured."""

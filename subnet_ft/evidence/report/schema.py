@@ -18,7 +18,7 @@ from subnet_ft.evidence.scatter import Scatter
 from subnet_ft.evidence.seeds import SeedSummary
 from subnet_ft.evidence.spectra import Spectra
 from subnet_ft.evidence.structure import Structure
-from subnet_ft.evidence.verdict import Comparison, Verdict
+from subnet_ft.evidence.verdict import Comparison, Verdict, VerdictName
 from subnet_ft.evidence.weights import WeightComparison
 
 
@@ -140,8 +140,8 @@ class Report:
     """Version of subnet-ft that wrote it."""
     title: str
     """What was run, in a few words."""
-    verdict: str
-    """recovered, not_recovered, undecided, nothing_to_recover or not_assessed."""
+    verdict: VerdictName
+    """Whether training the subnetwork alone recovered what the full run gained."""
     verdict_reason: str
     """One sentence with the numbers."""
     base: str
