@@ -164,7 +164,8 @@ class TrainingDynamics(TrainerCallback):
             num_rounded_away=None if watched is None else watched.num_rounded_away,
             bitmap_bytes=bits,
             seconds=time.perf_counter() - start + (0.0 if watched is None else watched.seconds),
-            peak_bytes=max(bits + PIECE_BYTES, 0 if watched is None else watched.peak_bytes),
+            # safetensors copies what it writes.
+            peak_bytes=max(bits + PIECE_BYTES, 2 * bits, 0 if watched is None else watched.peak_bytes),
         )
         self._snapshots(args).write(taken, changed)
         count = sum(tensor.count for tensor in changed.values())
