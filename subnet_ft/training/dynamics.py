@@ -182,7 +182,8 @@ class TrainingDynamics(TrainerCallback):
             raise TrainerError(
                 f"`{snapshots.folder}` has no snapshot of step {lost[0]}, which the run has passed, so its dynamics "
                 "are not known. Resume with the `every` that it was started with, and with the folder that was there; "
-                "bitmaps are removed at the end of a run unless `keep_bitmaps` is on. Or resume without this callback."
+                "bitmaps are removed at the end of a run unless `keep_bitmaps` is on. Or resume without this callback "
+                "(`evidence.dynamics_steps: null` in a recipe)."
             )
         for step in found:
             taken = snapshots.taken(step)

@@ -42,7 +42,7 @@ class Taken:
         num_updates, num_changed, num_kept_back, num_rounded_away: Counts of a `StepWatch` over the step that ended
             here; `None` where they are not known.
         bitmap_bytes: Bytes of the bits.
-        seconds: Wall time that the snapshot took.
+        seconds: Wall time that the snapshot took, but for writing it.
         peak_bytes: Most memory that it held.
     """
 
