@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binom
 
-from subnet_ft.evidence.statistics import Outcomes, paired_difference
+from subnet_ft.evidence.statistics import Outcomes, PairedDifference, paired_difference
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ def paired_tests(a: Outcomes, b: Outcomes, *, confidence: float, seed: int = 0, 
     Raises:
         ValueError: The lengths differ or are zero, or an array is not one-dimensional and boolean.
     """
-    paired = paired_difference(a, b, confidence=confidence)
-    low, high = bootstrap_interval(
-        paired.only_first, paired.only_second, paired.num_prompts, confidence=confidence, seed=seed, resamples=resamples
-    )
-    return PairedTests(mcnemar_mid_p(paired.only_first, paired.only_second), low, high, confidence)
+    return counted_tests(paired_difference(a, b, confidence=confidence), seed=seed, resamples=resamples)
+
+
+def counted_tests(paired: PairedDifference, *, seed: int = 0, resamples: int = 10_000) -> PairedTests:
+    """Do the same for a difference that was counted already."""
+    b, c, confidence = paired.only_first, paired.only_second, paired.confidence
+    low, high = bootstrap_interval(b, c, paired.num_prompts, confidence=confidence, seed=seed, resamples=resamples)
+    return PairedTests(mcnemar_mid_p(b, c), low, high, confidence)
 
 
 def mcnemar_mid_p(b: int, c: int) -> float:

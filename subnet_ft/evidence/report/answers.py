@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subnet_ft.errors import TaskError
+from subnet_ft.evidence.paired_tests import counted_tests
 from subnet_ft.evidence.report.run_evidence import RunEvidence
 from subnet_ft.evidence.report.schema import Accuracy, Answered, Difference, Sample
 from subnet_ft.evidence.statistics import PairedDifference, paired_difference, wilson_interval
@@ -82,6 +83,7 @@ def differences_of(
 
 def difference_of(first: str, second: str, paired: PairedDifference) -> Difference:
     """Name the two models of a paired difference."""
+    tests = counted_tests(paired)
     return Difference(
         first,
         second,
@@ -91,6 +93,9 @@ def difference_of(first: str, second: str, paired: PairedDifference) -> Differen
         round(paired.confidence, 12),
         paired.only_first,
         paired.only_second,
+        tests.bootstrap_low,
+        tests.bootstrap_high,
+        tests.mcnemar_p,
     )
 
 

@@ -58,6 +58,12 @@ class Difference:
     """Prompts that only the first solved."""
     only_second: int
     """Prompts that only the second solved."""
+    bootstrap_low: float | None = None
+    """Lower end of a bootstrap's interval over prompts, at the same confidence; no verdict rests on it."""
+    bootstrap_high: float | None = None
+    """Upper end."""
+    mcnemar_p: float | None = None
+    """Two-sided mid-p value of McNemar's test; no verdict rests on it."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,28 @@ def accuracy_table(report: Report) -> Table | None:
     return Table(header, rows)
 
 
+def tests_table(report: Report) -> Table | None:
+    """The full run's gain, the run judged, and its lead over every other, each by three methods."""
+    others = [name for name in report.runs if name not in (report.full, report.subnet)]
+    pairs = [(report.full, report.base), (report.subnet, report.full), *((report.subnet, name) for name in others)]
+    rows = []
+    for first, second in pairs:
+        gap = report.difference(first, second)
+        if gap is None or gap.bootstrap_low is None or gap.bootstrap_high is None:
+            continue
+        rows.append(
+            [
+                f"{label(report, first)} minus {label(report, second)}",
+                points(gap.difference),
+                f"{points(gap.low)} to {points(gap.high)}",
+                f"{points(gap.bootstrap_low)} to {points(gap.bootstrap_high)}",
+                f"{gap.mcnemar_p:.2g}",
+            ]
+        )
+    level = f"{report.confidence * 100:g} %"
+    return Table(["", "points", f"Tango, {level}", f"bootstrap, {level}", "McNemar, mid-p"], rows) if rows else None
+
+
 def controls_table(report: Report) -> Table | None:
     """The controls under the subnetwork's rule."""
     if not report.controls:
