@@ -47,22 +47,18 @@ def compare(
     for name in methods:
         check_method(name, pipeline.recipe, pipeline.inputs.base)
     base_records = pipeline.answers("base", None)
-    evidence = [_evidence(pipeline, name, quantizations) for name in methods]
     recipe = pipeline.recipe
     return build_comparison(
         version=subnet_ft.__version__,
         base_records=base_records,
-        methods=[found for found, _ in evidence],
+        methods=[_evidence(pipeline, name, quantizations) for name in methods],
         confidence=recipe.evaluation.confidence,
         recipe=recipe_to_dict(recipe),
-        environment=evidence[-1][1].results["environment"],
         seed=recipe.seed,
     )
 
 
-def _evidence(
-    pipeline: Pipeline, name: str, quantizations: Sequence[Quantization]
-) -> tuple[MethodEvidence, TrainedStage]:
+def _evidence(pipeline: Pipeline, name: str, quantizations: Sequence[Quantization]) -> MethodEvidence:
     if name == "subnet" and pipeline.recipe.subnet.source.kind == "extract":
         pipeline.method_run("full")
     stage = pipeline.method_run(name)
@@ -94,7 +90,7 @@ def _evidence(
             )
             for quantization in quantizations
         ],
-    ), stage
+    )
 
 
 def _patch_bytes(pipeline: Pipeline, name: str, stage: TrainedStage) -> int:

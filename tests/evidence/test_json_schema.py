@@ -158,7 +158,7 @@ def test_reports_follow_the_published_schema(write_schemas: Any) -> None:
 
 
 def test_comparisons_and_studies_follow_their_published_schemas(write_schemas: Any) -> None:
-    empty = {"base_records": None, "methods": [], "confidence": 0.95, "recipe": {}, "environment": {}, "seed": 0}
+    empty = {"base_records": None, "methods": [], "confidence": 0.95, "recipe": {}, "seed": 0}
     comparison = build_comparison(version="0", **empty)
     study = study_runs.report(
         "which_mask",

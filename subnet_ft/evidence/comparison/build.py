@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from subnet_ft.evidence.comparison.schema import MethodComparison, MethodResult, QuantizedCopy
@@ -39,7 +39,7 @@ class MethodEvidence:
     trains: str
     results: Mapping[str, Any]
     """Of its stage: `num_trainable`, `num_parameters`, `num_steps`, `train_seconds`, `step_seconds`, `resumed_from`,
-    `memory`."""
+    `memory`, `environment`; a true value under `gpu` there says that its times are a GPU's."""
     checkpoint_bytes: int
     patch_bytes: int | None
     training: Mapping[str, Any]
@@ -57,7 +57,6 @@ def build_comparison(
     methods: Sequence[MethodEvidence],
     confidence: float,
     recipe: Mapping[str, Any],
-    environment: Mapping[str, Any],
     seed: int,
 ) -> MethodComparison:
     """Put methods beside each other.
@@ -68,7 +67,6 @@ def build_comparison(
         methods: In the order of the table, each name once.
         confidence: Of every interval.
         recipe: The resolved recipe.
-        environment: Hardware and versions; a true value under `gpu` says that times are a GPU's.
         seed: Of every run.
 
     Raises:
@@ -93,7 +91,7 @@ def build_comparison(
 
     wanted = [(entry.method, other) for entry in methods for other in ("base", "full")]
     measured = [found for found in solved.values() if found is not None]
-    return MethodComparison(
+    compared = MethodComparison(
         version=version,
         title=title_of(recipe),
         confidence=confidence,
@@ -116,6 +114,7 @@ def build_comparison(
                 training=as_json(entry.training),
                 config=as_json(entry.config),
                 accuracy=accuracy[entry.method],
+                environment=as_json(entry.results["environment"]),
             )
             for entry in methods
         ],
@@ -131,42 +130,67 @@ def build_comparison(
             for entry in methods
             for copy in entry.copies
         ],
-        environment=as_json(environment),
+        environment=_common([entry.results["environment"] for entry in methods]),
         recipe=as_json(recipe),
         seed=seed,
-        not_measured=_gaps(methods, accuracy, environment, seed, judged_on),
+        not_measured=[],
         judged_on=judged_on,
     )
+    return replace(compared, not_measured=_gaps(compared, accuracy))
 
 
-def _gaps(
-    methods: Sequence[MethodEvidence],
-    accuracy: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    seed: int,
-    judged_on: str,
-) -> list[str]:
+def _common(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what mappings have in common, key by key."""
+    if not environments:
+        return {}
+    common = {}
+    for key, value in environments[0].items():
+        others: list[Any] = [environment.get(key) for environment in environments]
+        if all(other == value for other in others):
+            common[key] = value
+        elif all(isinstance(other, Mapping) for other in others):
+            common[key] = _common(others)
+    return common
+
+
+def _gaps(comparison: MethodComparison, accuracy: Mapping[str, Any]) -> list[str]:
     """Say what this comparison cannot know."""
-    gaps = []
+    gaps, methods = [], comparison.methods
     missing = [name for name, found in accuracy.items() if found is None]
     if missing:
         gaps.append(f"Accuracy of {', '.join(missing)}.")
     gaps.append(
-        f"Variation between seeds: every run has seed {seed}. Intervals cover the choice of {judged_on}, not another "
-        "training, and no correction is made for the number of methods."
+        f"Variation between seeds: every run has seed {comparison.seed}. Intervals cover the choice of "
+        f"{comparison.judged_on}, not another training, and no correction is made for the number of methods."
     )
     gaps.append(
         "Whether each method ran with its best settings: a learning rate found for one says little about another. The "
         "settings of each stand in the table."
     )
     gaps.append("Activations and logits, which come on top of the memory that lives from step to step.")
-    resumed = [entry.method for entry in methods if entry.results.get("resumed_from")]
+    resumed = [result.method for result in methods if result.resumed_from]
     if resumed:
         gaps.append(f"The whole training time of {', '.join(resumed)}: an interrupted run's time is that of its end.")
-    if "subnet" in {entry.method for entry in methods}:
+    if "subnet" in {result.method for result in methods}:
         gaps.append(
             "The cost of the subnetwork's mask, which needs a finished full run unless the recipe names another source."
         )
-    if not environment.get("gpu"):
+    differing = comparison.differing_conditions
+    if differing:
+        gaps.append(
+            f"Times and peaks of memory beside each other, as the runs had other conditions: {_in_words(differing)}."
+        )
+    if not any(result.environment.get("gpu") for result in methods):
         gaps.append("Speed and memory on a GPU.")
     return gaps
+
+
+def _in_words(differing: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return sentences such as `torch_threads 1 (full, lora) and 2 (subnet)`."""
+    words = []
+    for key, by_method in differing.items():
+        methods: dict[str, list[str]] = {}
+        for method, value in by_method.items():
+            methods.setdefault("none" if value is None else str(value), []).append(method)
+        words.append(f"{key} " + " and ".join(f"{value} ({', '.join(names)})" for value, names in methods.items()))
+    return "; ".join(words)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from subnet_ft.evidence.report.schema import Accuracy, Difference
 
+_CONDITIONS = ("gpu", "processor", "cpu_count", "torch_threads", "python", "subnet_ft")
+
 
 @dataclass(frozen=True)
 class MethodResult:
@@ -42,6 +44,8 @@ class MethodResult:
     """The method's own settings."""
     accuracy: Accuracy | None
     """On the held-out prompts."""
+    environment: dict[str, Any]
+    """Hardware and package versions that its run had."""
 
     @property
     def persistent_bytes(self) -> int:
@@ -85,7 +89,7 @@ class MethodComparison:
     quantized: list[QuantizedCopy]
     """Quantized copies of the results."""
     environment: dict[str, Any]
-    """Hardware and package versions."""
+    """Hardware and package versions that every run had: what the runs have in common."""
     recipe: dict[str, Any]
     """The resolved recipe."""
     seed: int
@@ -100,6 +104,17 @@ class MethodComparison:
     def difference(self, first: str, second: str) -> Difference | None:
         """Return the paired difference of two models, if it was measured."""
         return next((entry for entry in self.differences if (entry.first, entry.second) == (first, second)), None)
+
+    @property
+    def differing_conditions(self) -> dict[str, dict[str, Any]]:
+        """Dotted key of device, threads or a version to the value of every method, where the runs differ in it.
+
+        Their times and peaks of memory do not compare then.
+        """
+        runs = {result.method: _conditions(result.environment) for result in self.methods}
+        keys = dict.fromkeys(key for conditions in runs.values() for key in conditions)
+        values = {key: {method: conditions.get(key) for method, conditions in runs.items()} for key in keys}
+        return {key: by_method for key, by_method in values.items() if len(set(map(repr, by_method.values()))) > 1}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
@@ -125,6 +140,12 @@ class MethodComparison:
             for entry in values["quantized"]
         ]
         return cls(**values)
+
+
+def _conditions(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what times and peaks depend on; main memory and kernel differ without making a run another one."""
+    versions = {f"packages.{name}": version for name, version in environment.get("packages", {}).items()}
+    return {**{key: environment[key] for key in _CONDITIONS if key in environment}, **versions}
 
 
 def _accuracy(entry: Mapping[str, Any] | None) -> Accuracy | None:

@@ -14,13 +14,17 @@ _SHORT = ("method", "accuracy", "minus full", "trainable", "training memory", "t
 
 
 def summary_for_cli(comparison: MethodComparison) -> dict[str, Any]:
-    """Return the object of `compare --json`: one entry per method, sizes in bytes, times in seconds."""
+    """Return the object of `compare --json`: one entry per method, sizes in bytes, times in seconds.
+
+    Where `differing_conditions` is not empty, times and peaks were measured under different conditions.
+    """
     base = comparison.base
     return {
         "version": comparison.version,
         "num_prompts": comparison.num_prompts,
         "confidence": comparison.confidence,
         "base_accuracy": None if base is None else base.accuracy,
+        "differing_conditions": comparison.differing_conditions,
         "methods": [
             {
                 "method": result.method,

@@ -11,7 +11,7 @@ _NONE = "\u2013"
 
 
 def main_table(comparison: MethodComparison) -> Table:
-    """What every method reached and what it took."""
+    """What every method reached and what it took; no times where the runs had other conditions."""
     has_full = any(result.method == "full" for result in comparison.methods)
     level = f"{comparison.confidence * 100:g} %"
     header = [
@@ -42,7 +42,7 @@ def main_table(comparison: MethodComparison) -> Table:
                 percent(result.num_trainable / result.num_parameters, 2),
                 size(result.persistent_bytes),
                 f"{result.persistent_bytes / weights:.2f}",
-                duration(result.step_seconds),
+                _NONE if comparison.differing_conditions else duration(result.step_seconds),
                 size(result.checkpoint_bytes),
                 _NONE if result.patch_bytes is None else size(result.patch_bytes),
             ]
@@ -51,7 +51,7 @@ def main_table(comparison: MethodComparison) -> Table:
 
 
 def memory_table(comparison: MethodComparison) -> Table:
-    """Bytes by component and method."""
+    """Bytes by component and method; no peaks where the runs had other conditions."""
     stacks = [result.memory for result in comparison.methods]
     components = list(dict.fromkeys(key for stack in stacks for key in stack if not is_peak(key)))
     peaks = list(dict.fromkeys(key for stack in stacks for key in stack if is_peak(key)))
@@ -60,7 +60,7 @@ def memory_table(comparison: MethodComparison) -> Table:
             label(result.method),
             *(_size(result, key) for key in components),
             size(result.persistent_bytes),
-            *(_size(result, key) for key in peaks),
+            *(_NONE if comparison.differing_conditions else _size(result, key) for key in peaks),
         ]
         for result in comparison.methods
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -81,6 +82,12 @@ def render_html(comparison: MethodComparison) -> str:
             Key(f"part-{index % 6 + 1}", words(part)) for index, part in enumerate(plots.memory_parts(comparison))
         ],
         recipe=json.dumps(comparison.recipe, indent=2, ensure_ascii=False),
-        hardware=json.dumps(comparison.environment, indent=2, ensure_ascii=False),
+        hardware=json.dumps(_hardware(comparison), indent=2, ensure_ascii=False),
     )
     return str(page)
+
+
+def _hardware(comparison: MethodComparison) -> dict[str, Any]:
+    if not comparison.differing_conditions:
+        return comparison.environment
+    return {result.method: result.environment for result in comparison.methods}

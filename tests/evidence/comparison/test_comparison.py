@@ -25,6 +25,7 @@ from subnet_ft.evidence.comparison.write import render_html, render_markdown
 from subnet_ft.evidence.statistics import paired_difference, wilson_interval
 
 N = 400
+ENVIRONMENT = {"gpu": None, "torch_threads": 1, "memory": 64, "packages": {"torch": "2.13.0", "peft": "0.21.2"}}
 EVIL = "<script>alert('x')</script> `|*`"
 
 
@@ -41,6 +42,7 @@ def evidence(method: str, accuracy: float | None, **changes: Any) -> MethodEvide
         "step_seconds": 2.5,
         "resumed_from": None,
         "memory": {"weights": 2000, "gradients": 400, "moments": 800, "peak_rss": 9_000_000},
+        "environment": ENVIRONMENT,
     }
     fields: dict[str, Any] = {
         "trains": "mask",
@@ -61,7 +63,6 @@ def comparison(*methods: MethodEvidence, base: float | None = 0.24, **fields: An
         "base_records": None if base is None else records(base),
         "confidence": 0.95,
         "recipe": {"algorithm": "grpo", "task": {"name": "sums"}, "model": {"name": "tiny:llama"}},
-        "environment": {"gpu": None},
         "seed": 3,
     }
     return build_comparison(methods=methods, **{**known, **fields})
@@ -161,7 +162,47 @@ def test_comparison_says_what_it_does_not_show() -> None:
     text = "\n".join(comparison(evidence("subnet", 0.5, resumed_from="checkpoint-20")).not_measured)
     for part in ("seed 3", "best settings", "training time of subnet", "mask", "on a GPU"):
         assert part in text
-    assert "on a GPU" not in "\n".join(comparison(evidence("full", 0.5), environment={"gpu": "H100"}).not_measured)
+    assert "on a GPU" not in "\n".join(comparison(evidence("full", 0.5, environment={"gpu": "H100"})).not_measured)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "words"),
+    [
+        ({"gpu": "H100"}, "gpu", "gpu H100 (full) and none (subnet, lora)"),
+        ({"torch_threads": 2}, "torch_threads", "torch_threads 2 (full) and 1 (subnet, lora)"),
+        (
+            {"packages": {"torch": "2.12.0", "peft": "0.21.2"}},
+            "packages.torch",
+            "packages.torch 2.12.0 (full) and 2.13.0 (subnet, lora)",
+        ),
+    ],
+)
+def test_comparison_puts_no_times_of_other_conditions_beside_each_other(
+    change: dict[str, Any], key: str, words: str
+) -> None:
+    alike = [evidence("subnet", 0.5), evidence("lora", 0.4)]
+    result = comparison(evidence("full", 0.5, environment={**ENVIRONMENT, **change}), *alike)
+    assert result.methods[0].environment == {**ENVIRONMENT, **change}
+    assert result.methods[1].environment == ENVIRONMENT
+    assert result.environment == {name: value for name, value in ENVIRONMENT.items() if name not in change} | (
+        {"packages": {"peft": "0.21.2"}} if "packages" in change else {}
+    )
+    assert list(result.differing_conditions) == list(summary_for_cli(result)["differing_conditions"]) == [key]
+    (gap,) = [gap for gap in result.not_measured if "Times and peaks" in gap]
+    assert gap == f"Times and peaks of memory beside each other, as the runs had other conditions: {words}."
+    for name in ("full run", "subnetwork", "lora"):
+        assert row(main_table(result), name)["time per step"] == "–"
+        assert row(memory_table(result), name)["peak RSS"] == "–"
+        assert row(memory_table(result), name)["weights"] != "–"
+    assert "2.5 s" not in render_html(result) + render_markdown(result)
+
+
+def test_comparison_keeps_times_where_only_what_does_not_matter_differs() -> None:
+    result = comparison(evidence("full", 0.5, environment={**ENVIRONMENT, "memory": 32}), evidence("lora", 0.4))
+    assert result.differing_conditions == {}
+    assert "memory" not in result.environment
+    assert row(main_table(result), "lora")["time per step"] == "2.5 s"
+    assert row(memory_table(result), "lora")["peak RSS"] == "9 MB"
 
 
 def test_comparison_of_reward_models_speaks_of_pairs() -> None:
