@@ -101,8 +101,8 @@ class TrainingDynamics(TrainerCallback):
             return
         # One at the end of a shorter run would not be there if that run had been as long as this one.
         due = {step for step in range(1, state.global_step + 1) if self._is_due(step, state)}
-        snapshots.keep(due)
         self._check_first_part(snapshots, due)
+        snapshots.keep(due)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -176,8 +176,7 @@ class TrainingDynamics(TrainerCallback):
 
     def _check_first_part(self, snapshots: Snapshots, due: set[int]) -> None:
         """Raise TrainerError unless the snapshots of all these steps are there, and of this base."""
-        found = snapshots.steps()
-        lost = sorted(due.difference(found))
+        lost = sorted(due.difference(snapshots.steps()))
         if lost:
             raise TrainerError(
                 f"`{snapshots.folder}` has no snapshot of step {lost[0]}, which the run has passed, so its dynamics "
@@ -185,7 +184,7 @@ class TrainingDynamics(TrainerCallback):
                 "bitmaps are removed at the end of a run unless `keep_bitmaps` is on. Or resume without this callback "
                 "(`evidence.dynamics_steps: null` in a recipe)."
             )
-        for step in found:
+        for step in sorted(due):
             taken = snapshots.taken(step)
             if taken.every != self.every or taken.base != self._digest:
                 raise TrainerError(

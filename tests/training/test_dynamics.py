@@ -305,6 +305,10 @@ def test_training_dynamics_refuse_snapshots_of_another_rhythm_or_base(tmp_path: 
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(TrainerError, match=r"The snapshot of step 2 .* and base \w{16} "):
         run(tmp_path / "c", lambda _: tmp_path / "other").train(resume_from_checkpoint=True)
+    # What was refused is still there for the right callback.
+    for folder in (tmp_path, tmp_path / "b", tmp_path / "c"):
+        run(folder, bases).train(resume_from_checkpoint=True)
+        assert read_dynamics(folder).steps == [2, 4, 6, 7]
 
 
 def test_a_snapshot_that_cannot_be_read_is_named(tmp_path: Path, bases: Bases) -> None:
