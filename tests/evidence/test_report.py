@@ -17,6 +17,7 @@ from subnet_ft.evidence.report import (
 )
 from subnet_ft.evidence.report.html import render_html
 from subnet_ft.evidence.report.markdown import render_markdown
+from subnet_ft.evidence.report.tables import tests_table as three_methods
 from subnet_ft.evidence.weights import WeightComparison
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask
 
@@ -423,3 +424,16 @@ def test_build_report_speaks_of_prompts_where_answers_are_judged() -> None:
     for page in (render_markdown(report), render_html(report)):
         assert "held-out pairs" not in page
         assert "held-out prompts" in page
+
+
+def test_build_report_has_mcnemar_and_a_bootstrap_beside_every_difference():
+    report = whole_report()
+    gain = report.difference("full", "base")
+    assert gain.mcnemar_p == pytest.approx(2 * 0.5**100 - 0.5**100)  # 100 prompts, all one way, by the mid-p rule
+    assert gain.bootstrap_low == pytest.approx(gain.low, abs=0.01)
+    assert gain.bootstrap_high == pytest.approx(gain.high, abs=0.01)
+    table = three_methods(report)
+    assert table.header[2:] == ["Tango, 95 %", "bootstrap, 95 %", "McNemar, mid-p"]
+    assert table.rows[0][0] == "full run minus base model"
+    assert table.rows[0][4] == f"{gain.mcnemar_p:.2g}"
+    assert "McNemar, mid-p" in render_markdown(report)
