@@ -97,7 +97,8 @@ def _bitfit(checkpoint: Checkpoint, config: BitFitConfig) -> list[str]:
     # The head of a reward model is new and trained in any case, as the paper's task heads are.
     head = head_names(checkpoint.empty_model())
     kinds = {name: name.rpartition(".")[2] for name in checkpoint.specs if name not in head}
-    biases = [name for name, kind in kinds.items() if kind == "bias"]
+    # Layers that keep their weights in one module, such as stacked experts, name each bias after its weight.
+    biases = [name for name, kind in kinds.items() if kind == "bias" or kind.endswith("_bias")]
     norms = [name for name, kind in kinds.items() if kind == "weight" and len(checkpoint.specs[name].shape) == 1]
     chosen = biases if config.terms == "bias" else biases + norms
     if chosen:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.models import load_model, save_with_reward_head
@@ -53,6 +54,22 @@ def test_bitfit_trains_the_biases() -> None:
     assert trained(method_mask("bitfit", base, {"terms": "bias_and_norm"})) == biases | norms
     assert biases
     assert norms
+
+
+def test_bitfit_trains_biases_that_are_named_after_their_weights(tmp_path: Path) -> None:
+    """As in stacked experts, which are one module of several weights."""
+    config = GptOssConfig(
+        vocab_size=83, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    found = trained(method_mask("bitfit", open_checkpoint(tmp_path)))
+    in_layers = {name.split(".", 3)[3] for name in found}
+    assert in_layers == {
+        *(f"self_attn.{kind}_proj.bias" for kind in "qkvo"),
+        "mlp.router.bias", "mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias",
+    }  # fmt: skip
+    assert len(found) == 2 * len(in_layers)
 
 
 def test_bitfit_says_when_a_model_has_no_bias() -> None:
