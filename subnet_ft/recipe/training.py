@@ -97,6 +97,10 @@ _EVALUATION = "the trainer gets no evaluation set; trained models are judged by 
 _REFUSED_WHEN_SET: dict[str, str] = {
     "bf16": "the weights already are in `model.dtype`; mixed precision would upcast what is trained to fp32",
     "fp16": "fp16 mixed precision needs a GradScaler, which cannot see compact gradients; use `model.dtype: bfloat16`",
+    "cast_lm_head_to_fp32": (
+        "it would train and save the output embedding in float32, and weights are compared with the base's in "
+        "`model.dtype`; use `model.dtype: float32` for the whole model"
+    ),
     "ignore_data_skip": "an interrupted run would see its first data again when it resumes",
     "deepspeed": "ZeRO flattens parameters, so that no mask per tensor remains; this release trains in one process",
     "fsdp": _SHARDED,
