@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from subnet_ft.errors import TaskError
+from subnet_ft.evidence.agreement import Agreement
 from subnet_ft.evidence.report import (
     Report,
     RunEvidence,
@@ -18,6 +19,7 @@ from subnet_ft.evidence.report import (
 from subnet_ft.evidence.report.html import render_html
 from subnet_ft.evidence.report.markdown import render_markdown
 from subnet_ft.evidence.report.tables import tests_table as three_methods
+from subnet_ft.evidence.retention import Retention
 from subnet_ft.evidence.weights import WeightComparison
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask
 
@@ -437,3 +439,18 @@ def test_build_report_has_mcnemar_and_a_bootstrap_beside_every_difference():
     assert table.rows[0][0] == "full run minus base model"
     assert table.rows[0][4] == f"{gain.mcnemar_p:.2g}"
     assert "McNemar, mid-p" in render_markdown(report)
+
+
+def test_report_says_how_much_nearer_the_subnetwork_is_prompt_by_prompt():
+    def found(*kl: float) -> Agreement:
+        mean = sum(kl) / 20
+        return Agreement(mean, mean, mean, 0.9, 20, 0.8, 0.7, 0.9, 4, 0.95, list(kl), [5] * 4)
+
+    control = "control-magnitude_matched"
+    agreement = {"subnet": found(0.1, 0.2, 0.1, 0.4), control: found(0.3, 0.4, 0.3, 0.6)}
+    texts = {
+        name: Retention({}, kl, kl, kl, 10, 0.95, [10 * kl], [10]) for name, kl in (("subnet", 0.02), (control, 0.05))
+    }
+    page = render_markdown(whole_report(agreement=agreement, retention=texts)).replace("\u2212", "-")
+    assert "-0.0400 [-0.0400, -0.0400]" in page  # always 0.2 nearer, over 5 tokens
+    assert "-0.0300 [-0.0300, -0.0300]" in page

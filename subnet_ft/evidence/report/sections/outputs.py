@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
+from subnet_ft.evidence.agreement import agreement_differences
+from subnet_ft.evidence.output_distance import KlDifference
 from subnet_ft.evidence.report.axes import css_class, percent_tick
 from subnet_ft.evidence.report.row_plots import Row, rows_plot
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.section import Figure, Section
 from subnet_ft.evidence.report.tables import Table
 from subnet_ft.evidence.report.wording import MISSING, label, percent, points, the
+from subnet_ft.evidence.retention import text_differences
+
+_LEAD = "subnetwork\u2019s minus it"
 
 
 def agreement(report: Report) -> Section | None:
@@ -18,16 +24,19 @@ def agreement(report: Report) -> Section | None:
     if not found:
         return None
     first = next(iter(found.values()))
+    compared = [name for name, entry in found.items() if entry.kl_by_prompt]
+    leads = _leads(agreement_differences(found, _pairs(report, compared)))
     rows = [
         [
             label(report, name),
             f"{entry.kl:.4f} [{entry.kl_low:.4f}, {entry.kl_high:.4f}]",
+            leads.get(name, MISSING),
             percent(entry.same_token),
             f"{percent(entry.same_completion)} [{entry.same_low * 100:.1f}, {entry.same_high * 100:.1f}]",
         ]
         for name, entry in found.items()
     ]
-    table = Table(["", "KL per token, nats", "same likeliest token", "same completion"], rows)
+    table = Table(["", "KL per token, nats", _LEAD, "same likeliest token", "same completion"], rows)
     shown = [name for name in (report.subnet, *report.controls[:1], report.base) if name in found]
     level = f"{first.confidence * 100:g} %"
     figures = [
@@ -81,6 +90,7 @@ def retention(report: Report) -> Section | None:
     if not found:
         return None
     tasks = list(dict.fromkeys(task for entry in found.values() for task in entry.tasks))
+    leads = _leads(text_differences(found, _pairs(report, [name for name in found if found[name].kl_by_paragraph])))
     rows = []
     for name, entry in found.items():
         kl = (
@@ -94,8 +104,8 @@ def retention(report: Report) -> Section | None:
             else MISSING
             for task in tasks
         ]
-        rows.append([label(report, name), *cells, kl])
-    table = Table(["", *tasks, "KL to the base, nats per token"], rows)
+        rows.append([label(report, name), *cells, kl, leads.get(name, MISSING)])
+    table = Table(["", *tasks, "KL to the base, nats per token", _LEAD], rows)
     level = f"{next(iter(found.values())).confidence * 100:g} %"
     figures = [
         Figure(
@@ -127,6 +137,15 @@ def retention(report: Report) -> Section | None:
             )
         )
     return Section("retention", "Retention", figures)
+
+
+def _pairs(report: Report, names: Sequence[str]) -> list[tuple[str, str]]:
+    return [(report.subnet, name) for name in names if name != report.subnet and report.subnet in names]
+
+
+def _leads(gaps: Sequence[KlDifference]) -> dict[str, str]:
+    """Write the subnetwork's KL minus that of every other model."""
+    return {gap.second: f"{gap.difference:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" for gap in gaps}
 
 
 def _kept(report: Report, task: str) -> str:
