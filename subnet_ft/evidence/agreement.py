@@ -10,8 +10,9 @@ import numpy as np
 
 from subnet_ft.evidence.output_distance import KlDifference, Text, kl_difference, mean_with_interval, output_distances
 from subnet_ft.evidence.statistics import wilson_interval
+from subnet_ft.tasks.answers import is_same_answer
 from subnet_ft.tasks.generation import prompt_tokens
-from subnet_ft.tasks.task import Prompt
+from subnet_ft.tasks.task import Prompt, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +46,12 @@ class Agreement:
     """Prompt by prompt, the sum of the KL over its positions, so that two models can be compared."""
     tokens_by_prompt: list[int] = field(default_factory=list)
     """Prompt by prompt, its positions."""
+    same_answer: float | None = None
+    """Share of prompts to which both give the same answer, right or wrong, or both none; `None` without a task."""
+    same_answer_low: float | None = None
+    """Lower end of its Wilson interval."""
+    same_answer_high: float | None = None
+    """Upper end."""
 
 
 def agreement(
@@ -55,6 +62,7 @@ def agreement(
     completions: Sequence[str],
     own: Sequence[str],
     *,
+    task: Task | None = None,
     confidence: float = 0.95,
     seed: int = 0,
     progress: bool = False,
@@ -68,6 +76,7 @@ def agreement(
         prompts: Held-out prompts.
         completions: The full run's greedy completions, one per prompt.
         own: The model's, likewise.
+        task: Finds the answer in a completion.
         confidence: Of the intervals, in (0, 1).
         seed: Of the bootstrap.
         progress: Show a bar on stderr.
@@ -105,7 +114,17 @@ def agreement(
         confidence=confidence,
         kl_by_prompt=[entry.kl for entry in found],
         tokens_by_prompt=[entry.num_tokens for entry in found],
+        **({} if task is None else _same_answers(task, completions, own, confidence)),
     )
+
+
+def _same_answers(task: Task, first: Sequence[str], second: Sequence[str], confidence: float) -> dict[str, float]:
+    same = 0
+    for one, other in zip(first, second, strict=True):
+        ours, theirs = task.answer_in(one), task.answer_in(other)
+        same += ours is theirs is None or (ours is not None and theirs is not None and is_same_answer(ours, theirs))
+    low, high = wilson_interval(same, len(first), confidence)
+    return {"same_answer": same / len(first), "same_answer_low": low, "same_answer_high": high}
 
 
 def agreement_differences(

@@ -65,6 +65,7 @@ class OutputEvidence:
                 [record["prompt"] for record in full],
                 [record["completion"] for record in full],
                 [record["completion"] for record in own],
+                task=self.inputs.data.evaluation,
                 confidence=recipe.evaluation.confidence,
                 seed=recipe.seed,
                 progress=self.progress,

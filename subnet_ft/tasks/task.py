@@ -90,6 +90,14 @@ class Task:
             return None
         return match.end(1) if match and match[1] is not None else None
 
+    def answer_in(self, completion: str) -> str | None:
+        """Return the answer that `completion` gives; `None` when it holds none, or finding it takes too long."""
+        try:
+            with time_limit(SCORE_SECONDS):
+                return find_answer(self.answer_pattern, completion)
+        except TimeoutError:
+            return None
+
     def is_correct(self, example: Example, completion: str) -> bool:
         """Tell whether `completion` gets the full score."""
         return self.score(example, completion) >= 1.0

@@ -13,6 +13,9 @@ from scipy.stats import bootstrap
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
 from subnet_ft.evidence.agreement import agreement, agreement_differences
 from subnet_ft.evidence.output_distance import Text, mean_with_interval, output_distances
+from subnet_ft.evidence.statistics import wilson_interval
+from subnet_ft.recipe import TaskSpec
+from subnet_ft.tasks import load_task
 
 PROMPTS = ["1 + 1 =", "23 + 4 =", "a longer prompt with words"]
 COMPLETIONS = [" 2", " 27 and more", ""]
@@ -118,6 +121,24 @@ def test_agreement_counts_what_follows_every_completion() -> None:
     assert found.kl_low <= found.kl <= found.kl_high
     assert found.same_completion == pytest.approx(2 / 3)
     assert found.same_low < 2 / 3 < found.same_high
+
+
+def test_agreement_counts_the_same_answers_right_or_wrong() -> None:
+    spec = TaskSpec(name="reasoning_gym/chain_sum", num_eval=1, answer_pattern=r"^\s*(-?[0-9.]+)")
+    model, task = tiny_model("llama"), load_task(spec, seed=0)
+    found = agreement(
+        model,
+        model,
+        tiny_tokenizer(),
+        [*PROMPTS, *PROMPTS],
+        [" 2", " 27", "", " 5", "x", "7"],
+        [" 2 or so", " 28", "none", "5.0", "9", ""],
+        task=task,
+    )
+    assert found.same_answer == pytest.approx(3 / 6)  # 2, neither gives one, 5
+    assert found.same_completion == 0.0
+    assert (found.same_answer_low, found.same_answer_high) == wilson_interval(3, 6, 0.95)
+    assert agreement(model, model, tiny_tokenizer(), PROMPTS, COMPLETIONS, COMPLETIONS).same_answer is None
 
 
 def test_agreement_leaves_mode_and_weights_alone() -> None:

@@ -33,17 +33,24 @@ def agreement(report: Report) -> Section | None:
             leads.get(name, MISSING),
             percent(entry.same_token),
             f"{percent(entry.same_completion)} [{entry.same_low * 100:.1f}, {entry.same_high * 100:.1f}]",
+            MISSING
+            if entry.same_answer is None or entry.same_answer_low is None or entry.same_answer_high is None
+            else f"{percent(entry.same_answer)} "
+            f"[{entry.same_answer_low * 100:.1f}, {entry.same_answer_high * 100:.1f}]",
         ]
         for name, entry in found.items()
     ]
-    table = Table(["", "KL per token, nats", _LEAD, "same likeliest token", "same completion"], rows)
+    table = Table(["", "KL per token, nats", _LEAD, "same likeliest token", "same completion", "same answer"], rows)
     shown = [name for name in (report.subnet, *report.controls[:1], report.base) if name in found]
     level = f"{first.confidence * 100:g} %"
     figures = [
         Figure(
             "agreement-distribution",
             "How far are the outputs from the full run\u2019s?",
-            _beside([f"{found[name].kl:.4f} nats per token for {the(report, name)}" for name in shown]),
+            _beside(
+                "KL from the full run: ",
+                [f"{found[name].kl:.4f} nats per token for {the(report, name)}" for name in shown],
+            ),
             partial(_kl_plot, report),
             f"Mean KL of each model from the full run over {first.num_tokens:,} tokens of the full run\u2019s greedy "
             f"completions to {first.num_prompts:,} held-out prompts, with the {level} interval of a bootstrap over "
@@ -53,7 +60,10 @@ def agreement(report: Report) -> Section | None:
         Figure(
             "agreement-completions",
             "How often is the greedy answer the full run\u2019s, word for word?",
-            _beside([f"{percent(found[name].same_completion)} for {the(report, name)}" for name in shown]),
+            _beside(
+                "The full run\u2019s own answer, word for word: ",
+                [f"{percent(found[name].same_completion)} for {the(report, name)}" for name in shown],
+            ),
             partial(_same_plot, report),
             f"Share of {first.num_prompts:,} prompts, with Wilson\u2019s {level} interval.",
         ),
@@ -155,7 +165,7 @@ def _kept(report: Report, task: str) -> str:
             if (gap.task, gap.first, gap.second) == (task, report.subnet, second):
                 interval = f"{points(gap.difference)} points [{points(gap.low)}, {points(gap.high)}]"
                 sentences.append(f"{interval} against {the(report, second)}")
-    return f"The subnetwork is at {' and '.join(sentences)}." if sentences else ""
+    return f"On {task} the subnetwork is at {' and '.join(sentences)}." if sentences else ""
 
 
 def _differences(report: Report, task: str) -> Table | None:
@@ -195,6 +205,5 @@ def _moved_plot(report: Report, width: float) -> str | None:
     return rows_plot(rows, width, title="KL from the base on neutral text", write="{:.3g}".format, within=(0,))
 
 
-def _beside(parts: list[str]) -> str:
-    sentence = ", ".join(parts)
-    return f"{sentence[:1].upper()}{sentence[1:]}." if parts else ""
+def _beside(start: str, parts: list[str]) -> str:
+    return f"{start}{', '.join(parts)}." if parts else ""
