@@ -25,17 +25,8 @@ from subnet_ft.masks import ModelRecord, Provenance, SubnetMask
 
 N = 400
 EVIL = "<script>alert('x')</script><img src=\"https://example.com/a.png\" onerror=alert(1)> `|*`"
-SECTIONS = [
-    "accuracy",
-    "controls",
-    "weights",
-    "subnetwork",
-    "training",
-    "cost",
-    "samples",
-    "not-measured",
-    "conditions",
-]
+ALWAYS = ["not-measured", "conditions"]
+SECTIONS = ["accuracy", "weights", "subnetwork", "training", "cost", "samples", *ALWAYS]
 
 
 def records(accuracy: float, *, swapped: int = 0, completion: str = "4", prompt: str = "2 + 2 =") -> list[dict]:
@@ -172,15 +163,20 @@ class Page(HTMLParser):
         return [attributes["id"] for tag, attributes in self.tags if tag == "section"]
 
 
-@pytest.mark.parametrize("report", [whole_report(), bare_report()], ids=["whole", "bare"])
-def test_render_html_is_self_contained_and_has_every_section(report):
+@pytest.mark.parametrize(
+    ("report", "sections"),
+    [(whole_report(), SECTIONS), (bare_report(), ["weights", *ALWAYS])],
+    ids=["whole", "bare"],
+)
+def test_render_html_is_self_contained_and_has_the_sections_there_is_evidence_for(report, sections):
     source = render_html(report)
     page = Page(source)
-    assert page.sections() == SECTIONS
+    assert page.sections() == sections
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
     for _, attributes in page.tags:
-        assert not {"src", "href", "xlink:href", "srcset", "data", "action"} & set(attributes)
+        assert not {"src", "xlink:href", "srcset", "data", "action"} & set(attributes)
+        assert attributes.get("href", "#")[1:] in ["", *page.sections()]
         assert not any(name.startswith("on") for name in attributes)
     assert not re.search(r"url\(|@import|https?:", source)
     assert "prefers-color-scheme: dark" in source
@@ -192,6 +188,9 @@ def test_render_html_draws_every_figure():
     figures = {
         "Accuracy of every model with its interval",
         "Paired difference of every run to the full run, in points",
+        "Subnetwork minus every other run, in points",
+        "Distance of every run to the full run",
+        "Peak memory of every run, alone and the first time",
         "Share of weights equal to the full run's",
         "Density of the mask by layer and matrix kind",
         "Density by tolerance",
@@ -207,10 +206,10 @@ def test_render_html_draws_loss_and_preference_accuracy_without_a_reward():
     runs = {name: RunEvidence(name, records(0.5), log("rewards/accuracies")) for name in ("full", "subnet")}
     page = Page(render_html(whole_report(controls=[], **runs)))
     text = page.text
-    assert "Share of pairs in which the chosen answer is preferred" in text
-    assert "Loss" in text
+    assert "In what share of pairs is the chosen answer preferred?" in text
+    assert "Did the loss fall alike?" in text
     reward_only = Page(render_html(whole_report()))
-    assert "Loss" not in reward_only.text
+    assert "Did the loss fall alike?" not in reward_only.text
 
 
 def test_reports_escape_what_models_and_files_say():
@@ -319,8 +318,8 @@ def test_build_report_puts_the_control_that_speaks_most_against_the_subnetwork_f
 
 def test_build_report_names_the_runs_that_a_mask_cost():
     text = render_markdown(whole_report())
-    assert "With that run the subnetwork took 10 min 32 s" in text
-    assert "| subnetwork with its mask and the full run's training | 10 min 10 s | 20 s | 2.0 s | 10 min 32 s |" in text
+    assert "The first subnetwork run cost both: 10 min 12 s of training and 99 kB at its peak." in text
+    assert "| subnetwork | full run | 10 min 12 s | 5 min 10 s | 99 kB | 99 kB | 13 kB | 120.74 |" in text
 
 
 def test_build_report_gives_in_mask_identity_beside_the_base_models():
@@ -410,7 +409,7 @@ def test_build_report_speaks_of_pairs_where_reward_models_are_judged() -> None:
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))).judged_on == "pairs"
     runs = {name: RunEvidence(name, records=pairs(0.8), log_history=log("accuracy")) for name in ("base", "full")}
     trained = build_report(version="0", **runs, subnet=RunEvidence("subnet", records=pairs(0.8)))
-    assert "Share of pairs in which the chosen completion gets more reward" in render_html(trained)
+    assert "In what share of pairs does the chosen completion get more reward?" in render_html(trained)
     for page in (render_markdown(report), render_html(report), "\n".join(lines_for_terminal(report))):
         assert "pairs" in page
         assert "prompts" not in page

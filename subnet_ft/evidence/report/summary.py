@@ -7,8 +7,13 @@ from typing import Any
 
 from subnet_ft.evidence.report import tables, wording
 from subnet_ft.evidence.report.schema import Report
+from subnet_ft.evidence.report.sections import sections_of
 
 _WIDTH = 100
+# Sections whose answers a terminal shows; of the others it shows sentences and tables above them.
+_FURTHER = frozenset(
+    {"seeds", "agreement", "retention", "scatter", "floor", "overlap", "structure", "spectra", "dynamics"}
+)
 
 
 def summary_for_cli(report: Report) -> dict[str, Any]:
@@ -45,6 +50,33 @@ def summary_for_cli(report: Report) -> dict[str, Any]:
             name: {"verdict": report.control_verdicts[name].name, "above_control": above(name)}
             for name in report.controls
         },
+        "seeds": {entry.run: entry.verdict for entry in report.seeds_summary},
+        "kl_to_full": {name: entry.kl for name, entry in report.agreement.items()},
+        "same_completion": {name: entry.same_completion for name, entry in report.agreement.items()},
+        "retention": {
+            name: {
+                "kl_to_base": entry.kl_to_base,
+                "accuracy": {task: kept.accuracy for task, kept in entry.tasks.items()},
+            }
+            for name, entry in report.retention.items()
+        },
+        "floor": None
+        if report.floor is None
+        else {
+            "in_mask_identical": report.floor.weights.in_mask_identical,
+            "relative_distance": report.floor.weights.relative_distance,
+        },
+        "costs": {
+            cost.run: {
+                "needs": cost.needs,
+                "train_seconds": cost.train_seconds,
+                "first_seconds": cost.first_seconds,
+                "peak_bytes": cost.peak_bytes,
+                "first_peak_bytes": cost.first_peak_bytes,
+                "bytes_per_weight": cost.bytes_per_weight,
+            }
+            for cost in report.costs
+        },
     }
 
 
@@ -59,6 +91,10 @@ def lines_for_terminal(report: Report) -> list[str]:
     for content in contents:
         if content is not None:
             lines += ["", *aligned(content)]
+    further = [section for section in sections_of(report) if section.id in _FURTHER]
+    for section in further:
+        said = f"{section.title}. {' '.join(figure.answer for figure in section.figures if figure.answer)}"
+        lines += ["", *textwrap.wrap(said, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
     return lines
 
 

@@ -43,7 +43,8 @@ def accuracy(report: Report) -> Section | None:
             partial(plots.difference_plot, report),
             f"Each run minus the full run, {report.judged_on[:-1]} by {report.judged_on[:-1]}, in points: the interval "
             "that the verdict looks at. A run recovers when its interval lies inside the band, or wholly right of "
-            "zero. The table has a bootstrap over prompts and McNemar\u2019s test beside it; no verdict rests on these "
+            f"zero. The table has a bootstrap over {report.judged_on} and McNemar\u2019s test beside it; no verdict "
+            "rests on these "
             "two.",
             table=tables.tests_table(report),
         ),

@@ -19,8 +19,8 @@ from subnet_ft.evidence.report.wording import MISSING, label, percent, the
 # What a reader wants to see of a log: the first two that were logged.
 _METRICS = {
     "reward": "Did every run earn the same reward?",
-    "rewards/accuracies": "Did every run learn to prefer the chosen answers?",
-    "accuracy": "Did every run learn to give the chosen completion more reward?",
+    "rewards/accuracies": "In what share of pairs is the chosen answer preferred?",
+    "accuracy": "In what share of pairs does the chosen completion get more reward?",
     "loss": "Did the loss fall alike?",
 }
 _ROWS = 12

@@ -138,7 +138,10 @@ def retention(report: Report) -> Section | None:
             Figure(
                 "retention-text",
                 "How far did each run move on neutral text?",
-                _beside([f"{moved[name].kl_to_base:.4f} nats per token for {the(report, name)}" for name in shown]),
+                _beside(
+                    "KL from the base: ",
+                    [f"{moved[name].kl_to_base:.4f} nats per token for {the(report, name)}" for name in shown],
+                ),
                 partial(_moved_plot, report),
                 f"Mean KL from the base to each run over {next(iter(moved.values())).num_tokens:,} tokens that have "
                 f"nothing to do with the task, with the {level} interval of a bootstrap over paragraphs. 0 is the "

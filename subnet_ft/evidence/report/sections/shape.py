@@ -104,7 +104,7 @@ def spectra(report: Report) -> Section | None:
         Figure(
             "spectra-energy",
             "Is the update low-rank?",
-            f"Its rank is {percent(_mean(matrices, _rank))} of full on average (control "
+            f"The update\u2019s rank is {percent(_mean(matrices, _rank))} of full on average (control "
             f"{percent(_mean(_controls(matrices), _rank))}), as that of any sparse random matrix nearly is. 99 % of "
             "its "
             f"energy takes {percent(_mean(matrices, _energy))} of the singular values (control "
@@ -120,7 +120,7 @@ def spectra(report: Report) -> Section | None:
         Figure(
             "spectra-profile",
             "How fast do the singular values fall?",
-            f"The middle one is {_mean(matrices, _middle):.2f} of the largest (control "
+            f"The middle singular value is {_mean(matrices, _middle):.2f} of the largest (control "
             f"{_text(_mean(_controls(matrices), _middle))}).",
             partial(_profile_plot, matrices),
             "Singular values over the largest, from the first to the last, mean over matrices.",
@@ -130,7 +130,8 @@ def spectra(report: Report) -> Section | None:
         Figure(
             "spectra-principal",
             "Does the update follow the base\u2019s main directions?",
-            f"Its leading directions lie to {percent(_mean(matrices, _principal))} in the base\u2019s; random ones "
+            f"The update\u2019s leading directions lie to {percent(_mean(matrices, _principal))} in the base\u2019s; "
+            "random ones "
             "would to "
             f"{percent(_mean(matrices, _expected))}, the control\u2019s do to "
             f"{percent(_mean(_controls(matrices), _principal))}.",

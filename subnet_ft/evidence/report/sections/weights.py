@@ -91,7 +91,8 @@ def scatter(report: Report) -> Section | None:
         caption="The weights of each run\u2019s own mask by two changes from the base: the full run\u2019s to the "
         "right, "
         "the run\u2019s own upwards; each shade darker stands for a multiple of the weights. On the dotted diagonal a "
-        "weight moved as in the full run, on the horizontal line it did not move. Chance gives 50 % the same way and a "
+        "weight moved as in the full run, on the horizontal line it did not move. A lattice is the steps of the "
+        "storage format. Chance gives 50 % the same way and a "
         "cosine of 0.",
         panels=[
             Panel(
@@ -122,7 +123,7 @@ def floor(report: Report) -> Section | None:
     first, second = found.seeds
     inside = found.weights.in_mask_identical
     overlap = found.overlap.overall if found.overlap is not None else None
-    said = [f"Seeds {first} and {second}."]
+    said = [f"Two full runs with seeds {first} and {second}."]
     if inside is not None:
         ours = report.weights[report.subnet].in_mask_identical if report.subnet in report.weights else None
         beside = "" if ours is None else f"; of the subnetwork\u2019s weights {percent(ours['0'])} are"
