@@ -99,7 +99,7 @@ class PPOTrainer(GRPOTrainer):
             nonfinite="ignore",  # `ValueSteps` looks, before the policy steps
         )
         if self.args.kl_coef > 0 and not is_peft_model(policy):
-            self.ref_model = copy.deepcopy(policy).requires_grad_(False).eval()
+            self.ref_model = self._frozen_copy(policy)
         self._scores: torch.Tensor
         self.add_callback(ValueSteps(self))
 
@@ -183,6 +183,16 @@ class PPOTrainer(GRPOTrainer):
         self.log_value_metric("loss", masked_mean(per_token.detach(), scored))
         self.log_value_metric("clip_ratio", masked_mean(is_clipped, scored))
         return policy_loss + self.args.vf_coef * loss
+
+    def _frozen_copy(self, policy: Any) -> Any:
+        """Return a copy of the policy as it is now, which computes with its own weights alone."""
+        copied = copy.deepcopy(policy).requires_grad_(False).eval()
+        if vars(copied).pop("forward", None) is not None:
+            # TRL's since 1.15: its fused head, beside which it goes on calling the policy for logits.
+            from trl.trainer.utils import add_fused_lm_head
+
+            add_fused_lm_head(copied, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
+        return copied
 
     @property
     def _mode(self) -> str:

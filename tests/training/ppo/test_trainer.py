@@ -108,6 +108,20 @@ def test_the_reference_stays_where_the_policy_was(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
 
 
+def test_the_reference_computes_what_the_policy_did(tmp_path: Path) -> None:
+    """However it is called: for logits, and by TRL for the probabilities of tokens."""
+    trainer = ppo(tmp_path)
+    batch = batch_of(trainer)
+    before = logps_of(trainer.model.eval(), batch)
+    by_trl = trainer._reference_logps(batch)
+    trainer.train()
+    assert same_bits(logps_of(trainer.ref_model, batch), before)
+    assert same_bits(trainer._reference_logps(batch), by_trl)
+    assert (logps_of(trainer.model.eval(), batch) - before).abs().max() > 0.01
+    mask = batch["completion_mask"]
+    torch.testing.assert_close(by_trl * mask, before * mask)
+
+
 def test_one_tokens_advantage_changes_the_gradient_at_that_token_only(tmp_path: Path) -> None:
     trainer = ppo(tmp_path)
     batch = batch_of(trainer)
