@@ -125,6 +125,8 @@ def test_config_problems_knows_no_generations_of_the_others(name: str) -> None:
         ("rloo", {"num_generations": 3}, "RLOOConfig refuses these settings: "),
         ("ppo", {"beta": 0.1}, "PPOConfig refuses these settings: `beta` adds a KL term"),
         ("prime", {"accuracy_low": 0.9}, "PRIMEConfig refuses these settings: `accuracy_low`"),
+        ("ppo", {"sync_ref_model": True}, "PPOConfig refuses these settings: `sync_ref_model` must stay false"),
+        ("prime", {"sync_ref_model": True}, "PRIMEConfig refuses these settings: `sync_ref_model` must stay false"),
         ("raft", {"warmup_steps": -1}, "SFTConfig refuses these settings: "),
     ],
 )

@@ -90,13 +90,7 @@ class PPOConfig(GRPOConfig):
                 f"`beta` adds a KL term to GRPO's loss and must stay 0, got {self.beta}; PPO pays for KL in the "
                 "reward: set `kl_coef`"
             )
-        if self.loss_type not in LOSS_TYPES:
-            yield f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, which clip as PPO does, got {self.loss_type!r}"
-        if self.importance_sampling_level != "token":
-            yield (
-                "`importance_sampling_level` must be 'token', because advantages are per token, got "
-                f"{self.importance_sampling_level!r}"
-            )
+        yield from per_token_problems(self)
         if self.multi_objective_aggregation != "sum_then_normalize":
             yield (
                 f"`multi_objective_aggregation` must stay 'sum_then_normalize', got "
@@ -105,3 +99,16 @@ class PPOConfig(GRPOConfig):
             )
         if self.fp16:
             yield "`fp16` scales a loss that serves two optimizers; load the model in bfloat16 instead"
+
+
+def per_token_problems(config: GRPOConfig) -> Iterator[str]:
+    """Yield what of GRPO does not go with advantages per token and a reference that stays: PPO's, and PRIME's."""
+    if config.loss_type not in LOSS_TYPES:
+        yield f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, which clip as PPO does, got {config.loss_type!r}"
+    if config.importance_sampling_level != "token":
+        yield (
+            "`importance_sampling_level` must be 'token', because advantages are per token, got "
+            f"{config.importance_sampling_level!r}"
+        )
+    if config.sync_ref_model:
+        yield "`sync_ref_model` must stay false: the reference is the policy as it started, and does not follow it"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from trl.trainer.grpo_config import GRPOConfig
 
+from subnet_ft.training.ppo.config import per_token_problems
+
 PRM_TRAINS = ("full", "subnet")
 PRM_UPDATES = ("before", "after")
 
@@ -16,8 +18,8 @@ PRM_UPDATES = ("before", "after")
 class PRIMEConfig(GRPOConfig):
     """Options of a `PRIMETrainer`: all of `GRPOConfig`, and these.
 
-    The defaults are the paper's. `scale_rewards` has no effect: PRIME's advantages take the place of GRPO's. The batch
-    size of the reward model is that of the policy, in the same micro-batches.
+    The defaults are the paper's, except `prm_update`, which is verl's. `scale_rewards` has no effect: PRIME's advantages
+    take the place of GRPO's. The batch size of the reward model is that of the policy, in the same micro-batches.
 
     Raises:
         ValueError: A field is out of range, or asks for something of GRPO that PRIME replaces.
@@ -91,6 +93,7 @@ class PRIMEConfig(GRPOConfig):
                 f"`beta` must stay 0, got {self.beta}: it adds GRPO's KL penalty to the loss, which PRIME does not "
                 "have; the scale of PRIME's rewards is `prm_beta`"
             )
+        yield from per_token_problems(self)
         if self.multi_objective_aggregation != "sum_then_normalize":
             yield (
                 "`multi_objective_aggregation` must stay 'sum_then_normalize', got "

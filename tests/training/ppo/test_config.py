@@ -35,6 +35,7 @@ def built(tmp_path: Path, **options: Any) -> PPOConfig:
         ({"beta": 0.04}, r"`beta` adds a KL term to GRPO's loss and must stay 0, got 0.04; .* set `kl_coef`"),
         ({"loss_type": "sapo"}, r"`loss_type` must be one of dapo, grpo, bnpo, dr_grpo, .* got 'sapo'"),
         ({"importance_sampling_level": "sequence"}, r"`importance_sampling_level` must be 'token'"),
+        ({"sync_ref_model": True}, r"`sync_ref_model` must stay false: the reference is the policy as it started"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, r"`multi_objective_aggregation` must stay"),
         ({"fp16": True}, r"`fp16` scales a loss that serves two optimizers"),
         ({"gamma": 2.0, "beta": 1.0}, r"`gamma` must .*; `beta` adds"),

@@ -1,4 +1,4 @@
-"""`PRIMEConfig`: the paper's defaults, every field documented, and what it refuses."""
+"""`PRIMEConfig`: the paper's defaults but one, every field documented, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from trl import GRPOConfig
 
 from subnet_ft.training.prime import PRIMEConfig, config
 
+OTHER_LOSSES = ("vespo", "luspo", "cispo", "sapo")
+"""Of GRPO: they weigh a completion as one, or clip otherwise than PPO."""
 COMMON = {"report_to": "none", "use_cpu": True, "bf16": False}
 
 
@@ -25,8 +27,10 @@ def own_fields() -> list[str]:
     return [field.name for field in fields(PRIMEConfig) if field.name not in {old.name for old in fields(GRPOConfig)}]
 
 
-def test_config_has_the_papers_numbers(tmp_path: Path) -> None:
+def test_config_has_the_papers_numbers_except_prm_update(tmp_path: Path) -> None:
+    """Algorithm 1 learns from a batch `after` it scored it; verl, the paper's code, `before`."""
     found = built(tmp_path)
+    assert "except `prm_update`" in str(PRIMEConfig.__doc__)
     assert {name: getattr(found, name) for name in own_fields()} == {
         "prm_learning_rate": 1e-6,
         "prm_beta": 0.05,
@@ -70,6 +74,9 @@ def test_config_says_of_every_field_what_it_is() -> None:
         ({"accuracy_high": 1.1}, r"0 <= low <= high <= 1, got 0\.2 and 1\.1"),
         ({"outcome_coef": 0, "process_coef": 0}, "both 0.*set one of them"),
         ({"beta": 0.04}, r"`beta` must stay 0, got 0\.04.*`prm_beta`"),
+        *(({"loss_type": name}, f"`loss_type` must be one of dapo, .* got '{name}'") for name in OTHER_LOSSES),
+        ({"importance_sampling_level": "sequence"}, r"`importance_sampling_level` must be 'token', .* got 'sequence'"),
+        ({"sync_ref_model": True}, r"`sync_ref_model` must stay false: the reference is the policy as it started"),
         ({"fp16": True}, "`fp16`.*bfloat16"),
         ({"gamma": -1, "prm_beta": -1}, r"`prm_beta` .*got -1; .*; `gamma` .*got -1"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "'normalize_then_sum'.*`reward_weights`"),
