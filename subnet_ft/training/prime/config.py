@@ -18,8 +18,8 @@ PRM_UPDATES = ("before", "after")
 class PRIMEConfig(GRPOConfig):
     """Options of a `PRIMETrainer`: all of `GRPOConfig`, and these.
 
-    The defaults are the paper's, except `prm_update`, which is verl's. `scale_rewards` has no effect: PRIME's advantages
-    take the place of GRPO's. The batch size of the reward model is that of the policy, in the same micro-batches.
+    The defaults are the paper's, except `prm_update`, which is verl's. `scale_rewards` has no effect: the advantages of
+    PRIME take the place of GRPO's. The batch size of the reward model is that of the policy, in the same micro-batches.
 
     Raises:
         ValueError: A field is out of range, or asks for something of GRPO that PRIME replaces.
