@@ -88,7 +88,7 @@ def full_report(**changes: Any) -> Report:
         "baselines": [
             RunEvidence("lora", _records("lora"), _log(0.47), {"train": 98.0, "evaluate": 11.0}, _memory(0.02))
         ],
-        "mask": _mask(),
+        "mask": made_up_mask(),
         "mask_seconds": 0.3,
         "margin": 0.04,
         "recipe": {
@@ -136,7 +136,7 @@ def _log(last: float) -> list[dict[str, Any]]:
 
 def _memory(share: float) -> dict[str, int]:
     # Bytes of bfloat16 weights, and of what training in float32 adds, for the few weights of the mask below.
-    n = _mask().num_parameters
+    n = made_up_mask().num_parameters
     parts = {"weights": 2 * n, "gradients": 4 * n * share, "moments": 8 * n * share, "masters": 4 * n * share}
     return {
         **{name: int(size) for name, size in parts.items()},
@@ -167,7 +167,7 @@ def _weights(inside: float) -> WeightComparison:
     )
 
 
-def _mask() -> SubnetMask:
+def made_up_mask() -> SubnetMask:
     generator = torch.Generator().manual_seed(0)
     dense = {"model.embed_tokens.weight": torch.rand(60, 16, generator=generator) < 0.05}
     for layer in range(NUM_LAYERS):
@@ -315,7 +315,24 @@ def _dynamics(final: float) -> Dynamics:
 def _agreement(name: str) -> Agreement:
     near = {"base": 0.30, "subnet": 0.72, "control-magnitude_matched": 0.61}.get(name, 0.5)
     kl = 0.16 * (1 - near)
-    return Agreement(kl, kl * 0.9, kl * 1.12, 0.9, 1200, near, near - 0.065, near + 0.06, 200, 0.95)
+    draws = np.random.default_rng(round(100 * near))
+    return Agreement(
+        kl,
+        kl * 0.9,
+        kl * 1.12,
+        0.9,
+        1200,
+        near,
+        near - 0.065,
+        near + 0.06,
+        200,
+        0.95,
+        kl_by_prompt=draws.exponential(6 * kl, 200).tolist(),
+        tokens_by_prompt=[6] * 200,
+        same_answer=near + 0.08,
+        same_answer_low=near + 0.02,
+        same_answer_high=near + 0.13,
+    )
 
 
 def _retention(name: str) -> Retention:

@@ -31,6 +31,8 @@ def gaps(
     if not evidence["seeds_summary"] and len(set(seeds)) <= 1:
         known = f"every run has seed {seeds[0]}. Intervals" if seeds else "intervals"
         found.append(f"Variation between seeds: {known} cover the choice of {judged_on}, not another training.")
+    elif not evidence["seeds_summary"] and evidence["floor"]:
+        found.append(f"Variation between seeds of anything but the full run: every verdict is that of seed {seeds[0]}.")
     if not evidence["floor"]:
         found.append("The floor: how far two full runs that differ only in their seed lie from each other.")
     if not has_control:

@@ -86,7 +86,7 @@ def lines_for_terminal(report: Report) -> list[str]:
     points = [report.verdict_reason, wording.off_mask_sentence(report), *wording.control_sentences(report)]
     points += [sentence for sentence in (wording.identity_sentence(report), wording.cost_sentence(report)) if sentence]
     for point in points:
-        lines += textwrap.wrap(point, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+        lines += _wrapped(point)
     contents = [tables.accuracy_table(report), tables.controls_table(report), tables.movement_table(report)]
     for content in contents:
         if content is not None:
@@ -94,8 +94,12 @@ def lines_for_terminal(report: Report) -> list[str]:
     further = [section for section in sections_of(report) if section.id in _FURTHER]
     for section in further:
         said = f"{section.title}. {' '.join(figure.answer for figure in section.figures if figure.answer)}"
-        lines += ["", *textwrap.wrap(said, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
+        lines += ["", *_wrapped(said)]
     return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def aligned(content: tables.Table) -> list[str]:

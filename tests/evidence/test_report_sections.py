@@ -1,0 +1,193 @@
+"""Sections of a report: what is there with all evidence, what is missing without some, and the forms they take."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from report_evidence import FIGURES, full_report, made_up_mask
+
+from subnet_ft.evidence.report import Report, RunEvidence, build_report, lines_for_terminal, summary_for_cli
+from subnet_ft.evidence.report.html import render_html
+from subnet_ft.evidence.report.markdown import render_markdown
+from subnet_ft.evidence.report.sections import sections_of
+from subnet_ft.evidence.report.wording import cost_sentence, label, the
+from subnet_ft.masks import Provenance
+
+FULL = full_report()
+
+
+def figures(report: Report) -> list[str]:
+    return [figure.id for section in sections_of(report) for figure in section.figures]
+
+
+def answers(report: Report) -> dict[str, str]:
+    return {figure.id: figure.answer for section in sections_of(report) for figure in section.figures}
+
+
+def with_mask(source: dict[str, Any], *, recipe_kind: str = "extract", **changes: Any) -> Report:
+    """Rebuild the report with a mask of another origin."""
+    mask = made_up_mask()
+    origin = Provenance(base=mask.provenance.base, source=source)
+    return full_report(
+        mask=type(mask)(mask.tensors, origin), recipe={"subnet": {"source": {"kind": recipe_kind}}}, **changes
+    )
+
+
+def test_sections_of_a_report_with_all_evidence_has_every_figure() -> None:
+    assert figures(FULL) == FIGURES
+    for section in sections_of(FULL):
+        for figure in section.figures:
+            assert figure.question.endswith("?")
+            assert figure.answer.endswith(".")
+            assert figure.draw is not None or figure.panels
+
+
+@pytest.mark.parametrize(
+    ("missing", "section", "said"),
+    [
+        ({"overlaps": ()}, "overlap", "What the mask shares with others"),
+        ({"structure": None}, "structure", "clusters in rows, columns or heads"),
+        ({"spectra": None}, "spectra", "no matrix was decomposed"),
+        ({"dynamics": {}}, "dynamics", "no snapshots were taken"),
+        ({"agreement": {}}, "agreement", "output distributions (KL)"),
+        ({"retention": {}}, "retention", "What the models keep of the base"),
+        ({"floor": None}, "floor", "The floor: how far two full runs"),
+        ({"scatter": None}, "scatter", "Weight by weight"),
+        ({"seeds_summary": (), "seeds": [0]}, "seeds", "Variation between seeds: every run has seed 0"),
+        ({"seeds_summary": ()}, "seeds", "anything but the full run: every verdict is that of seed 0"),
+        ({"mask": None}, "subnetwork", "The mask: none was given"),
+    ],
+)
+def test_sections_of_a_report_without_a_piece_leave_it_out_and_say_so(
+    missing: dict[str, Any], section: str, said: str
+) -> None:
+    report = full_report(**missing)
+    found = [entry.id for entry in sections_of(report)]
+    assert found == [entry.id for entry in sections_of(FULL) if entry.id != section]
+    assert said in " ".join(report.not_measured)
+    assert said not in " ".join(FULL.not_measured)
+    page = render_html(report)
+    assert f'<section id="{section}">' not in page
+    assert f'href="#{section}"' not in page
+    assert said in page
+
+
+def test_render_markdown_has_every_question_with_its_answer_and_numbers() -> None:
+    text = render_markdown(FULL)
+    assert text.splitlines()[0] == "# Verdict: undecided"
+    for section in sections_of(FULL):
+        assert f"\n## {section.title}\n" in text
+        for figure in section.figures:
+            assert f"**{figure.question}**" in text
+    assert "| 99 % energy |" in text
+    assert "| LoRA | " in text
+    assert len(text) < 40_000
+
+
+def test_lines_for_terminal_has_the_answers() -> None:
+    lines = lines_for_terminal(FULL)
+    text = " ".join(" ".join(lines).split())
+    assert lines[0] == "Verdict: undecided"
+    for start in ("Several seeds. Over 3 seeds the subnetwork is", "The floor. Two full runs with seeds 0 and 1."):
+        assert start in text
+    for figure in ("overlap-nulls", "spectra-energy", "dynamics-mask", "retention-text", "structure-spread"):
+        assert answers(FULL)[figure] in text
+    assert max(map(len, lines)) <= 120
+
+
+def test_summary_for_cli_has_the_figures_of_further_evidence() -> None:
+    summary = json.loads(json.dumps(summary_for_cli(FULL), allow_nan=False))
+    assert summary["seeds"] == {"subnet": "recovered", "control-uniform": "not_recovered"}
+    assert summary["kl_to_full"]["subnet"] == pytest.approx(0.0448)
+    assert summary["same_completion"]["base"] == 0.30
+    assert summary["retention"]["base"]["kl_to_base"] is None
+    assert set(summary["retention"]["lora"]["accuracy"]) == {
+        "reasoning_gym/simple_equations",
+        "reasoning_gym/letter_counting",
+    }
+    assert summary["floor"]["relative_distance"] == pytest.approx(0.7)
+    assert summary["costs"]["subnet"]["needs"] == "full"
+    assert summary["costs"]["lora"]["needs"] is None
+
+
+def test_answers_have_the_numbers_of_the_evidence() -> None:
+    found = answers(FULL)
+    assert "17.4 % of their weights at a tolerance of 0 and in 5.0 % at 0.0001" in found["mask-tolerance"]
+    assert "99.8 % in the subnetwork" in found["scatter-changes"]
+    assert "rows 3.4 (magnitude-matched control 2.2)" in found["structure-spread"]
+    assert "takes 68.0 % of the singular values (control 83.0 %)" in found["spectra-energy"]
+    assert "Half of the full run’s final mask had changed by step 20 of 40" in found["dynamics-mask"]
+    assert "35.0 % of the second one’s have its bits" in found["floor-shared"]
+    assert "a full run with another seed ended at 0.70" in found["weights-distance"]
+    # Another run's mask is told of before a control, which lies at its null by construction.
+    assert found["overlap-nulls"].startswith(
+        "71.0 % of the mask of the subnetwork lies in that of the subnetwork, seed 1"
+    )
+
+
+def test_cost_sentence_says_from_which_run_on_memory_is_saved() -> None:
+    assert "Memory is saved from the second run on: 4.9 GB became 4.4 GB." in str(cost_sentence(FULL))
+    probe = RunEvidence("probe", seconds={"train": 8.0}, memory={"weights": 10, "peak_rss": 4_800_000_000})
+    early = str(cost_sentence(with_mask({"kind": "early", "step": 3}, recipe_kind="early", probe=probe)))
+    assert "made from a few steps of the full run’s method" in early
+    assert "2 min 01 s of training and 4.8 GB at its peak" in early
+    assert "from the second run on" in early
+    low = str(cost_sentence(with_mask({"kind": "low_magnitude"}, recipe_kind="low_magnitude")))
+    assert low.startswith("The mask was made from the base alone")
+    assert "Memory is saved from the first run on" in low
+    borrowed = with_mask({"kind": "extract"}, recipe_kind="file")
+    assert "came from elsewhere" in str(cost_sentence(borrowed))
+    assert "What the mask cost: it came from elsewhere." in borrowed.not_measured
+
+
+def test_cost_sentence_claims_no_saving_that_was_not_measured() -> None:
+    costs = [replace(cost, peak_bytes=4_900_000_000) if cost.run == "subnet" else cost for cost in FULL.costs]
+    assert "no memory was saved" in str(cost_sentence(replace(FULL, costs=costs)))
+    unknown = with_mask({"kind": "early"}, recipe_kind="early")
+    assert "the first time this is no saving" in str(cost_sentence(unknown))
+    assert "Memory is saved" not in str(cost_sentence(unknown))
+    assert "What the first steps cost from which the mask was made." in unknown.not_measured
+
+
+def test_build_report_counts_the_cost_of_every_run_with_what_it_needs() -> None:
+    costs = {cost.run: cost for cost in FULL.costs}
+    assert list(costs) == ["full", "subnet", "control-uniform", "control-magnitude_matched", "lora"]
+    assert [cost.needs for cost in costs.values()] == [None, "full", "full", "full", None]
+    assert costs["subnet"].first_seconds == pytest.approx(112.7 + 112.7 + 0.3)
+    assert costs["full"].bytes_per_weight == pytest.approx(18.1, abs=0.1)
+
+
+def test_build_report_compares_what_models_keep_prompt_by_prompt() -> None:
+    pairs = {(gap.first, gap.second) for gap in FULL.retention_differences}
+    assert {("subnet", "base"), ("subnet", "full"), ("subnet", "lora"), ("full", "base")} <= pairs
+    assert ("full", "lora") not in pairs
+
+
+def test_label_says_what_people_call_models() -> None:
+    names = {"base": "base model", "lora": "LoRA", "seed-1/subnet": "subnetwork, seed 1"}
+    assert {name: label(FULL, name) for name in names} == names
+    assert label(FULL, "control-magnitude_matched") == "magnitude-matched control"
+    assert (the(FULL, "full"), the(FULL, "lora")) == ("the full run", "LoRA")
+
+
+def test_render_html_says_in_every_drawing_what_it_shows() -> None:
+    page = render_html(FULL)
+    drawings = re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) == 2 * (len(FIGURES) - 1) + 3
+    for drawing in drawings:
+        title = re.search(r'aria-label="([^"]+)"><title>([^<]+)</title><desc>([^<]+)</desc>', drawing)
+        assert title is not None
+        assert title[1] == title[2]
+    assert "subnetwork: 56.5 %, 51.6 to 61.3 %" in drawings[0]
+
+
+def test_sections_of_a_report_without_anything_are_none() -> None:
+    runs = {name: RunEvidence(name) for name in ("base", "full", "subnet")}
+    report = build_report(version="0", **runs)
+    assert sections_of(report) == []
+    assert len(report.not_measured) > 12
+    assert "nothing_to_recover" not in render_html(report)
