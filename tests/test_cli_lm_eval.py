@@ -64,6 +64,12 @@ def test_evaluate_takes_dtype_and_confidence_of_a_recipe(
     assert read_harness_results(path).confidence == 0.8
 
 
+def test_evaluate_wants_the_recipe_of_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["evaluate", str(tmp_path), "--lm-eval", "own_sums"]) == 2
+    assert "is an adapter. Name the recipe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

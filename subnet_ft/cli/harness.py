@@ -9,7 +9,7 @@ from typing import Any
 
 from subnet_ft import __version__
 from subnet_ft.cli.results import FINE, Emit, check_folder, recipe_to_judge
-from subnet_ft.errors import RecipeError
+from subnet_ft.errors import SubnetError
 
 
 def evaluate_with_lm_eval(options: argparse.Namespace, emit: Emit) -> int:
@@ -89,7 +89,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     path = Path(options.model)
     if options.recipe is None:
         if is_adapter(path):
-            raise RecipeError(options.model, ["is an adapter: name the recipe that trained it, for its base"])
+            raise SubnetError(f"`{path}` is an adapter. Name the recipe that trained it, for its base, after it.")
         checkpoint = open_checkpoint(options.model)
         dtype = narrowest_dtype(spec.dtype for spec in checkpoint.specs.values())
         return *load_trained(checkpoint.folder, checkpoint.folder, dtype=dtype), {}
