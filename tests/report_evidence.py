@@ -81,12 +81,12 @@ def full_report(**changes: Any) -> Report:
     """Build the report; `changes` replace arguments of `build_report`."""
     arguments: dict[str, Any] = {
         "version": "0.1.0",
-        "base": RunEvidence("base", _records("base"), seconds={"evaluate": 9.2}),
+        "base": RunEvidence("base", made_up_records("base"), seconds={"evaluate": 9.2}),
         "full": _run("full", 1.0, inside=None),
         "subnet": _run("subnet", 0.17, inside=0.53),
         "controls": [_run("control-uniform", 0.17, inside=0.08), _run("control-magnitude_matched", 0.17, inside=0.22)],
         "baselines": [
-            RunEvidence("lora", _records("lora"), _log(0.47), {"train": 98.0, "evaluate": 11.0}, _memory(0.02))
+            RunEvidence("lora", made_up_records("lora"), _log(0.47), {"train": 98.0, "evaluate": 11.0}, _memory(0.02))
         ],
         "mask": made_up_mask(),
         "mask_seconds": 0.3,
@@ -99,7 +99,7 @@ def full_report(**changes: Any) -> Report:
         },
         "environment": {"torch": "2.13.0", "gpu": None, "platform": "Linux-6.1-x86_64-with-glibc2.36"},
         "seeds": [0, 1, 2],
-        "overlaps": _overlaps(),
+        "overlaps": made_up_overlaps(),
         "structure": _structure(),
         "spectra": _spectra(),
         "dynamics": {"full": _dynamics(0.17), "subnet": _dynamics(0.12)},
@@ -112,7 +112,8 @@ def full_report(**changes: Any) -> Report:
     return build_report(**{**arguments, **changes})
 
 
-def _records(name: str) -> list[dict[str, Any]]:
+def made_up_records(name: str) -> list[dict[str, Any]]:
+    """Return the answers of a model of `SHARES`."""
     solved = np.random.default_rng(list(SHARES).index(name)).random(N) < SHARES[name]
     return [
         {
@@ -148,7 +149,7 @@ def _memory(share: float) -> dict[str, int]:
 def _run(name: str, share: float, *, inside: float | None) -> RunEvidence:
     seconds = {"train": 112.7, "evaluate": 17.1}
     found = None if inside is None else _weights(inside)
-    return RunEvidence(name, _records(name), _log(SHARES[name]), seconds, _memory(share), found)
+    return RunEvidence(name, made_up_records(name), _log(SHARES[name]), seconds, _memory(share), found)
 
 
 def _weights(inside: float) -> WeightComparison:
@@ -168,6 +169,7 @@ def _weights(inside: float) -> WeightComparison:
 
 
 def made_up_mask() -> SubnetMask:
+    """Return a mask of thirty small layers."""
     generator = torch.Generator().manual_seed(0)
     dense = {"model.embed_tokens.weight": torch.rand(60, 16, generator=generator) < 0.05}
     for layer in range(NUM_LAYERS):
@@ -220,7 +222,8 @@ def _overlap(o1: float, magnitude: float) -> Overlap:
     )
 
 
-def _overlaps() -> list[MaskOverlap]:
+def made_up_overlaps() -> list[MaskOverlap]:
+    """Return the overlaps of a subnetwork, its controls and another seed's."""
     pairs = {
         ("subnet", "control-uniform"): (0.174, 0.174),
         ("subnet", "control-magnitude_matched"): (0.601, 0.6),

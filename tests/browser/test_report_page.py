@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page
+from browser_pages import Scheme, opened, problems, unfold
+from playwright.sync_api import Browser
 from report_evidence import FIGURES, full_report
 
 from subnet_ft.evidence.report import write_report
 
 pytestmark = pytest.mark.browser
 
-LEGIBILITY = (Path(__file__).parent / "legibility.js").read_text(encoding="utf-8")
-READABLE = {"smallest": 10, "contrast": 4.5, "large": 3}
-"""Size of the smallest text in CSS pixels, and the contrasts of WCAG 2.2, level AA."""
 PAPER = 718
 """Width of A4 between margins of 1 cm, in CSS pixels."""
-
-Scheme = Literal["light", "dark"]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(full_report(), tmp_path_factory.mktemp("report"))["html"]
-
-
-@contextmanager
-def opened(browser: Browser, path: Path, width: int, scheme: Scheme = "light") -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
-    page = context.new_page()
-    page.goto(path.as_uri())
-    yield page
-    context.close()
-
-
-def unfold(page: Page) -> None:
-    page.evaluate("document.querySelectorAll('details').forEach((entry) => { entry.open = true; })")
-
-
-def problems(page: Page) -> list[str]:
-    found: list[str] = page.evaluate(LEGIBILITY, READABLE)
-    return found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
