@@ -108,7 +108,8 @@ def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         adapted: Any = get_peft_model(model, config)
     base |= {id(parameter) for parameter in _trained_heads(adapted, heads)}
     for parameter in adapted.parameters():
-        if id(parameter) not in base and not config.is_adaption_prompt:
+        # DoRA moves the weights of 8-bit layers, which makes new parameters of the base's integers.
+        if id(parameter) not in base and parameter.is_floating_point() and not config.is_adaption_prompt:
             parameter.data = parameter.data.to(torch.float32)
     if config.is_prompt_learning and not heads:
         generate_as_trained(adapted)

@@ -17,6 +17,7 @@ from subnet_ft.recipe.methods import METHODS
 
 ADAPTERS = [name for name, method in METHODS.items() if method.trains == "adapter"]
 CONFIGS: dict[str, dict[str, Any]] = {name: {"r": 4} for name in ("eva", "shira")}
+STORED = {"int8": torch.int8, "nf4": torch.uint8}
 IDS = torch.arange(2, 34).view(2, 16)
 # Of what the adapter changes: activations are rounded to 8 bits, or sums to bfloat16; without the adapter it is 1.
 ROUNDING = 0.2
@@ -68,6 +69,7 @@ def test_load_trained_computes_on_quantized_layers(name: str, family: str, kind:
     without = logits_of(dense)
     expected = logits_of(load_adapter(dense, folder))
     loaded: Any = load_trained(folder, base, dtype="bfloat16", quantization=kind)[0]
+    assert {layer.weight.dtype for layer in quantized_layers(loaded).values()} == {STORED[kind]}
     assert (logits_of(loaded) - expected).norm() < ROUNDING * (without - expected).norm()
     # What a call leaves behind, the next one meets.
     assert torch.equal(logits_of(loaded), logits_of(loaded))
