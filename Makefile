@@ -26,7 +26,7 @@ test: $(VENV)/.stamp-dev  ## Run the tests that need neither minutes nor a pretr
 
 browser-test: $(VENV)/.stamp-dev  ## Read a report in headless Chromium, and keep screenshots in build/screenshots.
 	scripts/install_chromium.sh
-	$(PYTEST) -m browser
+	$(PYTEST) -m browser tests/browser
 
 test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2  ## Run the slow tests: real model, builds, whole runs.
 	$(PYTEST) -m slow
