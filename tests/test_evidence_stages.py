@@ -11,6 +11,7 @@ import pytest
 from test_pipeline import recipe
 
 from subnet_ft.evidence.report import Report
+from subnet_ft.evidence_stages.stage import EvidenceFolder
 from subnet_ft.pipeline import Pipeline
 
 ASKED = [
@@ -101,3 +102,28 @@ def test_train_under_a_probed_mask_counts_the_probe(tmp_path: Path) -> None:
     assert cost.first_seconds is not None
     assert cost.train_seconds is not None
     assert cost.first_seconds > cost.train_seconds
+
+
+def test_evidence_of_another_version_is_made_again(tmp_path: Path) -> None:
+    """Fields change between versions; what an older one left is not read as if it were ours."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Older:
+        """What was found."""
+
+        share: float
+        """A share."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Newer:
+        """What is found."""
+
+        share: float
+        """A share."""
+        count: int
+        """What it is a share of."""
+
+    folder = EvidenceFolder(tmp_path, overwrite=False)
+    assert folder.once("piece", Older, {"a": 1}, lambda: Older(0.5)) == Older(0.5)
+    assert folder.once("piece", Older, {"a": 1}, lambda: Older(1.0)) == Older(0.5)
+    assert folder.once("piece", Newer, {"a": 1}, lambda: Newer(0.5, 3)) == Newer(0.5, 3)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from subnet_ft.digests import json_sha256
+from subnet_ft.evidence.json_schema import json_schema
 from subnet_ft.evidence.plain import from_plain
 from subnet_ft.stages import read_json, run_stage, write_json
 
@@ -47,5 +49,7 @@ class EvidenceFolder:
             write_json(folder / FOUND, asdict(work()))  # type: ignore[call-overload]  # every kind is a dataclass
             return {}
 
+        # Another version of subnet-ft may have found other things under the same inputs.
+        inputs = {**inputs, "schema": json_sha256([json_schema(kind, identifier=name)])}
         run_stage(stage, inputs, do, overwrite=self.overwrite, cheap=True, products=[stage / FOUND])
         return from_plain(kind, read_json(stage / FOUND))
