@@ -9,6 +9,7 @@ from typing import Any
 
 import subnet_ft
 from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.evidence.conditions import differing_conditions
 from subnet_ft.evidence.report import Report, RunEvidence, build_report
 from subnet_ft.evidence.weights import RunWeights, compare_weights
 from subnet_ft.evidence_stages import OutputEvidence, WeightEvidence, over_seeds
@@ -65,6 +66,7 @@ def run_report(
         )
 
     into = EvidenceFolder(folder, overwrite)
+    environments = {name: run.results["environment"] for name, run in runs.all.items()}
     of_weights = WeightEvidence(inputs, runs, into, progress=progress)
     of_outputs = OutputEvidence(inputs, runs, into, progress=progress)
     mask_stage = read_json(folder / "mask" / "stage.json") if recipe.subnet.source.kind != "file" else None
@@ -95,6 +97,10 @@ def run_report(
         not_measured=[
             *not_measured,
             *(
+                f"Times and memory under the same conditions: `{key}` is {_values(values)}."
+                for key, values in differing_conditions(environments).items()
+            ),
+            *(
                 f"The whole training time of `{name}`: it was interrupted and resumed from "
                 f"{run.results['resumed_from']}, and the time shown is that of the last part."
                 for name, run in runs.all.items()
@@ -107,3 +113,11 @@ def run_report(
 def _evaluation_seconds(folder: Path, name: str) -> dict[str, float]:
     stage = read_json(folder / "evaluation" / name / "stage.json")
     return {"evaluate": stage["results"]["seconds"]} if stage else {}
+
+
+def _values(by_run: Mapping[str, Any]) -> str:
+    """Say which runs have which value."""
+    runs: dict[str, list[str]] = {}
+    for name, value in by_run.items():
+        runs.setdefault(str(value), []).append(name)
+    return ", ".join(f"{value} for {' and '.join(names)}" for value, names in runs.items())

@@ -127,3 +127,19 @@ def test_evidence_of_another_version_is_made_again(tmp_path: Path) -> None:
     assert folder.once("piece", Older, {"a": 1}, lambda: Older(0.5)) == Older(0.5)
     assert folder.once("piece", Older, {"a": 1}, lambda: Older(1.0)) == Older(0.5)
     assert folder.once("piece", Newer, {"a": 1}, lambda: Newer(0.5, 3)) == Newer(0.5, 3)
+
+
+def test_report_says_when_runs_were_measured_under_other_conditions(run: tuple[Path, Report]) -> None:
+    folder, report = run
+    assert not [line for line in report.not_measured if "same conditions" in line]
+    path = folder / "control-uniform" / "stage.json"
+    before = path.read_text()
+    stage = json.loads(before)
+    stage["results"]["environment"]["torch_threads"] = 64
+    path.write_text(json.dumps(stage))
+    try:
+        again = Pipeline(recipe("grpo", folder, *ASKED)).run()
+    finally:
+        path.write_text(before)
+    (line,) = [line for line in again.not_measured if "same conditions" in line]
+    assert "64 for control-uniform" in line

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from subnet_ft.evidence.conditions import differing_conditions
 from subnet_ft.evidence.report.schema import Accuracy, Difference
-
-_CONDITIONS = ("gpu", "processor", "cpu_count", "torch_threads", "python", "subnet_ft")
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,7 @@ class MethodComparison:
 
         Their times and peaks of memory do not compare then.
         """
-        runs = {result.method: _conditions(result.environment) for result in self.methods}
-        keys = dict.fromkeys(key for conditions in runs.values() for key in conditions)
-        values = {key: {method: conditions.get(key) for method, conditions in runs.items()} for key in keys}
-        return {key: by_method for key, by_method in values.items() if len(set(map(repr, by_method.values()))) > 1}
+        return differing_conditions({result.method: result.environment for result in self.methods})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
@@ -140,12 +136,6 @@ class MethodComparison:
             for entry in values["quantized"]
         ]
         return cls(**values)
-
-
-def _conditions(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what times and peaks depend on; main memory and kernel differ without making a run another one."""
-    versions = {f"packages.{name}": version for name, version in environment.get("packages", {}).items()}
-    return {**{key: environment[key] for key in _CONDITIONS if key in environment}, **versions}
 
 
 def _accuracy(entry: Mapping[str, Any] | None) -> Accuracy | None:
