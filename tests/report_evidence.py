@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from subnet_ft.evidence.overlap import MaskOverlap, Overlap
 from subnet_ft.evidence.report import Report, RunEvidence, build_report
 from subnet_ft.evidence.retention import Retention, TaskRetention
 from subnet_ft.evidence.scatter import Scatter, weight_scatter
-from subnet_ft.evidence.seeds import SeedSummary, summarize_seeds
+from subnet_ft.evidence.seeds import MixedDifference, SeedSummary, summarize_seeds
 from subnet_ft.evidence.spectra import Spectra, Spectrum
 from subnet_ft.evidence.statistics import paired_difference
 from subnet_ft.evidence.structure import Spread, Structure, TensorStructure
@@ -112,9 +113,31 @@ def full_report(**changes: Any) -> Report:
     return build_report(**{**arguments, **changes})
 
 
-def made_up_records(name: str) -> list[dict[str, Any]]:
-    """Return the answers of a model of `SHARES`."""
-    solved = np.random.default_rng(list(SHARES).index(name)).random(N) < SHARES[name]
+def extreme_report() -> Report:
+    """Build a report whose numbers are as long as they get, with names that are."""
+    shares = {"base": 0.0, "full": 1.0, "subnet": 1.0, "control-non_principal": 0.0, "control-layer_permuted": 1.0}
+    runs = {name: RunEvidence(name, made_up_records("base", share)) for name, share in shares.items()}
+    baseline = "a_method_with_a_name_that_no_label_can_hold_in_full"
+    agree = {
+        name: replace(_agreement("subnet"), kl=kl, kl_low=kl, kl_high=kl)
+        for name, kl in (("base", 12.5), ("subnet", 1e-9))
+    }
+    worst = MixedDifference({"0": -1.0, "12345": 1.0}, 0.0, 1.0, -1.0, 1.0, 0.9, 1.0)
+    return full_report(
+        **{name: runs[name] for name in ("base", "full", "subnet")},
+        controls=[runs["control-non_principal"], runs["control-layer_permuted"]],
+        baselines=[RunEvidence(baseline, made_up_records("base", 0.5), seconds={"train": 360_000.0})],
+        agreement=agree,
+        seeds_summary=[SeedSummary("subnet", [0, 12345], worst, worst, "undecided", N)],
+        scatter=None,
+        dynamics={"full": _dynamics(1e-9)},
+    )
+
+
+def made_up_records(name: str, share: float | None = None) -> list[dict[str, Any]]:
+    """Return the answers of a model of `SHARES`, or of one with another accuracy."""
+    wanted = SHARES[name] if share is None else share
+    solved = np.random.default_rng(list(SHARES).index(name)).random(N) < wanted
     return [
         {
             "prompt": f"8 + 13 = 21\n{index} + 42 =",

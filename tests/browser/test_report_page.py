@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from browser_pages import Scheme, opened, problems, unfold
 from playwright.sync_api import Browser
-from report_evidence import FIGURES, full_report
+from report_evidence import FIGURES, extreme_report, full_report
 
 from subnet_ft.evidence.report import write_report
 
@@ -28,6 +28,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_is_legible(chromium: Browser, report: Path, screenshots: Path, width: int, scheme: Scheme) -> None:
     with opened(chromium, report, width, scheme) as page:
         page.screenshot(path=screenshots / f"report-{width}-{scheme}.png", full_page=True)
+        unfold(page)
+        assert problems(page) == []
+
+
+@pytest.mark.parametrize("width", [390, 600, 1440])
+def test_report_of_long_numbers_and_names_is_legible(chromium: Browser, tmp_path: Path, width: int) -> None:
+    path = write_report(extreme_report(), tmp_path)["html"]
+    with opened(chromium, path, width) as page:
         unfold(page)
         assert problems(page) == []
 

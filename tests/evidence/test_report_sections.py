@@ -171,6 +171,7 @@ def test_label_says_what_people_call_models() -> None:
     names = {"base": "base model", "lora": "LoRA", "seed-1/subnet": "subnetwork, seed 1"}
     assert {name: label(FULL, name) for name in names} == names
     assert label(FULL, "control-magnitude_matched") == "magnitude-matched control"
+    assert label(FULL, "control-low_magnitude") == "low-magnitude control"
     assert (the(FULL, "full"), the(FULL, "lora")) == ("the full run", "LoRA")
 
 

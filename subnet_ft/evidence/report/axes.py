@@ -51,7 +51,10 @@ def rows_over_axis(
     x = Scale(ticks[0], ticks[-1], left_edge(width), width - right - 12)
     for tick in ticks:
         svg.line(x(tick), TOP, x(tick), bottom, "grid")
-        svg.text(x(tick), bottom + 17, write(tick), "tick", anchor="middle")
+        content = write(tick)
+        # A long label at an end stays in the drawing: half of it is at most four units for each sign.
+        centre = min(max(x(tick), 4.0 * len(content)), width - 4.0 * len(content))
+        svg.text(centre, bottom + 17, content, "tick", anchor="middle")
     return svg, x
 
 

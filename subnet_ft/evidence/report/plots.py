@@ -171,7 +171,8 @@ def stacked(
     """Draw one bar per row, stacked by part; `parts` gives the order of the colours."""
     most = max(sum(stack.values()) for stack in stacks.values()) or 1.0
     svg = Svg(width, bottom_of_rows(width, len(stacks)) + 4, title)
-    x = Scale(0, most, left_edge(width), width - 92)
+    longest = max(len(write(sum(stack.values()))) for stack in stacks.values())
+    x = Scale(0, most, left_edge(width), width - 16 - 7.6 * longest)
     for row, (name, stack) in enumerate(stacks.items()):
         y = row_centre(width, row)
         row_label(svg, name, y)

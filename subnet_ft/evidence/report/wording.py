@@ -85,9 +85,7 @@ def label(report: Report, name: str) -> str:
     if name.startswith("seed-") and "/" in name:
         seed, _, run = name.removeprefix("seed-").partition("/")
         return f"{label(report, run)}, seed {seed}"
-    return (
-        name.removeprefix("control-").replace("magnitude_matched", "magnitude-matched").replace("_", " ") + " control"
-    )
+    return name.removeprefix("control-").replace("_", "-") + " control"
 
 
 def the(report: Report, name: str) -> str:
