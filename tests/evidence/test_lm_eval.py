@@ -79,7 +79,7 @@ def test_evaluate_with_harness_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def tasks_from(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks in the harness's own YAML over seven prompts in a local file: a choice of two, and an answer to write."""
+    """Two tasks in the harness's own YAML over seven prompts in a local file: a choice of two, and an answer."""
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": text, "choices": [str(2 * n), str(2 * n + 1)], "label": 0} for n, text in enumerate(CHOICES)]
