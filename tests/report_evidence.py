@@ -128,7 +128,7 @@ def extreme_report() -> Report:
         controls=[runs["control-non_principal"], runs["control-layer_permuted"]],
         baselines=[RunEvidence(baseline, made_up_records("base", 0.5), seconds={"train": 360_000.0})],
         agreement=agree,
-        seeds_summary=[SeedSummary("subnet", [0, 12345], worst, worst, "undecided", N)],
+        seeds_summary=[SeedSummary("subnet", [0, 12345], worst, worst, "undecided", N, "The gain is wide.")],
         scatter=None,
         dynamics={"full": _dynamics(1e-9)},
     )

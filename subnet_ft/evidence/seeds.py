@@ -48,9 +48,12 @@ class SeedSummary:
     full_minus_base: MixedDifference
     """The full run minus the base."""
     verdict: VerdictName
-    """By the rule of a single seed, on these intervals."""
+    """By the rule of a single seed, on these intervals, but `undecided` where the interval of the gain holds zero and
+    reaches the margin; `nothing_to_recover` only where all of it lies below the margin."""
     num_prompts: int
     """Held-out prompts."""
+    reason: str
+    """One sentence with the gain and what settled the verdict, or kept it from being settled."""
 
 
 def mixed_difference(
@@ -123,7 +126,12 @@ def summarize_seeds(
     margin: float,
     confidence: float,
 ) -> SeedSummary:
-    """Judge a run over several seeds by the rule of `evidence.verdict.verdict`.
+    """Judge a run over several seeds by the rule of `evidence.verdict.verdict`, but for what a wide interval says.
+
+    A gain that is not shown to be above zero need not be small: of two seeds the interval is so wide that a gain of 20
+    points in both may not exclude zero. So the verdict is `nothing_to_recover` only if the whole interval of the gain
+    lies below the margin, which is the largest difference that counts as none, and `undecided` if it holds zero and
+    reaches the margin.
 
     Args:
         run: Name of the run.
@@ -135,5 +143,28 @@ def summarize_seeds(
     """
     gain = mixed_difference(full, dict.fromkeys(full, base), confidence=confidence)
     gap = mixed_difference(other, full, confidence=two_one_sided(confidence))
-    name: VerdictName = "nothing_to_recover" if gain.low <= 0 else decide(gap.low, gap.high, gain.low, margin)
-    return SeedSummary(run, sorted(full), gap, gain, name, len(base))
+    name: VerdictName
+    if gain.low > 0:
+        name = decide(gap.low, gap.high, gain.low, margin)
+    else:
+        name = "nothing_to_recover" if gain.high < margin else "undecided"
+    return SeedSummary(run, sorted(full), gap, gain, name, len(base), _reason(name, gap, gain, margin))
+
+
+def _reason(name: VerdictName, gap: MixedDifference, gain: MixedDifference, margin: float) -> str:
+    within = f"the margin of {margin * 100:.1f} points"
+    if name == "nothing_to_recover":
+        settled = f"all of it below {within}"
+    elif gain.low <= 0:
+        settled = "which does not settle whether the full run is above the base model"
+    elif name == "recovered":
+        settled = "and the run lies above the full run" if gap.low > 0 else f"and the run lies within {within}"
+    elif name == "not_recovered":
+        settled = f"and the run lies below the full run by more than {within}"
+    elif gain.low <= margin:
+        settled = f"which may be no more than {within}, so the base model itself may lie within it"
+    else:
+        settled = f"but the difference to the full run does not settle {within}"
+    few = "; two seeds give one degree of freedom, so intervals are wide" if len(gain.by_seed) == 2 else ""
+    low, mean, high = (f"{value * 100:+.1f}" for value in (gain.low, gain.mean, gain.high))
+    return f"The gain over seeds is {mean} points [{gain.confidence * 100:g} %: {low} to {high}], {settled}{few}."

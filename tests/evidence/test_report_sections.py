@@ -94,7 +94,15 @@ def test_lines_for_terminal_has_the_answers() -> None:
     assert lines[0] == "Verdict: undecided"
     for start in ("Several seeds. Over 3 seeds the subnetwork is", "The floor. Two full runs with seeds 0 and 1."):
         assert start in text
-    for figure in ("overlap-nulls", "spectra-energy", "dynamics-mask", "retention-text", "structure-spread"):
+    assert FULL.seeds_summary[0].reason in answers(FULL)["seeds-differences"]
+    for figure in (
+        "seeds-differences",
+        "overlap-nulls",
+        "spectra-energy",
+        "dynamics-mask",
+        "retention-text",
+        "structure-spread",
+    ):
         assert answers(FULL)[figure] in text
     assert max(map(len, lines)) <= 120
 

@@ -128,3 +128,45 @@ def test_summarize_seeds_judges_by_the_rule_of_one_seed() -> None:
     assert far.verdict == "not_recovered"
     nothing = summarize_seeds("subnet", solved, full, full, margin=0.04, confidence=0.95)
     assert nothing.verdict == "nothing_to_recover"
+
+
+def outcomes_of(share: float, n: int = 1000) -> NDArray[np.bool_]:
+    return np.arange(n) < round(share * n)
+
+
+def test_summarize_seeds_of_a_certain_gain_that_two_seeds_cannot_show_is_undecided() -> None:
+    full = {0: outcomes_of(0.499), 1: outcomes_of(0.536)}
+    found = summarize_seeds("subnet", outcomes_of(0.3), full, full, margin=0.04, confidence=0.95)
+    assert found.full_minus_base.low <= 0 < found.full_minus_base.by_seed["0"]
+    assert found.verdict == "undecided"
+    assert found.reason.startswith("The gain over seeds is +21.8 points [95 %: -")
+    assert "does not settle whether the full run is above the base model" in found.reason
+    assert found.reason.endswith("two seeds give one degree of freedom, so intervals are wide.")
+
+
+def test_summarize_seeds_finds_nothing_to_recover_only_where_the_gain_is_below_the_margin() -> None:
+    base, small = outcomes_of(0.5), {seed: outcomes_of(0.5 + 0.002 * seed) for seed in (-1, 0, 1)}
+    none = summarize_seeds("subnet", base, small, small, margin=0.04, confidence=0.95)
+    assert none.verdict == "nothing_to_recover"
+    assert "all of it below the margin of 4.0 points" in none.reason
+    assert "degree of freedom" not in none.reason
+    assert summarize_seeds("subnet", base, small, small, margin=0.004, confidence=0.95).verdict == "undecided"
+    worse = {seed: outcomes_of(0.2 + 0.002 * seed) for seed in (-1, 0, 1)}
+    assert summarize_seeds("subnet", base, worse, worse, margin=0.04, confidence=0.95).verdict == "nothing_to_recover"
+
+
+@pytest.mark.parametrize(
+    ("other", "margin", "verdict", "said"),
+    [
+        (0.5, 0.04, "recovered", "and the run lies within the margin of 4.0 points"),
+        (0.7, 0.04, "recovered", "and the run lies above the full run"),
+        (0.3, 0.04, "not_recovered", "below the full run by more than the margin of 4.0 points"),
+        (0.46, 0.04, "undecided", "does not settle the margin of 4.0 points"),
+        (0.5, 0.21, "undecided", "may be no more than the margin of 21.0 points, so the base model itself"),
+    ],
+)
+def test_summarize_seeds_says_what_settled_the_verdict(other: float, margin: float, verdict: str, said: str) -> None:
+    full = {seed: outcomes_of(0.5 + 0.001 * seed) for seed in range(3)}
+    runs = {seed: outcomes_of(other + 0.001 * seed) for seed in range(3)}
+    found = summarize_seeds("subnet", outcomes_of(0.3), full, runs, margin=margin, confidence=0.95)
+    assert (found.verdict, said in found.reason) == (verdict, True), found.reason

@@ -74,7 +74,7 @@ def seeds(report: Report) -> Section | None:
         return None
     answers = [
         f"Over {len(entry.seeds)} seeds {the(report, entry.run)} is {_said(entry.minus_full)} from the full run "
-        f"of the same seed: {VERDICTS[entry.verdict].lower()}."
+        f"of the same seed: {VERDICTS[entry.verdict].lower()}. {entry.reason}"
         for entry in report.seeds_summary
     ]
     confidence = report.seeds_summary[0].minus_full.confidence
