@@ -70,6 +70,45 @@ def test_load_recipe_refuses_a_probe_as_long_as_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "optimizer", "reason"),
+    [
+        *[
+            (kind, f"name: {name}", f"reads AdamW's fp32 moments after the first steps, and `subnet.optimizer.name` is "
+             f"{name}, which keeps none; use `adamw`, or `kind: early`")
+            for kind in ("forecast", "gradient", "fisher")
+            for name in ("sgd", "adamw_8bit")
+        ],
+        ("forecast", "master: none", "needs to know how far weights have drifted since they were rounded, and "
+         "`subnet.optimizer.master` is none; use `fp32` or `remainder`, or `kind: early`"),
+    ],
+)  # fmt: skip
+def test_load_recipe_refuses_a_source_whose_moments_its_optimizer_does_not_keep(
+    tmp_path: Path, kind: str, optimizer: str, reason: str
+) -> None:
+    source = f"{SOURCE}{{kind: {kind}, steps: 3, density: 0.2}}"
+    problems = problems_of(tmp_path, GRPO, source, f"subnet.optimizer={{{optimizer}}}")
+    assert problems == [f"subnet.source.kind: `{kind}` {reason}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [
+        ("forecast", "master: remainder"),
+        ("gradient", "master: none"),
+        ("fisher", "master: remainder"),
+        ("early", "name: sgd"),
+        ("early", "master: none"),
+    ],
+)
+def test_load_recipe_allows_an_optimizer_that_keeps_what_its_source_reads(
+    tmp_path: Path, kind: str, optimizer: str
+) -> None:
+    density = "" if kind == "early" else ", density: 0.2"
+    source = f"{SOURCE}{{kind: {kind}, steps: 3{density}}}"
+    assert load_text(tmp_path, GRPO, source, f"subnet.optimizer={{{optimizer}}}").subnet.source.kind == kind
+
+
+@pytest.mark.parametrize(
     ("override", "problem"),
     [
         ("baselines=[full]", "baselines: `full` is part of every run; remove it"),

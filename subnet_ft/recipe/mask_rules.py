@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from subnet_ft.recipe.mask_schema import CHOSEN, COMPARED, PROBED, SourceSpec
+from subnet_ft.recipe.mask_schema import CHOSEN, COMPARED, PROBED, READ_MOMENTS, SourceSpec
 from subnet_ft.recipe.parsing import show
 from subnet_ft.recipe.schema import Recipe
 
@@ -31,6 +31,25 @@ def mask_source(recipe: Recipe) -> Problems:
     elif source.kind != "file" and (source.criterion != "exact" or source.tolerance > 0):
         yield f"{where}.criterion", f"`kind: {source.kind}` compares nothing; remove `criterion` and `tolerance`"
     yield from _amounts(recipe, source)
+
+
+def moments(recipe: Recipe) -> Problems:
+    """Refuse a source that reads what the optimizer knows of every weight where the optimizer does not keep it."""
+    kind, optimizer = recipe.subnet.source.kind, recipe.subnet.optimizer
+    if kind not in READ_MOMENTS:
+        return
+    if optimizer.name != "adamw":
+        yield (
+            "subnet.source.kind",
+            f"`{kind}` reads AdamW's fp32 moments after the first steps, and `subnet.optimizer.name` is "
+            f"{optimizer.name}, which keeps none; use `adamw`, or `kind: early`",
+        )
+    elif kind == "forecast" and optimizer.master == "none":
+        yield (
+            "subnet.source.kind",
+            "`forecast` needs to know how far weights have drifted since they were rounded, and "
+            "`subnet.optimizer.master` is none; use `fp32` or `remainder`, or `kind: early`",
+        )
 
 
 def controls(recipe: Recipe) -> Problems:

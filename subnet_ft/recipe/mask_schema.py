@@ -21,6 +21,8 @@ COMPARED = ("extract", "early")
 """Kinds of source that compare checkpoints, by a criterion."""
 PROBED = ("early", "forecast", "gradient", "fisher")
 """Kinds that need the first steps of a full run."""
+READ_MOMENTS = ("forecast", "gradient", "fisher")
+"""Kinds that need what AdamW knew of every weight after these steps."""
 CHOSEN = tuple(kind for kind in SOURCE_KINDS if kind not in ("extract", "file", "early"))
 """Kinds that rank the weights, so that the recipe says how many are trained."""
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, learns_from, trains_reward_model
 from subnet_ft.recipe.evidence_rules import baselines, repeats, retention
-from subnet_ft.recipe.mask_rules import controls, mask_source
+from subnet_ft.recipe.mask_rules import controls, mask_source, moments
 from subnet_ft.recipe.parsing import Parser, show
 from subnet_ft.recipe.schema import Recipe
 from subnet_ft.recipe.task_schema import PairsSpec, TaskSpec
@@ -36,6 +36,7 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
     """Apply every rule whose fields are usable; each problem is a dotted key and the end of a sentence."""
     rules: list[tuple[tuple[str, ...], Callable[[Recipe], Problems]]] = [
         (("subnet.source", "training"), mask_source),
+        (("subnet.source.kind", "subnet.optimizer.name", "subnet.optimizer.master"), moments),
         (("subnet.optimizer.master", "subnet.optimizer.name", "model.dtype"), _optimizer),
         (("reference", "algorithm", "training"), _reference),
         (("subnet.optimizer.clip_norm", "subnet.log_norms", "training"), _whole_norm),
