@@ -14,7 +14,7 @@ from subnet_ft.masks import SubnetMask, base_mask, early_mask, extract
 from subnet_ft.masks.forecast import forecast_mask
 from subnet_ft.masks.gradients import gradient_mask
 from subnet_ft.recipe import SourceSpec
-from subnet_ft.stages import TrainedStage, read_json, run_stage
+from subnet_ft.stages import TrainedStage, check_known_inputs, read_json, run_stage
 from subnet_ft.training.moments import read_moments
 from subnet_ft.training.run import TRAINER
 from subnet_ft.verification import compare_dtype
@@ -80,7 +80,11 @@ class MaskStages:
             source: Its kind and parameters.
             name: Of the stage; the mask's file has the same.
             user: Stage that trains under the mask.
-            seed: Of the training whose first steps are looked at, if not the recipe's.
+            seed: Of the training whose first steps are looked at, and of a draw, if not the recipe's. A source that
+                looks at nothing but the base or a file gives the same mask for every seed.
+
+        Raises:
+            StageError: The mask's stage was made with other settings, which is known before any step is trained.
         """
         if source.kind == "file":
             return self.inputs.mask_from_file()
@@ -90,15 +94,19 @@ class MaskStages:
         if source.steps is None:
             assert source.density is not None  # the recipe was checked
             density = source.density
-            inputs["seed"] = recipe.seed
+            # With the other kinds a seed only decides which of equal weights are taken: their mask is repeated as it is.
+            drawn_with = recipe.seed if seed is None or source.kind != "uniform" else seed
+            inputs["seed"] = drawn_with
             return self._made(
                 name,
                 inputs,
                 lambda: base_mask(
-                    base, source.kind, density=density, seed=recipe.seed, dtype=dtype, progress=self.progress
+                    base, source.kind, density=density, seed=drawn_with, dtype=dtype, progress=self.progress
                 ),
                 user=user,
             )
+        if self._is_used(user) and not self.overwrite:
+            check_known_inputs(self.folder / name, {"base": self.inputs.base_sha256, **inputs})
         stage = self.probe_of(source, seed=seed)
         assert stage is not None  # the source has steps
         inputs["probe"] = stage.results["sha256"]
@@ -146,6 +154,10 @@ class MaskStages:
             progress=self.progress,
         )
 
+    def _is_used(self, user: str) -> bool:
+        """Whether a run is there whose mask belongs to it, and is not replaced without being asked."""
+        return (self.folder / user).is_dir()
+
     def _made(self, name: str, inputs: dict[str, Any], make: Callable[[], SubnetMask], *, user: str) -> SubnetMask:
         path = self.folder / f"{name}{MASK_SUFFIX}"
 
@@ -161,14 +173,12 @@ class MaskStages:
             mask.save(path)
             return {"fingerprint": mask.fingerprint, "density": mask.density}
 
-        # The mask of a run that is there belongs to it and is not replaced without being asked.
-        used = (self.folder / user).is_dir()
         results = run_stage(
             self.folder / name,
             {"base": self.inputs.base_sha256, **inputs},
             work,
             overwrite=self.overwrite,
-            cheap=not used,
+            cheap=not self._is_used(user),
             products=[path],
         )
         mask = SubnetMask.load(path)

@@ -67,11 +67,7 @@ def run_stage(
         )
     if found is not None and found.get("inputs") != inputs:
         if not (overwrite or cheap):
-            changes = ", ".join(_changes(found.get("inputs") or {}, inputs)[:5])
-            raise StageError(
-                f"`{folder}` was made with other settings: {changes}. Choose another `output`, or pass `--overwrite` "
-                "to replace it."
-            )
+            raise _made_with_others(folder, found.get("inputs") or {}, inputs)
         _remove(folder)
         found = None
     if found is not None and "results" in found and all(path.exists() for path in products):
@@ -86,6 +82,25 @@ def run_stage(
     write_json(folder / FINISHED, {"inputs": inputs, "results": results, "finished": _now()})
     (folder / STARTED).unlink()
     return results
+
+
+def check_known_inputs(folder: Path, known: dict[str, Any]) -> None:
+    """Refuse a stage that `run_stage` will refuse, while some of its inputs are still to be made at some cost.
+
+    Args:
+        folder: The stage's folder; one that holds no stage yet is not refused.
+        known: The inputs that are known.
+
+    Raises:
+        StageError: The stage was made with other ones.
+    """
+    found = read_json(folder / FINISHED) or read_json(folder / STARTED)
+    if found is None:
+        return
+    known, recorded = json.loads(json.dumps(known)), found.get("inputs") or {}
+    recorded = {key: value for key, value in recorded.items() if key in known}
+    if recorded != known:
+        raise _made_with_others(folder, recorded, known)
 
 
 def finished_results(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -153,6 +168,14 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside)
+
+
+def _made_with_others(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> StageError:
+    changes = ", ".join(_changes(old, new)[:5])
+    return StageError(
+        f"`{folder}` was made with other settings: {changes}. Choose another `output`, or pass `--overwrite` "
+        "to replace it."
+    )
 
 
 def _changes(old: Any, new: Any, where: str = "") -> list[str]:

@@ -103,6 +103,24 @@ def test_pipeline_refuses_a_mask_of_another_source_for_a_run_that_is_there(tmp_p
         Pipeline(recipe("grpo", output, "evaluation.enabled=false", *source("low_magnitude"))).train()
 
 
+def test_pipeline_refuses_a_mask_of_first_steps_before_it_takes_them(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    Pipeline(recipe("grpo", output, "evaluation.enabled=false", *source("uniform"))).train()
+    with pytest.raises(StageError, match=r"source\.kind: was \"uniform\", is \"early\""):
+        Pipeline(recipe("grpo", output, "evaluation.enabled=false", *source("early"))).train()
+    assert not (output / "probe-2").exists()
+
+
+@pytest.mark.parametrize("kind", FROM_BASE)
+def test_of_source_draws_with_the_seed_of_a_repeat_only_what_is_drawn(kind: str, tmp_path: Path) -> None:
+    pipeline = Pipeline(recipe("grpo", tmp_path / "run", "evaluation.enabled=false", *source(kind)))
+    spec = pipeline.recipe.subnet.source
+    first = pipeline.masks.of_source(spec)
+    repeat = pipeline.masks.of_source(spec, "seed-1/mask", user="seed-1/subnet", seed=1)
+    assert (repeat != first) == (kind == "uniform")
+    assert repeat.provenance.source.get("seed", 0) == (1 if kind == "uniform" else 0)
+
+
 def test_pipeline_repeats_runs_with_other_seeds_on_the_same_data(tmp_path: Path) -> None:
     output = tmp_path / "run"
     repeats = ["repeats={seeds: [1], runs: all}", "controls=[uniform]", "evaluation.enabled=false"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from subnet_ft.errors import StageError
-from subnet_ft.stages import finished_results, lock_run, run_stage, write_json
+from subnet_ft.stages import check_known_inputs, finished_results, lock_run, run_stage, write_json
 
 
 class Work:
@@ -96,6 +96,19 @@ def test_run_stage_continues_when_it_was_killed_while_replacing(tmp_path: Path) 
     run_stage(tmp_path / "full", {"seed": 1}, Work(), overwrite=False)
     run_stage(tmp_path / "full", {"seed": 2}, Work(), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_check_known_inputs_refuses_a_stage_before_its_other_inputs_are_made(tmp_path: Path, interrupted: bool) -> None:
+    folder = tmp_path / "mask"
+    check_known_inputs(folder, {"source": {"steps": 3}})
+    try:
+        run_stage(folder, {"source": {"steps": 2}, "probe": "a"}, Work(fail=interrupted), overwrite=False)
+    except KeyboardInterrupt:
+        assert interrupted
+    check_known_inputs(folder, {"source": {"steps": 2}})
+    with pytest.raises(StageError, match=r"other settings: source\.steps: was 2, is 3\. Choose another `output`"):
+        check_known_inputs(folder, {"source": {"steps": 3}})
 
 
 def test_finished_results_wants_the_same_inputs(tmp_path: Path) -> None:
