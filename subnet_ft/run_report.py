@@ -62,11 +62,11 @@ def run_report(
             log_history=json.loads((run.folder / LOG).read_text()),
             seconds={"train": run.results["train_seconds"], **_evaluation_seconds(folder, name)},
             memory=run.results["memory"],
+            resumed_from=run.results["resumed_from"],
             weights=weights.get(name),
         )
 
     into = EvidenceFolder(folder, overwrite)
-    environments = {name: run.results["environment"] for name, run in runs.all.items()}
     of_weights = WeightEvidence(inputs, runs, into, progress=progress)
     of_outputs = OutputEvidence(inputs, runs, into, progress=progress)
     mask_stage = read_json(folder / "mask" / "stage.json") if recipe.subnet.source.kind != "file" else None
@@ -96,18 +96,26 @@ def run_report(
         scatter=of_weights.scatter(),
         not_measured=[
             *not_measured,
-            *(
-                f"Times and memory under the same conditions: `{key}` is {_values(values)}."
-                for key, values in differing_conditions(environments).items()
-            ),
-            *(
-                f"The whole training time of `{name}`: it was interrupted and resumed from "
-                f"{run.results['resumed_from']}, and the time shown is that of the last part."
-                for name, run in runs.all.items()
-                if run.results["resumed_from"]
-            ),
+            *cost_gaps(runs),
         ],
     )
+
+
+def cost_gaps(runs: TrainedRuns) -> list[str]:
+    """Say which times and peaks of a run's stages do not compare, or are not of the whole training."""
+    environments = {name: run.results["environment"] for name, run in runs.all.items()}
+    return [
+        *(
+            f"Times and memory under the same conditions: `{key}` is {_values(values)}."
+            for key, values in differing_conditions(environments).items()
+        ),
+        *(
+            f"The whole training time of `{name}`: it was interrupted and resumed from "
+            f"{run.results['resumed_from']}, and the time shown is that of the last part."
+            for name, run in runs.all.items()
+            if run.results["resumed_from"]
+        ),
+    ]
 
 
 def _evaluation_seconds(folder: Path, name: str) -> dict[str, float]:

@@ -35,6 +35,8 @@ class TrainedRuns:
 
     @property
     def all(self) -> dict[str, TrainedStage]:
-        """Every run by its name; a repeated one has the seed's folder before it, as in `seed-1/full`."""
+        """Every run by its name, the probe included; a repeated one has the seed's folder before it, as in
+        `seed-1/full`."""
         repeated = {f"seed-{seed}/{name}": run for seed, stages in self.repeats.items() for name, run in stages.items()}
-        return {**self.masked, **self.baselines, **repeated}
+        probe = {} if self.probe is None else {"probe": self.probe}
+        return {**self.masked, **self.baselines, **repeated, **probe}

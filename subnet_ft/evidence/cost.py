@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 Origin: TypeAlias = Literal["full", "probe", "elsewhere", "nothing"]
+PeakOf: TypeAlias = Literal["process", "device"]
 
 _FROM_PROBE = frozenset({"early", "forecast", "gradient", "fisher"})
 _FROM_BASE = frozenset({"low_magnitude", "predicted", "principal", "non_principal", "uniform"})
@@ -25,15 +26,20 @@ class Cost:
     """The earlier run that its mask was made from: the full run's name or `probe`; `None` for none, or for one that
     this report knows nothing of."""
     train_seconds: float | None
-    """Its own training: what another run under the same mask takes."""
+    """Its own training: what another run under the same mask takes. `None`, too, for a run that was interrupted and
+    resumed, of which only the last part was timed."""
     mask_seconds: float | None
     """Making the mask when the earlier run is there; `None` for a run without a mask, too."""
     first_seconds: float | None
     """The earlier run's training, the mask and its own training."""
     peak_bytes: int | None
-    """Largest resident size of its process in training."""
+    """Largest memory in training: what torch allocated on the device where there is one, else the resident size of the
+    process."""
+    peak_of: PeakOf | None
+    """Which of the two `peak_bytes` is."""
     first_peak_bytes: int | None
-    """The larger of that and the earlier run's."""
+    """The larger of that and the earlier run's; `None`, too, where one is of the device and the other of the
+    process."""
     persistent_bytes: int | None
     """What lives from one step to the next, counted from the tensors."""
     first_persistent_bytes: int | None
@@ -68,31 +74,36 @@ def run_costs(
     *,
     mask_seconds: Mapping[str, float | None],
     num_parameters: int | None,
+    resumed: Collection[str] = (),
 ) -> list[Cost]:
     """Add up what every run needed.
 
     Args:
         runs: Name of every trained run to the earlier run that its mask needs, or `None`.
         seconds: Run to stage to time; those of evaluation do not count.
-        memory: Run to component to bytes; `peak_rss` is the process's largest resident size.
+        memory: Run to component to bytes; `peak_device` and `peak_rss` are the largest memory of device and process.
         mask_seconds: Run under a mask to the time that it took to make it.
         num_parameters: Weights of the model.
+        resumed: Runs that were interrupted, so that their time is that of the last part.
 
     Returns:
         One entry per run of which time or memory is known, in the given order.
     """
-    train = {name: _training(stages) for name, stages in seconds.items()}
-    peak = {name: sizes.get("peak_rss") for name, sizes in memory.items()}
+    train = {name: _training(stages) for name, stages in seconds.items() if name not in resumed}
+    peaks = {name: _peak(sizes) for name, sizes in memory.items()}
     persistent = {name: _persistent(sizes) for name, sizes in memory.items()}
     costs = []
     for name, needed in runs.items():
-        if train.get(name) is None and not memory.get(name):
+        if train.get(name) is None and not memory.get(name) and name not in resumed:
             continue
         way = [name] if needed is None else [needed, name]
         times = [train.get(step) for step in way]
         if name in mask_seconds:
             times.append(mask_seconds[name])
         lasting = persistent.get(name)
+        peak_bytes, peak_of = peaks.get(name, (None, None))
+        way_peaks = [peaks.get(step, (None, None)) for step in way]
+        are_alike = len({of for _, of in way_peaks}) == 1
         costs.append(
             Cost(
                 run=name,
@@ -100,8 +111,9 @@ def run_costs(
                 train_seconds=train.get(name),
                 mask_seconds=mask_seconds.get(name),
                 first_seconds=_all(times, sum),
-                peak_bytes=peak.get(name),
-                first_peak_bytes=_all([peak.get(step) for step in way], max),
+                peak_bytes=peak_bytes,
+                peak_of=peak_of,
+                first_peak_bytes=_all([size for size, _ in way_peaks], max) if are_alike else None,
                 persistent_bytes=lasting,
                 first_persistent_bytes=_all([persistent.get(step) for step in way], max),
                 bytes_per_weight=lasting / num_parameters if lasting is not None and num_parameters else None,
@@ -113,6 +125,13 @@ def run_costs(
 def _training(stages: Mapping[str, float]) -> float | None:
     times = [time for stage, time in stages.items() if not stage.startswith("eval")]
     return sum(times) if times else None
+
+
+def _peak(sizes: Mapping[str, int]) -> tuple[int | None, PeakOf | None]:
+    """Return the peak of the device, else that of the process: the two never compare."""
+    if "peak_device" in sizes:
+        return sizes["peak_device"], "device"
+    return (sizes["peak_rss"], "process") if "peak_rss" in sizes else (None, None)
 
 
 def _persistent(sizes: Mapping[str, int]) -> int | None:

@@ -43,12 +43,12 @@ def test_run_costs_counts_the_run_that_a_mask_was_made_from(
     needs: str | None, seconds: float, peak: int, persistent: int
 ) -> None:
     cost = costs(needs)["subnet"]
-    assert cost == Cost("subnet", needs, 60.0, 2.0, seconds, 300, peak, 28, persistent, 2.8)
+    assert cost == Cost("subnet", needs, 60.0, 2.0, seconds, 300, "process", peak, 28, persistent, 2.8)
 
 
 def test_run_costs_of_runs_without_a_mask_are_their_own() -> None:
     found = costs("full")
-    assert found["full"] == Cost("full", None, 100.0, None, 100.0, 500, 500, 100, 100, 10.0)
+    assert found["full"] == Cost("full", None, 100.0, None, 100.0, 500, "process", 500, 100, 100, 10.0)
     assert found["lora"].first_seconds == 70.0
     assert found["lora"].first_peak_bytes == 350
 
@@ -60,6 +60,29 @@ def test_run_costs_does_not_guess_what_was_not_measured() -> None:
     assert costs("full", mask_seconds={"subnet": None})["subnet"].first_seconds is None
     assert costs("full", num_parameters=None)["subnet"].bytes_per_weight is None
     assert costs("full", seconds={}, memory={}) == {}
+
+
+def test_run_costs_reads_the_peak_of_the_device_where_there_is_one() -> None:
+    on_device = {name: {"weights": 20, "peak_device": size} for name, size in (("full", 900), ("subnet", 700))}
+    found = costs("full", memory=on_device)
+    assert (found["subnet"].peak_bytes, found["subnet"].first_peak_bytes) == (700, 900)
+    assert found["subnet"].peak_of == found["full"].peak_of == "device"
+    both = costs("full", memory={**on_device, "subnet": {"peak_device": 700, "peak_rss": 9000}})["subnet"]
+    assert (both.peak_bytes, both.peak_of) == (700, "device")
+
+
+def test_run_costs_never_takes_the_larger_of_device_and_process() -> None:
+    found = costs("full", memory={**MEMORY, "subnet": {"peak_device": 700}})["subnet"]
+    assert (found.peak_bytes, found.peak_of, found.first_peak_bytes) == (700, "device", None)
+
+
+def test_run_costs_has_no_time_of_a_way_whose_part_was_resumed() -> None:
+    of_probe = costs("probe", resumed=["probe"])
+    assert of_probe["subnet"].first_seconds is None
+    assert of_probe["subnet"].train_seconds == 60.0
+    own = costs(None, resumed=["subnet"])["subnet"]
+    assert own.train_seconds is own.first_seconds is None
+    assert costs(None, resumed=["subnet"], memory={})["subnet"].peak_bytes is None
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,7 @@ def test_build_report_puts_the_control_that_speaks_most_against_the_subnetwork_f
 
 def test_build_report_names_the_runs_that_a_mask_cost():
     text = render_markdown(whole_report())
-    assert "The first subnetwork run cost both: 10 min 12 s of training and 99 kB at its peak." in text
+    assert "The first subnetwork run cost both: 10 min 12 s of training and 99 kB of the process at its peak." in text
     assert "| subnetwork | full run | 10 min 12 s | 5 min 10 s | 99 kB | 99 kB | 13 kB | 120.74 |" in text
 
 

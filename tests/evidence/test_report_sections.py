@@ -142,7 +142,7 @@ def test_cost_sentence_says_from_which_run_on_memory_is_saved() -> None:
     probe = RunEvidence("probe", seconds={"train": 8.0}, memory={"weights": 10, "peak_rss": 4_800_000_000})
     early = str(cost_sentence(with_mask({"kind": "early", "step": 3}, recipe_kind="early", probe=probe)))
     assert "made from a few steps of the full run’s method" in early
-    assert "2 min 01 s of training and 4.8 GB at its peak" in early
+    assert "2 min 01 s of training and 4.8 GB of the process at its peak" in early
     assert "from the second run on" in early
     low = str(cost_sentence(with_mask({"kind": "low_magnitude"}, recipe_kind="low_magnitude")))
     assert low.startswith("The mask was made from the base alone")
@@ -159,6 +159,52 @@ def test_cost_sentence_claims_no_saving_that_was_not_measured() -> None:
     assert "the first time this is no saving" in str(cost_sentence(unknown))
     assert "Memory is saved" not in str(cost_sentence(unknown))
     assert "What the first steps cost from which the mask was made." in unknown.not_measured
+
+
+def on_device(name: str, size: int | None) -> RunEvidence:
+    memory = {"weights": 10, **({} if size is None else {"peak_device": size})}
+    return RunEvidence(name, seconds={"train": 100.0}, memory=memory)
+
+
+def test_cost_says_whose_peaks_it_shows() -> None:
+    device = full_report(full=on_device("full", 9_000_000), subnet=on_device("subnet", 7_000_000), controls=[])
+    assert "9 MB of the device at its peak" in str(cost_sentence(device))
+    assert "Peak memory by one measure" in " ".join(device.not_measured), "LoRA's is of the process"
+    (figure,) = (figure for section in sections_of(device) for figure in section.figures if figure.id == "cost-way")
+    assert "on the device" in figure.caption
+    assert "in the table only" in figure.caption
+    assert figure.draw is not None
+    assert figure.table is not None
+    assert "LoRA" not in str(figure.draw(720.0))
+    assert [row[5] for row in figure.table.rows] == [
+        "9 MB of the device",
+        "7 MB of the device",
+        "4.31 GB of the process",
+    ]
+
+
+def test_cost_sentence_compares_no_peak_of_the_device_with_one_of_the_process() -> None:
+    mixed = full_report(subnet=on_device("subnet", 7_000_000))
+    assert "Memory is saved" not in str(cost_sentence(mixed))
+    assert "of the device, the full run’s of the process" in str(cost_sentence(mixed))
+
+
+def test_build_report_says_of_which_runs_no_peak_was_measured() -> None:
+    report = full_report(subnet=on_device("subnet", None), full=on_device("full", None))
+    assert "Peak memory of full, subnet in training." in report.not_measured
+    assert not [line for line in FULL.not_measured if line.startswith("Peak memory")]
+
+
+def test_build_report_takes_the_last_part_of_a_resumed_run_for_no_whole_time() -> None:
+    report = full_report(full=RunEvidence("full", seconds={"train": 3.0}, resumed_from="checkpoint-20"))
+    costs = {cost.run: cost for cost in report.costs}
+    assert costs["full"].train_seconds is costs["subnet"].first_seconds is None
+    assert costs["subnet"].train_seconds == pytest.approx(112.7)
+    probe = RunEvidence("probe", seconds={"train": 8.0}, resumed_from="checkpoint-1")
+    early = with_mask({"kind": "early", "step": 3}, recipe_kind="early", probe=probe)
+    assert "this is no saving" in str(cost_sentence(early))
+    (figure,) = (figure for section in sections_of(report) for figure in section.figures if figure.id == "cost-time")
+    assert "from there on only: full run." in figure.caption
 
 
 def test_build_report_counts_the_cost_of_every_run_with_what_it_needs() -> None:

@@ -208,6 +208,7 @@ def _costs(
         {run.name if run is not probe else "probe": run.memory for run in known},
         mask_seconds=dict.fromkeys(masked, mask.seconds if mask is not None else None),
         num_parameters=mask.num_parameters if mask is not None else None,
+        resumed=[run.name if run is not probe else "probe" for run in known if run.resumed_from],
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from subnet_ft.evidence.cost import Cost
+
 
 def gaps(
     evidence: Mapping[str, Any],
@@ -52,8 +54,20 @@ def gaps(
         if evidence["retention"]:
             found[-1] = "Sampled instead of greedy answers."
     found += [sentence for name, sentence in _MISSING.items() if not evidence[name]]
+    found += _peak_gaps(evidence["costs"])
     if not has_gpu:
         found.append("Speed and memory on a GPU.")
+    return found
+
+
+def _peak_gaps(costs: Sequence[Cost]) -> list[str]:
+    found = []
+    if unknown := [cost.run for cost in costs if cost.peak_bytes is None]:
+        found.append(f"Peak memory of {', '.join(unknown)} in training.")
+    by_kind = {kind: [cost.run for cost in costs if cost.peak_of == kind] for kind in ("device", "process")}
+    if all(by_kind.values()):
+        known = " and ".join(f"of the {kind} for {', '.join(runs)}" for kind, runs in by_kind.items())
+        found.append(f"Peak memory by one measure, so that runs compare: it is {known}.")
     return found
 
 

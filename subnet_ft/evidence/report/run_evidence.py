@@ -26,3 +26,5 @@ class RunEvidence:
     """Component to bytes, such as weights, gradients, moments; keys that start with `peak` are process totals."""
     weights: WeightComparison | None = None
     """Against the base model and the full run."""
+    resumed_from: str | None = None
+    """The trainer checkpoint that training continued from after an interruption: its time is that of the last part."""

@@ -72,6 +72,7 @@ def summary_for_cli(report: Report) -> dict[str, Any]:
                 "train_seconds": cost.train_seconds,
                 "first_seconds": cost.first_seconds,
                 "peak_bytes": cost.peak_bytes,
+                "peak_of": cost.peak_of,
                 "first_peak_bytes": cost.first_peak_bytes,
                 "bytes_per_weight": cost.bytes_per_weight,
             }

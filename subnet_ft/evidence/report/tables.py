@@ -190,14 +190,17 @@ def costs_table(report: Report) -> Table | None:
     """What every run costs the first time, with the run that its mask needs, and again under the same mask."""
     if not report.costs:
         return None
+    is_mixed = len({cost.peak_of for cost in report.costs if cost.peak_of}) > 1
     rows = [
         [
             label(report, cost.run),
             "\u2013" if cost.needs is None else f"{cost.needs} run",
             duration(cost.first_seconds),
             duration(cost.train_seconds),
-            _bytes(cost.first_peak_bytes),
-            _bytes(cost.peak_bytes),
+            *(
+                _bytes(peak) + (f" of the {cost.peak_of}" if is_mixed and peak is not None else "")
+                for peak in (cost.first_peak_bytes, cost.peak_bytes)
+            ),
             _bytes(cost.persistent_bytes),
             _NONE if cost.bytes_per_weight is None else f"{cost.bytes_per_weight:.2f}",
         ]

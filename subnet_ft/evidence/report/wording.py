@@ -251,7 +251,10 @@ def cost_sentence(report: Report) -> str | None:
         return f"{made}, so that run\u2019s time and peak memory were spent first: the first time this is no saving."
     peaks = ["", ""]
     if cost.peak_bytes is not None and cost.first_peak_bytes is not None:
-        peaks = [f" and {size(bytes_)} at its peak" for bytes_ in (cost.first_peak_bytes, cost.peak_bytes)]
+        peaks = [
+            f" and {size(bytes_)} of the {cost.peak_of} at its peak"
+            for bytes_ in (cost.first_peak_bytes, cost.peak_bytes)
+        ]
     return (
         f"{made}. The first subnetwork run cost both: {duration(cost.first_seconds)} of training{peaks[0]}. Another "
         "one "
@@ -264,6 +267,11 @@ def _saved(report: Report, cost: Cost | None, which: str) -> str:
     full = cost_of(report, report.full)
     if cost is None or full is None or cost.peak_bytes is None or full.peak_bytes is None:
         return ""
+    if cost.peak_of != full.peak_of:
+        return (
+            f" Whether memory was saved is not known: its peak is of the {cost.peak_of}, the full run\u2019s of the "
+            f"{full.peak_of}."
+        )
     if cost.peak_bytes >= full.peak_bytes:
         return " Its peak is no lower than the full run\u2019s: no memory was saved."
     return f" Memory is saved from the {which} run on: {size(full.peak_bytes)} became {size(cost.peak_bytes)}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from subnet_ft.evidence.cost import PeakOf
 from subnet_ft.evidence.report import plots, tables, wording
 from subnet_ft.evidence.report.axes import css_class
 from subnet_ft.evidence.report.row_plots import Mark, Row, rows_plot
@@ -22,8 +23,8 @@ def cost(report: Report) -> Section | None:
                 "What does the subnetwork cost, its mask included?",
                 wording.cost_sentence(report) or "",
                 partial(_peaks_plot, report) if any(cost.peak_bytes for cost in report.costs) else None,
-                "Bars: largest memory of each run\u2019s process in training. Rings: of the whole way to it the first "
-                "time, the run included that its mask was made from.",
+                f"Bars: largest memory of each run in training{_measure(report)}. Rings: of the whole way to it the "
+                "first time, the run included that its mask was made from.",
                 table=tables.costs_table(report),
                 is_table_open=True,
             )
@@ -61,7 +62,8 @@ def cost(report: Report) -> Section | None:
                     " Under the subnetwork, what it took the first time with the run that its mask was made from."
                     if wording.whole_time(report)
                     else ""
-                ),
+                )
+                + _partial(report),
                 keys=_keys(plots.time_parts(report)),
                 table=tables.time_table(report),
             )
@@ -73,10 +75,31 @@ def _keys(parts: list[str]) -> list[Key]:
     return [Key(f"part-{index % 6 + 1}", tables.words(part)) for index, part in enumerate(parts)]
 
 
+def _measure(report: Report) -> str:
+    """Say what the drawn peaks are of: one measure only, as the two do not compare."""
+    of = {"device": ", as torch allocated it on the device", "process": ", resident in the process", None: ""}
+    others = any(entry.peak_of not in (None, _drawn(report)) for entry in report.costs)
+    return of[_drawn(report)] + (" (those of another measure are in the table only)" if others else "")
+
+
+def _drawn(report: Report) -> PeakOf | None:
+    return next((entry.peak_of for entry in report.costs if entry.peak_of), None)
+
+
+def _partial(report: Report) -> str:
+    """Name the runs that were resumed: what is shown of them is not the whole time."""
+    cut = [
+        label(report, entry.run)
+        for entry in report.costs
+        if entry.train_seconds is None and "train" in report.seconds.get(entry.run, {})
+    ]
+    return f" Interrupted and resumed, so shown from there on only: {', '.join(cut)}." if cut else ""
+
+
 def _peaks_plot(report: Report, width: float) -> str | None:
     rows = []
     for entry in report.costs:
-        if entry.peak_bytes is None:
+        if entry.peak_bytes is None or entry.peak_of != _drawn(report):
             continue
         style, name = css_class(report, entry.run), label(report, entry.run)
         first = entry.first_peak_bytes
