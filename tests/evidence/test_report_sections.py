@@ -161,6 +161,66 @@ def test_cost_sentence_claims_no_saving_that_was_not_measured() -> None:
     assert "What the first steps cost from which the mask was made." in unknown.not_measured
 
 
+def with_ranks(own: float, control: float | None) -> Report:
+    spectra = FULL.spectra
+    assert spectra is not None
+    matrices = [
+        replace(
+            entry,
+            rank_share=own,
+            control=None if control is None or entry.control is None else replace(entry.control, rank_share=control),
+        )
+        for entry in spectra.matrices
+    ]
+    return full_report(spectra=replace(spectra, matrices=matrices))
+
+
+@pytest.mark.parametrize(
+    ("own", "control", "said"),
+    [
+        (0.997, 0.996, "(control 99.6 %), so it is what as many changes in other places give, too. 99 %"),
+        (0.3, 0.99, "(control 99.0 %), so it is lower than as many changes in other places give. 99 %"),
+        (0.9, 0.5, "(control 50.0 %), so it is higher than as many changes in other places give. 99 %"),
+        (0.9, None, "(control not measured). 99 %"),
+    ],
+)
+def test_spectra_say_of_the_rank_what_the_control_shows(own: float, control: float | None, said: str) -> None:
+    assert said in answers(with_ranks(own, control))["spectra-energy"]
+
+
+def test_spectra_name_what_was_left_out_and_why() -> None:
+    spectra = FULL.spectra
+    assert spectra is not None
+    skipped = {"conv.weight": "has 4 axes", **{f"nan.{place}": "holds NaN or infinite weights" for place in range(6)}}
+    first, *others = spectra.matrices
+    still = replace(first, profile=[])
+    report = full_report(spectra=replace(spectra, matrices=[still, *others], skipped=skipped, sampled=False))
+    (section,) = (entry for entry in sections_of(report) if entry.id == "spectra")
+    assert "of every matrix but those named below" in section.figures[0].caption
+    assert section.notes == [
+        "Left out: `conv.weight` (has 4 axes); `nan.0`, `nan.1`, `nan.2`, `nan.3` and 2 more (holds NaN or infinite "
+        "weights).",
+        f"Left out, as nothing in them changed: `{first.name}`.",
+    ]
+    assert "has 4 axes" in render_markdown(report)
+    (whole,) = (entry for entry in sections_of(FULL) if entry.id == "spectra")
+    assert whole.notes == []
+
+
+def test_build_report_says_when_no_matrix_could_be_decomposed() -> None:
+    spectra = FULL.spectra
+    assert spectra is not None
+    report = full_report(spectra=replace(spectra, matrices=[], skipped={"conv.weight": "has 4 axes"}))
+    assert "The rank of the update: not decomposed were `conv.weight` (has 4 axes)." in report.not_measured
+    assert "spectra" not in [section.id for section in sections_of(report)]
+    still = replace(spectra, matrices=[replace(entry, profile=[]) for entry in spectra.matrices])
+    assert "The rank of the update: it changed none." in full_report(spectra=still).not_measured
+    structure = FULL.structure
+    assert structure is not None
+    flat = full_report(structure=replace(structure, by_kind={}))
+    assert "Whether the mask clusters in rows, columns or heads: it has no matrix." in flat.not_measured
+
+
 def on_device(name: str, size: int | None) -> RunEvidence:
     memory = {"weights": 10, **({} if size is None else {"peak_device": size})}
     return RunEvidence(name, seconds={"train": 100.0}, memory=memory)

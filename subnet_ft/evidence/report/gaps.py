@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from subnet_ft.evidence.cost import Cost
+from subnet_ft.evidence.report.wording import skipped_matrices
+from subnet_ft.evidence.spectra import Spectra
+from subnet_ft.evidence.structure import Structure
 
 
 def gaps(
@@ -54,9 +57,20 @@ def gaps(
         if evidence["retention"]:
             found[-1] = "Sampled instead of greedy answers."
     found += [sentence for name, sentence in _MISSING.items() if not evidence[name]]
-    found += _peak_gaps(evidence["costs"])
+    found += [*_peak_gaps(evidence["costs"]), *_shape_gaps(evidence["structure"], evidence["spectra"])]
     if not has_gpu:
         found.append("Speed and memory on a GPU.")
+    return found
+
+
+def _shape_gaps(structure: Structure | None, spectra: Spectra | None) -> list[str]:
+    """Say what was looked for and not there."""
+    found = []
+    if structure is not None and not structure.by_kind:
+        found.append(f"{_MISSING['structure'][:-1]}: it has no matrix.")
+    if spectra is not None and not any(entry.profile for entry in spectra.matrices):
+        why = f"not decomposed were {skipped_matrices(spectra)}" if spectra.skipped else "it changed none"
+        found.append(f"The rank of the update: {why}.")
     return found
 
 

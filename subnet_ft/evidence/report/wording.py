@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from subnet_ft.evidence.cost import Cost
 from subnet_ft.evidence.report.schema import Report
+from subnet_ft.evidence.spectra import Spectra
 
 VERDICTS = {
     "recovered": "Recovered",
@@ -16,6 +18,7 @@ VERDICTS = {
 }
 MISSING = "not measured"
 SECOND_FULL = "full run, other seed"
+_TURNED = str.maketrans("<>", "><")
 _METHODS = {"lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "eva": "EVA", "shira": "SHiRA", "ia3": "IA3"}
 
 
@@ -23,16 +26,19 @@ def percent(share: float | None, digits: int = 1) -> str:
     """Write a share as a percentage; one that only rounds to 0 or 100 says so.
 
     Example:
-        0.99996 becomes `> 99.9 %`, 1.0 becomes `100 %`.
+        0.99996 becomes `> 99.9 %`, 1.0 becomes `100 %`; -0.00004, such as an excess below its null, `> -0.1 %`.
     """
     if share is None:
         return MISSING
+    if share < 0:
+        written = percent(-share, digits)
+        return written.translate(_TURNED).replace(" ", " -", 1) if written[0] in "<>" else f"-{written}"
     if share in (0.0, 1.0):
         return f"{share * 100:.0f} %"
     smallest = 10.0**-digits
     if share * 100 < smallest / 2:
         return f"< {smallest:g} %"
-    if share * 100 > 100 - smallest / 2:
+    if 100 - smallest / 2 < share * 100 < 100:
         return f"> {100 - smallest:.{digits}f} %"
     return f"{share * 100:.{digits}f} %"
 
@@ -73,6 +79,20 @@ def typographic(text: str) -> str:
 def tolerance_text(key: str, exact: str, *, digits: int = 0) -> str:
     """Write a tolerance such as `1e-05` shortly; `exact` is the word for 0."""
     return exact if float(key) == 0 else f"{float(key):.{digits}e}".replace("e-0", "e-")
+
+
+def shortened(names: Sequence[str]) -> str:
+    """List names, the first four of many."""
+    listed = ", ".join(f"`{name}`" for name in names[:4])
+    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4:,} more"
+
+
+def skipped_matrices(found: Spectra) -> str:
+    """Name the matrices that were not decomposed, by reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in found.skipped.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{shortened(alike)} ({reason})" for reason, alike in names.items())
 
 
 def label(report: Report, name: str) -> str:

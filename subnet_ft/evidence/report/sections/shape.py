@@ -13,11 +13,13 @@ from subnet_ft.evidence.report.row_plots import Mark, Row, rows_plot
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.section import Figure, Key, Section
 from subnet_ft.evidence.report.tables import Table, short_kind
-from subnet_ft.evidence.report.wording import MISSING, percent
-from subnet_ft.evidence.spectra import Spectrum
+from subnet_ft.evidence.report.wording import MISSING, percent, shortened, skipped_matrices
+from subnet_ft.evidence.spectra import Spectra, Spectrum
 from subnet_ft.evidence.structure import Structure, TensorStructure
 from subnet_ft.masks.density import layer_and_kind
 
+# Ranks that differ by less of full are called the same.
+_ALIKE = 0.05
 _AXES = (("rows", "part-1"), ("columns", "part-3"), ("heads", "part-6"))
 
 
@@ -98,6 +100,8 @@ def spectra(report: Report) -> Section | None:
     kinds = list(dict.fromkeys(_kind(entry) for entry in matrices))
     of = "a run of its own" if found.control == "run" else "the same changes in other places of the same magnitude"
     looked = "of the first, middle and last layer" if found.sampled else "of every matrix"
+    if len(matrices) < len(found.matrices) or found.skipped:
+        looked += " but those named below"
     shared = f"Means by kind, {looked}. Rings: the magnitude-matched control, {of}."
     control_key = Key("m-control-1", "control")
     figures = [
@@ -105,8 +109,7 @@ def spectra(report: Report) -> Section | None:
             "spectra-energy",
             "Is the update low-rank?",
             f"The update\u2019s rank is {percent(_mean(matrices, _rank))} of full on average (control "
-            f"{percent(_mean(_controls(matrices), _rank))}), as that of any sparse random matrix nearly is. 99 % of "
-            "its "
+            f"{percent(_mean(_controls(matrices), _rank))}){_beside_control(matrices)}. 99 % of its "
             f"energy takes {percent(_mean(matrices, _energy))} of the singular values (control "
             f"{percent(_mean(_controls(matrices), _energy))}).",
             partial(
@@ -143,7 +146,24 @@ def spectra(report: Report) -> Section | None:
             mark="dot",
         ),
     ]
-    return Section("spectra", "Spectra", figures)
+    return Section("spectra", "Spectra", figures, _left_out(found))
+
+
+def _beside_control(matrices: Sequence[Spectrum]) -> str:
+    """Say what the rank means beside the control's, which has as many changes of the same size in other places."""
+    own, control = _mean(matrices, _rank), _mean(_controls(matrices), _rank)
+    if own is None or control is None:
+        return ""
+    if abs(own - control) <= _ALIKE:
+        return ", so it is what as many changes in other places give, too"
+    return f", so it is {'lower' if own < control else 'higher'} than as many changes in other places give"
+
+
+def _left_out(found: Spectra) -> list[str]:
+    """Name the matrices that are in no figure of the section."""
+    still = [entry.name for entry in found.matrices if not entry.profile]
+    notes = [f"Left out: {skipped_matrices(found)}."] if found.skipped else []
+    return notes + ([f"Left out, as nothing in them changed: {shortened(still)}."] if still else [])
 
 
 def _kind(entry: Spectrum) -> str:
