@@ -14,7 +14,7 @@ from subnet_ft.masks import SubnetMask
 from subnet_ft.recipe import MethodSpec, Recipe
 from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, trains_reward_model
 from subnet_ft.recipe.methods import training_of
-from subnet_ft.tasks import RecipeData, load_recipe_data, reward_functions
+from subnet_ft.tasks import RecipeData, Task, load_recipe_data, load_task, reward_functions
 from subnet_ft.tasks.task import Prompt
 
 BASE = "base"
@@ -67,6 +67,7 @@ class RunInputs:
         assert self.teacher is None or self.teacher.specs
         if self.data.task is not None:
             reward_functions(self.data.task, self.recipe.task)
+        _ = self.retention_tasks
         if self.recipe.subnet.source.kind == "file":
             self.mask_from_file()
 
@@ -105,6 +106,16 @@ class RunInputs:
     def data(self) -> RecipeData:
         """What the recipe trains on and is judged on."""
         return load_recipe_data(self.recipe)
+
+    @cached_property
+    def retention_tasks(self) -> dict[str, Task]:
+        """Name to task that no run is trained on, for `evaluation.retention`; empty where it asks for none."""
+        spec = self.recipe.evaluation.retention
+        tasks: dict[str, Task] = {}
+        for task in [] if spec is None else spec.tasks:
+            name = task.name if task.name not in tasks else f"{task.name} ({len(tasks) + 1})"
+            tasks[name] = load_task(task, seed=self.recipe.seed)
+        return tasks
 
     @cached_property
     def data_sha256(self) -> str:

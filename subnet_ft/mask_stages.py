@@ -94,7 +94,7 @@ class MaskStages:
         if source.steps is None:
             assert source.density is not None  # the recipe was checked
             density = source.density
-            # With the other kinds a seed only decides which of equal weights are taken: their mask is repeated as it is.
+            # With the other kinds a seed only decides which of equal weights are taken: a repeat has the same mask.
             drawn_with = recipe.seed if seed is None or source.kind != "uniform" else seed
             inputs["seed"] = drawn_with
             return self._made(

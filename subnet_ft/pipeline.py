@@ -15,6 +15,7 @@ from subnet_ft.digests import checkpoint_sha256, json_sha256
 from subnet_ft.environment import environment
 from subnet_ft.errors import StageError
 from subnet_ft.evidence.report import Report, write_report
+from subnet_ft.evidence.retention import read_paragraphs
 from subnet_ft.held_out import HeldOut, HeldOutPairs, held_out, judge
 from subnet_ft.inputs import AS_WRITTEN, RunInputs, RunVariant
 from subnet_ft.mask_stages import MASK_SUFFIX, MaskStages
@@ -112,6 +113,8 @@ class Pipeline:
         self.folder.mkdir(parents=True, exist_ok=True)
         make_base(self.inputs, self.folder, overwrite=self.overwrite)
         self.inputs.check()
+        if self.recipe.evaluation.retention is not None:
+            read_paragraphs(self.recipe.evaluation.retention.text)
 
     @cached_property
     def dataset(self) -> Dataset:

@@ -124,9 +124,10 @@ def test_evidence_of_another_version_is_made_again(tmp_path: Path) -> None:
         """What it is a share of."""
 
     folder = EvidenceFolder(tmp_path, overwrite=False)
-    assert folder.once("piece", Older, {"a": 1}, lambda: Older(0.5)) == Older(0.5)
-    assert folder.once("piece", Older, {"a": 1}, lambda: Older(1.0)) == Older(0.5)
-    assert folder.once("piece", Newer, {"a": 1}, lambda: Newer(0.5, 3)) == Newer(0.5, 3)
+    assert folder.once("piece", Older, {"a": 1}, lambda: Older(0.5), version=1) == Older(0.5)
+    assert folder.once("piece", Older, {"a": 1}, lambda: Older(1.0), version=1) == Older(0.5)
+    assert folder.once("piece", Newer, {"a": 1}, lambda: Newer(0.5, 3), version=1) == Newer(0.5, 3)
+    assert folder.once("piece", Newer, {"a": 1}, lambda: Newer(0.7, 3), version=2) == Newer(0.7, 3)
 
 
 def test_report_says_when_runs_were_measured_under_other_conditions(run: tuple[Path, Report]) -> None:

@@ -14,7 +14,6 @@ from subnet_ft.evidence_stages.stage import EvidenceFolder
 from subnet_ft.inputs import RunInputs
 from subnet_ft.methods.saved import load_trained
 from subnet_ft.stages import TrainedStage
-from subnet_ft.tasks import Task, load_task
 from subnet_ft.trained_runs import TrainedRuns
 
 
@@ -75,21 +74,19 @@ class OutputEvidence:
             "full": self.runs.full.results["sha256"],
             "model": self._sha256(run),
             "load": self.inputs.of_loading(),
+            "task": asdict(recipe.evaluation.task or recipe.task),  # how an answer is found in a completion
             "completions": json_sha256([[record["prompt"], record["completion"]] for record in [*full, *own]]),
             "confidence": recipe.evaluation.confidence,
             "seed": recipe.seed,
         }
-        return self.folder.once(f"agreement/{name}", Agreement, inputs, work)
+        return self.folder.once(f"agreement/{name}", Agreement, inputs, work, version=1)
 
     def retention(self) -> dict[str, Retention]:
         """Judge base, full run, subnetwork, controls and baselines on what was not trained; empty if not asked for."""
         recipe, spec = self.inputs.recipe, self.inputs.recipe.evaluation.retention
         if spec is None:
             return {}
-        tasks: dict[str, Task] = {}
-        for task in spec.tasks:
-            name = task.name if task.name not in tasks else f"{task.name} ({len(tasks) + 1})"
-            tasks[name] = load_task(task, seed=recipe.seed)
+        tasks = self.inputs.retention_tasks
         paragraphs = read_paragraphs(spec.text)
 
         def judged(run: TrainedStage | None) -> Retention:
@@ -112,6 +109,10 @@ class OutputEvidence:
             "base": self.inputs.base_sha256,
             "load": self.inputs.of_loading(),
             "spec": asdict(spec),
+            "prompts": {
+                name: json_sha256([example.prompt, example.answer] for example in task.evaluation)
+                for name, task in tasks.items()
+            },
             "text": json_sha256(paragraphs),
             "batch_size": recipe.evaluation.batch_size,
             "confidence": recipe.evaluation.confidence,
@@ -120,7 +121,7 @@ class OutputEvidence:
         runs = {"full": self.runs.full, **self._others}
         return {
             name: self.folder.once(
-                f"retention/{name}", Retention, {**inputs, "model": self._sha256(run)}, partial(judged, run)
+                f"retention/{name}", Retention, {**inputs, "model": self._sha256(run)}, partial(judged, run), version=1
             )
             for name, run in runs.items()
         }

@@ -33,7 +33,7 @@ class EvidenceFolder:
     folder: Path
     overwrite: bool
 
-    def once(self, name: str, kind: type[T], inputs: dict[str, Any], work: Callable[[], T]) -> T:
+    def once(self, name: str, kind: type[T], inputs: dict[str, Any], work: Callable[[], T], *, version: int) -> T:
         """Do `work` unless its stage is finished with the same inputs, and return what it found.
 
         Args:
@@ -41,6 +41,8 @@ class EvidenceFolder:
             kind: The dataclass that `work` returns.
             inputs: Everything that the result depends on, as JSON values.
             work: Finds it.
+            version: Of how it is found. Whoever changes what is computed from the same inputs raises it, so that what
+                an earlier release found is not shown as if it were ours; a changed dataclass is noticed without it.
         """
         stage = self.folder / FOLDER / name
 
@@ -50,6 +52,6 @@ class EvidenceFolder:
             return {}
 
         # Another version of subnet-ft may have found other things under the same inputs.
-        inputs = {**inputs, "schema": json_sha256([json_schema(kind, identifier=name)])}
+        inputs = {**inputs, "schema": json_sha256([json_schema(kind, identifier=name)]), "version": version}
         run_stage(stage, inputs, do, overwrite=self.overwrite, cheap=True, products=[stage / FOUND])
         return from_plain(kind, read_json(stage / FOUND))

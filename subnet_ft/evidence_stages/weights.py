@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +21,8 @@ from subnet_ft.inputs import RunInputs
 from subnet_ft.masks import SubnetMask, control_mask, extract
 from subnet_ft.trained_runs import TrainedRuns
 from subnet_ft.verification import compare_dtype
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,24 @@ class WeightEvidence:
         return control_mask(self.mask, "magnitude_matched", seed=recipe.seed, weights=self.inputs.base.tensors())
 
     def overlaps(self) -> list[MaskOverlap]:
-        """Compare every two masks of the run; figures of single tensors stay in the stage's file."""
-        masks = {"subnet": self.mask}
-        masks |= {name: run.mask for name, run in self.runs.controls.items() if run.mask is not None}
-        for seed, stages in self.runs.repeats.items():
-            if "subnet" in stages and stages["subnet"].mask is not None:
-                masks[f"seed-{seed}/subnet"] = stages["subnet"].mask
+        """Compare every two masks of the run; figures of single tensors stay in the stage's file.
+
+        Runs that train under one mask, such as the repeats of one from a file, count once: what a mask shares with
+        itself says nothing.
+        """
+        runs = {"subnet": self.runs.subnet, **self.runs.controls}
+        runs |= {
+            f"seed-{seed}/subnet": stages["subnet"] for seed, stages in self.runs.repeats.items() if "subnet" in stages
+        }
+        masks: dict[str, SubnetMask] = {}
+        names: dict[str, str] = {}
+        for name, run in runs.items():
+            assert run.mask is not None
+            first = names.setdefault(run.mask.fingerprint, name)
+            if first == name:
+                masks[name] = run.mask
+            else:
+                logger.info("overlaps: %s trained under the mask of %s, which is compared once", name, first)
         if len(masks) == 1:
             return []
         inputs = {name: mask.fingerprint for name, mask in masks.items()}
@@ -83,18 +98,27 @@ class WeightEvidence:
             _Overlaps,
             {"base": self.inputs.base_sha256, "masks": inputs},
             lambda: _Overlaps(overlap_matrix(masks, self.inputs.base, progress=self.progress)),
+            version=1,
         )
         return [replace(pair, by_tensor={}) for pair in found.pairs]
 
     def structure(self) -> Structure:
         """Say how the mask spreads over rows, columns and heads; figures of single tensors stay in the stage's file."""
+        # One that was not trained follows from base, mask and seed: it need not be drawn to see that nothing changed.
+        trained = self.runs.controls.get("control-magnitude_matched")
         found = self.folder.once(
             "structure",
             Structure,
-            {"mask": self.mask.fingerprint, "seed": self.inputs.recipe.seed},
+            {
+                "base": self.inputs.base_sha256,
+                "mask": self.mask.fingerprint,
+                "control": None if trained is None or trained.mask is None else trained.mask.fingerprint,
+                "seed": self.inputs.recipe.seed,
+            },
             lambda: mask_structure(
                 self.mask, config=self.inputs.base.config, control=self.matched, progress=self.progress
             ),
+            version=1,
         )
         control = None if found.control is None else replace(found.control, tensors={})
         return replace(found, tensors={}, control=control)
@@ -118,6 +142,7 @@ class WeightEvidence:
                 seed=recipe.seed,
                 progress=self.progress,
             ),
+            version=1,
         )
 
     def scatter(self) -> Scatter | None:
@@ -137,12 +162,32 @@ class WeightEvidence:
                 )
             )
 
-        return self.folder.once("scatter", _Scatter, {"base": self.inputs.base_sha256, **inputs}, work).counts
+        inputs = {"base": self.inputs.base_sha256, **inputs}
+        return self.folder.once("scatter", _Scatter, inputs, work, version=1).counts
 
     def dynamics(self) -> dict[str, Dynamics]:
-        """Read what the runs noted of their course, where the recipe asked for it."""
-        runs = self.runs.masked.items()
-        return {name: read_dynamics(run.folder) for name, run in runs if (run.folder / DYNAMICS).is_file()}
+        """Read what the runs noted of their course, where the recipe asks for it.
+
+        It is noted while a run trains: one that was finished before the recipe asked has nothing, or what an earlier
+        recipe asked for, and a warning says so.
+        """
+        every = self.inputs.recipe.evidence.dynamics_steps
+        if every is None:
+            return {}
+        found = {}
+        for name, run in self.runs.masked.items():
+            noted = None
+            if (run.folder / DYNAMICS).is_file():
+                found[name] = read_dynamics(run.folder)
+                noted = found[name].every
+            if noted != every:
+                was = "nothing of its steps was noted" if noted is None else f"its steps were noted every {noted}"
+                logger.warning(
+                    "dynamics: `evidence.dynamics_steps` is %d, but when `%s` was trained, %s. Remove `%s` to train it "
+                    "again; `--overwrite` keeps it, as its weights would be the same.",
+                    every, name, was, run.folder,
+                )  # fmt: skip
+        return found
 
     def floor(self, records: Mapping[str, list[dict[str, Any]] | None]) -> Floor | None:
         """Compare the full run with the first that was repeated with another seed; `None` without one.
@@ -184,4 +229,4 @@ class WeightEvidence:
             "correct": [[entry["correct"] for entry in records.get(name) or ()] for name in names],
             "confidence": recipe.evaluation.confidence,
         }
-        return self.folder.once("floor", Floor, inputs, work)
+        return self.folder.once("floor", Floor, inputs, work, version=1)
