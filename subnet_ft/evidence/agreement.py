@@ -24,10 +24,10 @@ class Agreement:
 
     kl: float
     """Mean KL(full || model) per token, in nats, over the full run's greedy completions and what follows them."""
-    kl_low: float
-    """Lower end of its bootstrap interval."""
-    kl_high: float
-    """Upper end."""
+    kl_low: float | None
+    """Lower end of its bootstrap interval; `None` with one prompt."""
+    kl_high: float | None
+    """Upper end, likewise."""
     same_token: float
     """Share of these positions at which both have the same likeliest token."""
     num_tokens: int

@@ -52,10 +52,10 @@ class KlDifference:
     """Name of another."""
     difference: float
     """In nats per token."""
-    low: float
-    """Lower end of its bootstrap interval over texts, drawn for both models together."""
-    high: float
-    """Upper end."""
+    low: float | None
+    """Lower end of its bootstrap interval over texts, drawn for both models together; `None` with fewer than two."""
+    high: float | None
+    """Upper end, likewise."""
     confidence: float
     """Two-sided confidence of the interval."""
 
@@ -129,8 +129,10 @@ def output_distances(
 
 def mean_with_interval(
     sums: NDArray[np.float64], counts: NDArray[np.float64], *, confidence: float, seed: int, resamples: int = 2000
-) -> tuple[float, float, float]:
-    """Return sum over count with the percentile interval of a bootstrap over texts.
+) -> tuple[float, float | None, float | None]:
+    """Return sum over count with the percentile interval of a bootstrap over texts, `None` with fewer than two texts.
+
+    Of one text every resample is that text: its interval would have no width, though nothing is known of others.
 
     Args:
         sums: (n,) sums per text.
@@ -141,12 +143,15 @@ def mean_with_interval(
 
     Source: Efron and Tibshirani 1993, chapter 13.
     """
+    mean = float(sums.sum() / counts.sum())
+    if len(sums) < 2:
+        return mean, None, None
     rng = np.random.default_rng(seed)
     # How often each text is drawn, which is all that a ratio of sums needs.
     drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
     ratios = (drawn @ sums) / (drawn @ counts)
     low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(sums.sum() / counts.sum()), float(low), float(high)
+    return mean, float(low), float(high)
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> TextDistance:

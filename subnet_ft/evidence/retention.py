@@ -51,9 +51,9 @@ class Retention:
     kl_to_base: float | None
     """Mean KL(base || model) per token of neutral text, in nats; `None` for the base."""
     kl_low: float | None
-    """Lower end of its interval, by a bootstrap over paragraphs."""
+    """Lower end of its interval, by a bootstrap over paragraphs; `None` with one paragraph, too."""
     kl_high: float | None
-    """Upper end."""
+    """Upper end, likewise."""
     num_tokens: int
     """Tokens of neutral text."""
     confidence: float
@@ -118,7 +118,7 @@ def retention(
         low, high = wilson_interval(sum(correct), len(correct), confidence)
         found[name] = TaskRetention(sum(correct) / len(correct), low, high, correct)
     texts = _texts(tokenizer, paragraphs, max_tokens)
-    kl: tuple[float, float, float] | tuple[None, None, None] = (None, None, None)
+    kl: tuple[float | None, float | None, float | None] = (None, None, None)
     distances: list[TextDistance] = []
     if model is not None and texts:
         distances = output_distances(base, model, texts, progress=progress)

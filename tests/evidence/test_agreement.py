@@ -172,6 +172,18 @@ def test_mean_with_interval_agrees_with_scipys_bootstrap() -> None:
     assert (low, high) == pytest.approx((theirs.low, theirs.high), rel=0.03)
 
 
+def test_mean_with_interval_of_one_text_has_no_interval() -> None:
+    """All resamples of one text are that text; a width of zero would claim certainty."""
+    one = np.array([0.6]), np.array([3.0])
+    assert mean_with_interval(*one, confidence=0.95, seed=0) == (pytest.approx(0.2), None, None)
+    full, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    found = agreement(full, changed(1.5), tokenizer, PROMPTS[:1], COMPLETIONS[:1], COMPLETIONS[:1])
+    assert found.kl > 0
+    assert found.kl_low is found.kl_high is None
+    (difference,) = agreement_differences({"a": found, "b": found}, [("a", "b")])
+    assert (difference.difference, difference.low, difference.high) == (0.0, None, None)
+
+
 def test_agreement_differences_pair_the_prompts() -> None:
     """One model is a little nearer than another on every prompt: certain, though their intervals overlap."""
     full, tokenizer = tiny_model("llama"), tiny_tokenizer()
@@ -182,6 +194,7 @@ def test_agreement_differences_pair_the_prompts() -> None:
     (difference,) = agreement_differences(found, [("near", "far")])
     assert (difference.first, difference.second) == ("near", "far")
     assert difference.difference == pytest.approx(found["near"].kl - found["far"].kl)
+    assert None not in (found["near"].kl_high, found["far"].kl_low, difference.low, difference.high)
     assert found["near"].kl_high > found["far"].kl_low
     assert difference.low <= difference.difference <= difference.high < 0
     (same,) = agreement_differences(found, [("far", "far")])

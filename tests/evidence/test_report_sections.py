@@ -14,7 +14,7 @@ from subnet_ft.evidence.report import Report, RunEvidence, build_report, lines_f
 from subnet_ft.evidence.report.html import render_html
 from subnet_ft.evidence.report.markdown import render_markdown
 from subnet_ft.evidence.report.sections import sections_of
-from subnet_ft.evidence.report.wording import cost_sentence, label, the
+from subnet_ft.evidence.report.wording import cost_sentence, label, percent, the
 from subnet_ft.masks import Provenance
 
 FULL = full_report()
@@ -219,6 +219,64 @@ def test_build_report_says_when_no_matrix_could_be_decomposed() -> None:
     assert structure is not None
     flat = full_report(structure=replace(structure, by_kind={}))
     assert "Whether the mask clusters in rows, columns or heads: it has no matrix." in flat.not_measured
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (-0.5, "-50.0 %"),
+        (-1.0, "-100 %"),
+        (-0.00004, "> -0.1 %"),
+        (-0.99996, "< -99.9 %"),
+        (0.00004, "< 0.1 %"),
+        (0.99996, "> 99.9 %"),
+        (1.5, "150.0 %"),
+        (0.0, "0 %"),
+        (None, "not measured"),
+    ],
+)
+def test_percent_keeps_what_lies_below_zero(share: float | None, said: str) -> None:
+    assert percent(share) == said
+
+
+def test_overlap_says_which_masks_share_less_than_the_null() -> None:
+    first, *others = FULL.overlaps
+    below = replace(first, overall=replace(first.overall, excess=-0.5))
+    report = full_report(overlaps=[below, *others])
+    assert "share less than that null: an excess of -50.0 %" in answers(report)["overlap-matrix"]
+    assert "share less" not in answers(FULL)["overlap-matrix"]
+    assert "| -50.0 % |" in render_markdown(report)
+
+
+def test_dynamics_of_a_first_snapshot_without_changes_are_measured() -> None:
+    found = FULL.dynamics["full"]
+    rest = len(found.steps) - 1
+    unchanged = replace(found, recall=[0.0, *found.recall[1:]], coverage=[None, *found.coverage[1:]])
+    answer = answers(full_report(dynamics={"full": unchanged}))["dynamics-mask"]
+    assert answer.endswith("At the first snapshot, step 4, nothing had changed yet.")
+    empty = replace(found, recall=[None] * (rest + 1), coverage=[0.0] * rest + [None])
+    report = full_report(dynamics={"full": empty})
+    assert answers(report)["dynamics-mask"].startswith("At the end no weight of the full run differs, so it has no")
+    (figure,) = (
+        figure for section in sections_of(report) for figure in section.figures if figure.id == "dynamics-mask"
+    )
+    assert figure.table is not None
+    assert not [cell for row in figure.table.rows for cell in row if cell == "not measured"]
+
+
+def test_outputs_of_one_text_have_no_interval() -> None:
+    agree = {name: replace(entry, kl_low=None, kl_high=None) for name, entry in FULL.agreement.items()}
+    keep = {name: replace(entry, kl_low=None, kl_high=None) for name, entry in FULL.retention.items()}
+    report = full_report(agreement=agree, retention=keep)
+    found = {figure.id: figure for section in sections_of(report) for figure in section.figures}
+    for figure, over in ((found["agreement-distribution"], "prompts"), (found["retention-text"], "paragraphs")):
+        assert f"there is no interval over {over}, as there was only one" in figure.caption
+        assert "[no interval]" in str(figure.table)
+        assert figure.draw is not None
+        assert figure.draw(720.0)
+    assert (
+        "bootstrap over paragraphs" in {f.id: f for s in sections_of(FULL) for f in s.figures}["retention-text"].caption
+    )
 
 
 def on_device(name: str, size: int | None) -> RunEvidence:

@@ -50,6 +50,7 @@ def test_retention_judges_every_task_on_its_held_out_prompts() -> None:
     assert len(found.tasks["sums"].correct) == 6
     assert found.kl_to_base is not None
     assert found.kl_to_base > 0
+    assert found.kl_low is found.kl_high is None, "one paragraph"
 
 
 def test_retention_reads_so_many_tokens() -> None:
@@ -95,5 +96,7 @@ def test_text_differences_pair_the_paragraphs() -> None:
     }
     (difference,) = text_differences(found, [("moved", "still")])
     assert difference.difference == found["moved"].kl_to_base
+    assert difference.low is not None
+    assert difference.high is not None
     assert 0 < difference.low <= difference.difference <= difference.high
     assert found["moved"].tokens_by_paragraph == [len(tokenizer(text)["input_ids"]) for text in paragraphs]

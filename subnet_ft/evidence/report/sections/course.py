@@ -14,7 +14,7 @@ from subnet_ft.evidence.report.plots import stacked
 from subnet_ft.evidence.report.schema import Report
 from subnet_ft.evidence.report.section import Figure, Key, Section
 from subnet_ft.evidence.report.tables import Table
-from subnet_ft.evidence.report.wording import MISSING, label, percent, the
+from subnet_ft.evidence.report.wording import label, percent, the
 
 # What a reader wants to see of a log: the first two that were logged.
 _METRICS = {
@@ -39,8 +39,7 @@ def dynamics(report: Report) -> Section | None:
             "dynamics-mask",
             "When does the mask form?",
             (f"Half of the {run}\u2019s final mask had changed by step {half} of {found.steps[-1]}. " if half else "")
-            + f"After the first snapshot, step {found.steps[0]}, it was {percent(found.recall[0])}, and "
-            f"{percent(found.coverage[0])} of what had changed then stayed.",
+            + _at_first(found, run),
             partial(_mask_plot, found),
             f"The {run}, by step, a snapshot every {found.every}: share of the final mask that has changed already, "
             "share of what has changed that the final mask has, too, and share of all weights that has changed.",
@@ -96,6 +95,19 @@ def dynamics(report: Report) -> Section | None:
     return Section("dynamics", "Dynamics", figures)
 
 
+def _at_first(found: Dynamics, run: str) -> str:
+    """Say what the first snapshot saw; a share of nothing is no figure, though nothing is amiss."""
+    recall, coverage, start = found.recall[0], found.coverage[0], f"the first snapshot, step {found.steps[0]}"
+    stayed = None if coverage is None else f"{percent(coverage)} of what had changed then stayed"
+    if recall is None:
+        return f"At the end no weight of the {run} differs, so it has no final mask" + (
+            f"; at {start}, some did." if stayed else "."
+        )
+    if stayed is None:
+        return f"At {start}, nothing had changed yet."
+    return f"After {start}, it was {percent(recall)}, and {stayed}."
+
+
 def _known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
@@ -139,14 +151,19 @@ def _steps_table(found: Dynamics) -> Table:
     rows = [
         [
             str(found.steps[index]),
-            percent(found.recall[index]),
-            percent(found.coverage[index]),
-            percent(found.density[index]),
-            MISSING if found.jaccard[index] is None else percent(found.jaccard[index]),
+            _share(found.recall[index]),
+            _share(found.coverage[index]),
+            _share(found.density[index]),
+            _share(found.jaccard[index]),
         ]
         for index in chosen
     ]
     return Table(["step", "recall", "coverage", "changed so far", "Jaccard with the one before"], rows)
+
+
+def _share(share: float | None) -> str:
+    """Write a share; one of nothing is a dash."""
+    return "\u2013" if share is None else percent(share)
 
 
 def training(report: Report) -> Section | None:

@@ -13,6 +13,8 @@ from subnet_ft.evidence.report.section import Figure, Key, Section
 from subnet_ft.evidence.report.tables import Table, short_kind
 from subnet_ft.evidence.report.wording import MISSING, label, percent, tolerance_text
 
+# An excess over the null that is as good as none.
+_LITTLE = 0.01
 # A pair drawn beside its nulls takes a row; the table has all.
 _MOST_PAIRS = 12
 
@@ -121,13 +123,16 @@ def _most_alike(pairs: list[MaskOverlap]) -> str:
     if not known:
         return "Without the base there is no magnitude-matched null, so likeness cannot be judged."
     excess, pair = max(known, key=lambda entry: entry[0])
-    if excess < 0.01:
-        return "None: no two masks share more than masks matched on magnitude would."
-    return (
-        f"The {pair.first} and the {pair.second} go furthest beyond the magnitude-matched null: {percent(excess)} of "
-        "the "
-        "way from it to one mask inside the other."
+    said = (
+        "None: no two masks share more than masks matched on magnitude would."
+        if excess < _LITTLE
+        else f"The {pair.first} and the {pair.second} go furthest beyond the magnitude-matched null: "
+        f"{percent(excess)} of the way from it to one mask inside the other."
     )
+    excess, pair = min(known, key=lambda entry: entry[0])
+    if excess > -_LITTLE:
+        return said
+    return f"{said} The {pair.first} and the {pair.second} share less than that null: an excess of {percent(excess)}."
 
 
 def _pairs(pairs: list[MaskOverlap]) -> Table:

@@ -29,7 +29,7 @@ def agreement(report: Report) -> Section | None:
     rows = [
         [
             label(report, name),
-            f"{entry.kl:.4f} [{entry.kl_low:.4f}, {entry.kl_high:.4f}]",
+            f"{entry.kl:.4f} {_ends(entry.kl_low, entry.kl_high)}",
             leads.get(name, MISSING),
             percent(entry.same_token),
             f"{percent(entry.same_completion)} [{entry.same_low * 100:.1f}, {entry.same_high * 100:.1f}]",
@@ -53,8 +53,8 @@ def agreement(report: Report) -> Section | None:
             ),
             partial(_kl_plot, report),
             f"Mean KL of each model from the full run over {first.num_tokens:,} tokens of the full run\u2019s greedy "
-            f"completions to {first.num_prompts:,} held-out prompts, with the {level} interval of a bootstrap over "
-            "prompts. 0 is the full run.",
+            f"completions to {first.num_prompts:,} held-out prompts{_bootstrap(first.kl_low, level, 'prompts')}. 0 is "
+            "the full run.",
             table=table,
         ),
         Figure(
@@ -75,7 +75,7 @@ def _kl_plot(report: Report, width: float) -> str | None:
     rows = []
     for name in report.models:
         if (entry := report.agreement.get(name)) is not None:
-            tip = f"{label(report, name)}: {entry.kl:.4f} nats, {entry.kl_low:.4f} to {entry.kl_high:.4f}"
+            tip = f"{label(report, name)}: {entry.kl:.4f} nats {_ends(entry.kl_low, entry.kl_high)}"
             style, text = css_class(report, name), f"{entry.kl:.4f}"
             rows.append(Row(label(report, name), style, entry.kl, text, entry.kl_low, entry.kl_high, tip=tip))
     return rows_plot(rows, width, title="KL from the full run, in nats per token", write="{:.3g}".format, within=(0,))
@@ -103,9 +103,7 @@ def retention(report: Report) -> Section | None:
     leads = _leads(text_differences(found, _pairs(report, [name for name in found if found[name].kl_by_paragraph])))
     rows = []
     for name, entry in found.items():
-        kl = (
-            MISSING if entry.kl_to_base is None else f"{entry.kl_to_base:.4f} [{entry.kl_low:.4f}, {entry.kl_high:.4f}]"
-        )
+        kl = MISSING if entry.kl_to_base is None else f"{entry.kl_to_base:.4f} {_ends(entry.kl_low, entry.kl_high)}"
         if name == report.base:
             kl = "0"
         cells = [
@@ -144,8 +142,8 @@ def retention(report: Report) -> Section | None:
                 ),
                 partial(_moved_plot, report),
                 f"Mean KL from the base to each run over {next(iter(moved.values())).num_tokens:,} tokens that have "
-                f"nothing to do with the task, with the {level} interval of a bootstrap over paragraphs. 0 is the "
-                "base.",
+                f"nothing to do with the task{_bootstrap(next(iter(moved.values())).kl_low, level, 'paragraphs')}. 0 "
+                "is the base.",
                 table=table,
             )
         )
@@ -158,7 +156,18 @@ def _pairs(report: Report, names: Sequence[str]) -> list[tuple[str, str]]:
 
 def _leads(gaps: Sequence[KlDifference]) -> dict[str, str]:
     """Write the subnetwork's KL minus that of every other model."""
-    return {gap.second: f"{gap.difference:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" for gap in gaps}
+    return {gap.second: f"{gap.difference:+.4f} {_ends(gap.low, gap.high, '+')}" for gap in gaps}
+
+
+def _ends(low: float | None, high: float | None, sign: str = "") -> str:
+    return "[no interval]" if low is None or high is None else f"[{low:{sign}.4f}, {high:{sign}.4f}]"
+
+
+def _bootstrap(low: float | None, level: str, over: str) -> str:
+    """Say what the interval is, or why there is none."""
+    if low is None:
+        return f"; there is no interval over {over}, as there was only one"
+    return f", with the {level} interval of a bootstrap over {over}"
 
 
 def _kept(report: Report, task: str) -> str:
@@ -202,7 +211,7 @@ def _moved_plot(report: Report, width: float) -> str | None:
     for name in report.runs:
         entry = report.retention.get(name)
         if entry is not None and entry.kl_to_base is not None:
-            tip = f"{label(report, name)}: {entry.kl_to_base:.4f} nats, {entry.kl_low:.4f} to {entry.kl_high:.4f}"
+            tip = f"{label(report, name)}: {entry.kl_to_base:.4f} nats {_ends(entry.kl_low, entry.kl_high)}"
             style, text = css_class(report, name), f"{entry.kl_to_base:.4f}"
             rows.append(Row(label(report, name), style, entry.kl_to_base, text, entry.kl_low, entry.kl_high, tip=tip))
     return rows_plot(rows, width, title="KL from the base on neutral text", write="{:.3g}".format, within=(0,))
