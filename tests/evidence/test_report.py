@@ -448,7 +448,8 @@ def test_report_says_how_much_nearer_the_subnetwork_is_prompt_by_prompt():
     control = "control-magnitude_matched"
     agreement = {"subnet": found(0.1, 0.2, 0.1, 0.4), control: found(0.3, 0.4, 0.3, 0.6)}
     texts = {
-        name: Retention({}, kl, kl, kl, 10, 0.95, [10 * kl], [10]) for name, kl in (("subnet", 0.02), (control, 0.05))
+        name: Retention({}, kl, kl, kl, 10, 0.95, [5 * kl] * 2, [5] * 2)
+        for name, kl in (("subnet", 0.02), (control, 0.05))
     }
     page = render_markdown(whole_report(agreement=agreement, retention=texts)).replace("\u2212", "-")
     assert "-0.0400 [-0.0400, -0.0400]" in page  # always 0.2 nearer, over 5 tokens

@@ -262,6 +262,7 @@ def test_dynamics_of_a_first_snapshot_without_changes_are_measured() -> None:
     )
     assert figure.table is not None
     assert not [cell for row in figure.table.rows for cell in row if cell == "not measured"]
+    assert render_html(report)
 
 
 def test_outputs_of_one_text_have_no_interval() -> None:
