@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 
 from subnet_ft.recipe import Recipe, shipped_recipes
-from subnet_ft.recipe.algorithms import ALGORITHMS
+from subnet_ft.recipe.algorithms import ALGORITHMS, trains_reward_model
 from subnet_ft.studies.plan import AS_WRITTEN, Cell, Plan, Recipes, config_default, own_cell
 
 REWORDED = " {completion}, says the reference solution that was given with this problem."
@@ -82,6 +82,9 @@ def _data(recipes: Recipes) -> Iterator[Cell | str]:
     if own.task.name == "dataset" and ALGORITHMS[own.algorithm].learns_from in ("preferences", "labelled"):
         yield "Data near to and far from the policy: the recipe's rows have no reference answers to copy."
         return
+    if trains_reward_model(own.algorithm):
+        yield "Data near to and far from the policy: a reward model writes no answers that could be judged by its pairs."
+        return
     group = "data"
     pairs = own.task.pairs
     sampling = {
@@ -99,7 +102,7 @@ def _data(recipes: Recipes) -> Iterator[Cell | str]:
     }
     for name, (label, algorithm, changes) in copied.items():
         unused = [] if algorithm == "raft" else ["task.pairs=null"]
-        recipe = recipes.with_algorithm(algorithm, name, "task.rationales=null", *unused, *changes)
+        recipe = recipes.with_algorithm(algorithm, name, *unused, *changes)
         settings = (f"algorithm={algorithm}", *changes)
         versus = AS_WRITTEN if algorithm == "raft" else "data_own_samples"
         yield Cell(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from subnet_ft.recipe import Recipe
-from subnet_ft.recipe.algorithms import ALGORITHMS
+from subnet_ft.recipe.algorithms import ALGORITHMS, trains_reward_model
 from subnet_ft.studies.plan import Cell, Plan, Recipes, need_extracted, own_cell
 
 
@@ -13,7 +13,8 @@ def plan_overlap(recipes: Recipes) -> Plan:
     """Return the recipe's own full run, and one with another seed, other data, both, another algorithm, and all.
 
     Other data are those that the recipe draws with another seed, trained on with the recipe's own. Of other algorithms,
-    the first recipe beside this one that learns from the same kind of data, and the first that does not.
+    the first recipe beside this one that learns from the same kind of data, and the first that does not. A reward model
+    gets no other data: its new head, and so its base, is drawn with the recipe's seed.
     """
     need_extracted(recipes.own, recipes.study)
     own = recipes.own
@@ -29,23 +30,15 @@ def plan_overlap(recipes: Recipes) -> Plan:
             recipe=own,
             seed=other_seed,
         ),
-        Cell(
-            name="data",
-            label="other data",
-            group="data",
-            settings=(f"data of seed {other_seed}",),
-            recipe=recipes.derived("data", elsewhere),
-            seed=own.seed,
-        ),
-        Cell(
-            name="seed_and_data",
-            label="another seed, other data",
-            group="data",
-            settings=(elsewhere,),
-            recipe=recipes.derived("seed_and_data", elsewhere),
-        ),
     ]
     notes: list[str] = []
+    if trains_reward_model(own.algorithm):
+        notes.append(
+            "Other data: a recipe draws them with its seed, and a reward model's new head, too, so that such a run has "
+            "another base, whose mask cannot be compared."
+        )
+    else:
+        cells += _other_data(recipes, other_seed)
     chosen = list(_other_algorithms(recipes, notes))
     cells += [
         Cell(
@@ -71,6 +64,33 @@ def plan_overlap(recipes: Recipes) -> Plan:
     else:
         notes.append("Another algorithm: no recipe beside this one has the same base and another algorithm.")
     return Plan(study=recipes.study, recipe=own, cells=cells, notes=notes)
+
+
+def _other_data(recipes: Recipes, other_seed: int) -> list[Cell]:
+    """Return the run on other data alone, and that with another seed, too.
+
+    Args:
+        recipes: The study's.
+        other_seed: Draws the data.
+    """
+    elsewhere = f"seed={other_seed}"
+    return [
+        Cell(
+            name="data",
+            label="other data",
+            group="data",
+            settings=(f"data of seed {other_seed}",),
+            recipe=recipes.derived("data", elsewhere),
+            seed=recipes.own.seed,
+        ),
+        Cell(
+            name="seed_and_data",
+            label="another seed, other data",
+            group="data",
+            settings=(elsewhere,),
+            recipe=recipes.derived("seed_and_data", elsewhere),
+        ),
+    ]
 
 
 def _other_algorithms(recipes: Recipes, notes: list[str]) -> Iterator[tuple[str, Recipe]]:

@@ -165,7 +165,7 @@ class Recipes:
         return self._loaded(path, list(changes), name)
 
     def with_algorithm(self, algorithm: str, name: str, *changes: str) -> Recipe:
-        """Return the recipe with another algorithm, and with the settings of the trainer that the two share."""
+        """Return the recipe with another algorithm, and with the settings of the trainer that the two share; no teacher."""
         from transformers import TrainingArguments
 
         common = {entry.name for entry in dataclasses.fields(TrainingArguments)}
@@ -182,6 +182,8 @@ class Recipes:
             f"evaluation.max_new_tokens={self.own.evaluation.max_new_tokens}",
             "methods={}",
             "baselines=[]",
+            "teacher=null",
+            "task.rationales=null",
             'subnet.source={"kind": "extract"}',
             *changes,
         )

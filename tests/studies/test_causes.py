@@ -11,6 +11,7 @@ from study_runs import plan_of
 from subnet_ft.recipe import recipe_to_dict
 from subnet_ft.studies.causes import REWORDED
 from subnet_ft.studies.plan import Plan
+from subnet_ft.studies.plans import plan_study
 
 MAY_DIFFER = {
     "kl_on": {"training.beta"},
@@ -98,3 +99,18 @@ def test_plan_causes_compares_precision_on_a_tiny_model_where_float32_would_be_s
     pairs = next(cell for cell in more.cells if cell.name == "data_own_samples").recipe.task.pairs
     assert pairs is not None
     assert pairs.num_prompts == 512
+
+
+def test_plan_causes_of_a_reward_model_puts_no_answers_beside_pairs(tmp_path: Path) -> None:
+    plan = plan_study("causes", "tiny/reward", [f"output={tmp_path}"])
+    assert {cell.recipe.algorithm for cell in plan.cells} == {"reward"}
+    assert any(note.startswith("Data near to and far from the policy: a reward model") for note in plan.notes)
+
+
+@pytest.mark.parametrize("recipe", ["tiny/distillation", "tiny/distilling_step_by_step"])
+def test_plan_causes_copies_data_without_the_teacher_of_the_recipe(recipe: str, tmp_path: Path) -> None:
+    plan = plan_study("causes", recipe, [f"output={tmp_path}"])
+    copied = [cell.recipe for cell in plan.cells if cell.group == "data"]
+    assert [found.algorithm for found in copied] == ["raft", "sft", "sft"]
+    assert all(found.teacher is None and found.task.rationales is None for found in copied)
+    assert plan.recipe.teacher is not None

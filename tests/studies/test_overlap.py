@@ -29,3 +29,11 @@ def test_plan_overlap_needs_the_mask_of_a_full_run(tmp_path: Path) -> None:
     source = "subnet.source={kind: predicted, density: 0.1}"
     with pytest.raises(SubnetError, match=r"`subnet\.source\.kind` is `predicted`"):
         plan_study("overlap", "tiny/grpo", [f"output={tmp_path}", source])
+
+
+def test_plan_overlap_of_a_reward_model_keeps_to_one_base(tmp_path: Path) -> None:
+    # The new head is drawn with the recipe's seed; masks of two heads are masks of two bases.
+    plan = plan_study("overlap", "tiny/reward", [f"output={tmp_path}", "seed=7"])
+    assert [cell.name for cell in plan.cells] == ["as_written", "seed"]
+    assert {cell.recipe.seed for cell in plan.cells} == {7}
+    assert any(note.startswith("Other data: ") and "another base" in note for note in plan.notes)
