@@ -83,7 +83,7 @@ def _data(recipes: Recipes) -> Iterator[Cell | str]:
         yield "Data near to and far from the policy: the recipe's rows have no reference answers to copy."
         return
     if trains_reward_model(own.algorithm):
-        yield "Data near to and far from the policy: a reward model writes no answers that could be judged by its pairs."
+        yield "Data near to and far from the policy: a reward model writes no answers to judge beside its pairs."
         return
     group = "data"
     pairs = own.task.pairs

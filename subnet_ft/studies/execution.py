@@ -68,7 +68,11 @@ class Study:
         self._base_records: Records | None = None
 
     def run(self) -> StudyReport:
-        """Do every cell that is not done yet, and return what they say together."""
+        """Do every cell that is not done yet, and return what they say together.
+
+        Raises:
+            NonFiniteGradientError: The recipe's own full run diverged; another cell that does is a line of the result.
+        """
         own = self._pipeline(self.plan.cells[0])
         self._base_records = own.answers("base")
         num_parameters = sum(math.prod(spec.shape) for spec in own.inputs.base.specs.values())
@@ -79,6 +83,11 @@ class Study:
             try:
                 self._done[cell.name] = self._masked(cell) if cell.mask is not None else self._full(cell)
             except NonFiniteGradientError as error:
+                if cell is self.plan.cells[0]:
+                    raise NonFiniteGradientError(
+                        f"The recipe's own full run diverged, and the study `{self.plan.study}` compares every other "
+                        f"run with it. Lower `training.learning_rate`. {error}"
+                    ) from error
                 # A cause may well be too much for the model; that is a result of this cell, not the end of the others.
                 self._done[cell.name] = _Done(cell, failure=f"it diverged: {error}")
             clock.end(cell)

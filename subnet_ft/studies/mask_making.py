@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from subnet_ft.errors import MaskError, MaskMismatchError
+from subnet_ft.errors import MaskError, MaskMismatchError, OptimizerStateError
 from subnet_ft.inputs import RunVariant
 from subnet_ft.masks import SubnetMask, TensorMask, base_mask, control_mask
 from subnet_ft.recipe.mask_schema import CHOSEN
@@ -35,7 +35,8 @@ def mask_of(cell: Cell, pipeline: Pipeline, final: SubnetMask, folder: Path) -> 
         folder: Of the stages that make it.
 
     Raises:
-        NoSuchMask: The final mask is too sparse to be thinned so far, or too dense for this control.
+        NoSuchMask: The final mask is too sparse to be thinned so far, or too dense for this control, or the
+            source cannot be read.
     """
     plan = cell.mask
     assert plan is not None
@@ -50,7 +51,12 @@ def mask_of(cell: Cell, pipeline: Pipeline, final: SubnetMask, folder: Path) -> 
     if source.kind == "early":
         probe = pipeline.probe(RunVariant(stop_after=source.steps))
         return changed_mask(pipeline, probe, folder / "early", source)[0]
-    return pipeline.masks.of_source(source, f"{cell.stage}-mask", user=cell.stage)
+    try:
+        return pipeline.masks.of_source(source, f"{cell.stage}-mask", user=cell.stage)
+    except MaskMismatchError:
+        raise
+    except (MaskError, OptimizerStateError) as error:
+        raise NoSuchMask(f"its mask cannot be made. {error}".rstrip(".")) from error
 
 
 def beside_final(cell: Cell, mask: SubnetMask, final: SubnetMask) -> dict[str, Any]:

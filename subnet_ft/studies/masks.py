@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 from subnet_ft.recipe import SourceSpec
+from subnet_ft.recipe.mask_rules import moments
 from subnet_ft.recipe.mask_schema import Control
 from subnet_ft.studies.plan import Cell, MaskPlan, Plan, Recipes, max_steps, need_extracted, own_cell
 
@@ -63,7 +65,7 @@ def plan_which_mask(recipes: Recipes) -> Plan:
         ):
             sweep.append((source.kind, f"{source.kind} {share}", MaskPlan(source=source)))
         cells += [_cell(recipes, f"{kind}_{density:g}", label, f"at {share}", mask) for kind, label, mask in sweep]
-    return Plan(study=recipes.study, recipe=own, cells=cells)
+    return _without_impossible(Plan(study=recipes.study, recipe=own, cells=cells))
 
 
 def plan_early_mask(recipes: Recipes) -> Plan:
@@ -83,6 +85,23 @@ def plan_early_mask(recipes: Recipes) -> Plan:
     cells.append(_cell(recipes, FINAL, f"final mask, step {most}", "early mask", MaskPlan()))
     cells.append(_cell(recipes, "uniform", "uniform control", "control", MaskPlan(control="uniform")))
     return Plan(study=recipes.study, recipe=own, cells=cells)
+
+
+def _without_impossible(plan: Plan) -> Plan:
+    """Leave out the cells whose source reads of the optimizer what the recipe's does not keep, with the reason."""
+    reasons: dict[str, str] = {}
+    for cell in plan.cells:
+        if cell.mask is not None and cell.mask.source is not None:
+            subnet = replace(plan.recipe.subnet, source=cell.mask.source)
+            for _, reason in moments(replace(plan.recipe, subnet=subnet)):
+                reasons[cell.name] = reason
+    notes = [
+        f"The mask{'s' if len(names) > 1 else ''} {', '.join(names)}: {reason}."
+        for reason in dict.fromkeys(reasons.values())
+        if (names := [name for name, found in reasons.items() if found == reason])
+    ]
+    cells = [cell for cell in plan.cells if cell.name not in reasons]
+    return replace(plan, cells=cells, notes=[*plan.notes, *notes], impossible=tuple(reasons))
 
 
 def _cell(recipes: Recipes, name: str, label: str, group: str, mask: MaskPlan) -> Cell:

@@ -96,12 +96,14 @@ class Plan:
         recipe: What it starts from.
         cells: In the order in which they are run.
         notes: What is not studied, and why, one sentence each.
+        impossible: Names of the cells that such a note speaks of, which may be asked for all the same.
     """
 
     study: str
     recipe: Recipe
     cells: list[Cell]
     notes: list[str] = field(default_factory=list)
+    impossible: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -112,11 +114,14 @@ class Plan:
         """Return the plan of these cells, of those that they are compared with, and of the recipe's own run.
 
         Raises:
-            SubnetError: A name is not one of the study's.
+            SubnetError: A name is not one of the study's, or none of them can be.
         """
         from subnet_ft.recipe.parsing import did_you_mean
 
         known = {cell.name: cell for cell in self.cells}
+        if names and set(names) <= set(self.impossible):
+            raise SubnetError(" ".join(self.notes))
+        names = [name for name in names if name not in self.impossible]
         for name in names:
             if name not in known:
                 hint = did_you_mean(name, known) or f"; cells: {', '.join(known)}"
@@ -165,7 +170,7 @@ class Recipes:
         return self._loaded(path, list(changes), name)
 
     def with_algorithm(self, algorithm: str, name: str, *changes: str) -> Recipe:
-        """Return the recipe with another algorithm, and with the settings of the trainer that the two share; no teacher."""
+        """Return the recipe with another algorithm, the shared settings of the trainer, and no teacher."""
         from transformers import TrainingArguments
 
         common = {entry.name for entry in dataclasses.fields(TrainingArguments)}

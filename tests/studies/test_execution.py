@@ -210,3 +210,9 @@ def test_sparsity_runs_every_recipe_with_its_own_settings(tmp_path: Path) -> Non
     assert sft.traits is not None
     assert not sft.traits.on_policy
     assert sft.changed == extract("tiny:llama", tmp_path / "studies/sparsity/sft/full").provenance.density_by_tolerance
+
+
+def test_study_whose_own_full_run_diverges_says_so(tmp_path: Path) -> None:
+    study = study_of("which_mask", tmp_path, "training.learning_rate=1e30", only=["uniform"])
+    with pytest.raises(NonFiniteGradientError, match="own full run diverged, and the study `which_mask` compares"):
+        study.run()

@@ -9,8 +9,10 @@ import pytest
 import torch
 from study_runs import plan_of
 
+from subnet_ft.errors import MaskError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.pipeline import Pipeline
+from subnet_ft.recipe import SourceSpec
 from subnet_ft.recipe.mask_schema import Control
 from subnet_ft.studies.mask_making import NoSuchMask, beside_final, mask_of
 from subnet_ft.studies.plan import Cell, MaskPlan
@@ -76,3 +78,15 @@ def test_beside_final_counts_what_two_masks_share(cell: Cell, final: SubnetMask)
     assert beside_final(cell, whole, final)["precision"] == pytest.approx(final.density)
     assert beside_final(cell, none, final)["recall"] == 0.0
     assert beside_final(cell, none, final)["precision"] is None
+
+
+def test_mask_that_its_source_cannot_make_is_refused_with_the_reason(
+    cell: Cell, pipeline: Pipeline, final: SubnetMask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: object, **__: object) -> SubnetMask:
+        raise MaskError("The moments come without float32 masters.")
+
+    monkeypatch.setattr("subnet_ft.mask_stages.MaskStages.of_source", unreadable)
+    forecast = dataclasses.replace(cell, mask=MaskPlan(source=SourceSpec(kind="forecast", steps=1)))
+    with pytest.raises(NoSuchMask, match=r"its mask cannot be made\. The moments come without float32 masters$"):
+        mask_of(forecast, pipeline, final, tmp_path / "made")

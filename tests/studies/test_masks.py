@@ -67,3 +67,17 @@ def test_plans_of_masks_refuse_a_recipe_without_what_they_need(
 ) -> None:
     with pytest.raises(SubnetError, match=message):
         plan_of(study, tmp_path, change)
+
+
+def test_plan_which_mask_says_which_sources_the_optimizer_cannot_tell(tmp_path: Path) -> None:
+    plan = plan_of("which_mask", tmp_path, "subnet.optimizer.master=none")
+    names = {cell.name for cell in plan.cells}
+    assert {"gradient", "fisher", "early"} <= names
+    assert not {"forecast", "forecast_0.01", "forecast_0.001"} & names
+    assert any("The masks forecast, forecast_0.01, forecast_0.001: `forecast` needs" in note for note in plan.notes)
+    asked = plan.only(["predicted", "forecast"])
+    assert [cell.name for cell in asked.cells] == ["as_written", "predicted"]
+    with pytest.raises(SubnetError, match=r"`forecast` needs .*`subnet\.optimizer\.master` is none"):
+        plan.only(["forecast"])
+    sgd = plan_of("which_mask", tmp_path, "subnet.optimizer.name=sgd")
+    assert not {"forecast", "gradient", "fisher", "gradient_0.01"} & {cell.name for cell in sgd.cells}
