@@ -25,7 +25,7 @@ from subnet_ft.pipeline import Pipeline
 from subnet_ft.recipe import SourceSpec, recipe_to_dict
 from subnet_ft.stages import TrainedStage
 from subnet_ft.studies.mask_making import NoSuchMask, beside_final, mask_of
-from subnet_ft.studies.measures import changed_mask, data_loss, late_reward, weights_under_mask
+from subnet_ft.studies.measures import changed_mask, data_loss, late_reward, magnitude_recall, weights_under_mask
 from subnet_ft.studies.names import QUESTIONS
 from subnet_ft.studies.plan import Cell, Plan
 from subnet_ft.studies.schema import CellResult, MaskResult, StudyReport
@@ -124,6 +124,7 @@ class Study:
         except NoSuchMask as reason:
             return _Done(cell, failure=str(reason))
         figures = beside_final(cell, mask, final)
+        figures["magnitude_recall"] = magnitude_recall(pipeline, final, mask, self._measured(cell) / "magnitude")
         if not mask.num_trainable:
             return _Done(cell, mask=figures, failure="its mask is empty: nothing had changed by then")
         run = pipeline.masked_run(cell.stage, mask)

@@ -7,7 +7,7 @@ from typing import get_args
 
 from subnet_ft.recipe import SourceSpec
 from subnet_ft.recipe.mask_rules import moments
-from subnet_ft.recipe.mask_schema import Control
+from subnet_ft.recipe.mask_schema import CHOSEN, Control
 from subnet_ft.studies.plan import Cell, MaskPlan, Plan, Recipes, max_steps, need_extracted, own_cell
 
 FINAL = "final"
@@ -110,6 +110,7 @@ def _cell(recipes: Recipes, name: str, label: str, group: str, mask: MaskPlan) -
     if mask.source is not None:
         settings = [f"subnet.source.kind={mask.source.kind}"]
         settings += [f"subnet.source.steps={mask.source.steps}"] if mask.source.steps is not None else []
+        settings += ["at the final mask's density"] if mask.source.kind in CHOSEN and not mask.source.density else []
     settings += [f"thinned to {mask.density:g}"] if mask.density else []
     return Cell(name=name, label=label, group=group, settings=tuple(settings), recipe=recipes.own, mask=mask)
 

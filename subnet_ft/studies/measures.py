@@ -12,6 +12,7 @@ import torch
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.models import load_model
 from subnet_ft.digests import json_sha256
+from subnet_ft.evidence.overlap import mask_overlap
 from subnet_ft.evidence.weights import RunWeights, compare_weights
 from subnet_ft.masks import SubnetMask, extract
 from subnet_ft.recipe import SourceSpec
@@ -93,6 +94,25 @@ def weights_under_mask(pipeline: Pipeline, full: TrainedStage, run: TrainedStage
         "mask": run.mask.fingerprint,
     }
     return run_stage(folder, inputs, work, overwrite=True, cheap=True)
+
+
+def magnitude_recall(pipeline: Pipeline, final: SubnetMask, mask: SubnetMask, folder: Path) -> float | None:
+    """Return the share of the final mask that a mask matched on magnitude with another one would hold.
+
+    Args:
+        pipeline: Knows the base of both.
+        final: What the full run changed.
+        mask: Says how many weights of every tensor and bin of |w| are held.
+        folder: Of the stage.
+    """
+
+    def work(_: Path) -> dict[str, Any]:
+        found = mask_overlap(final, mask, base=pipeline.inputs.base, progress=pipeline.progress)
+        return {"recall": found.overall.magnitude_o1}
+
+    inputs = {"base": pipeline.inputs.base_sha256, "final": final.fingerprint, "mask": mask.fingerprint}
+    recall: float | None = run_stage(folder, inputs, work, overwrite=True, cheap=True)["recall"]
+    return recall
 
 
 def data_loss(pipeline: Pipeline, folder: Path) -> float:

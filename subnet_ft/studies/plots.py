@@ -198,6 +198,9 @@ def scatter_plot(report: StudyReport, width: float) -> str | None:
         place, entry, style = x(cell.mask.recall), cell.accuracy, _style(cell)
         svg.line(place, y(entry.ci_low), place, y(entry.ci_high), f"whisker {style}")
         tip = f"{cell.label}: holds {percent(cell.mask.recall)}, accuracy {percent(entry.accuracy)}"
+        if cell.mask.magnitude_recall is not None:
+            tip += f"; matched on magnitude it would hold {percent(cell.mask.magnitude_recall)}"
+            svg.circle(x(cell.mask.magnitude_recall), y(entry.accuracy), 5.5, f"ring {style}", tip=tip)
         svg.circle(place, y(entry.accuracy), 4.5, f"dot {style}", tip=tip)
     for share in (0, 0.25, 0.5, 0.75, 1):
         svg.text(x(share), 252, percent_tick(share), "tick", anchor="middle")
@@ -213,11 +216,17 @@ def recall_plot(report: StudyReport, width: float) -> str | None:
     steps = [mask.step for mask in found if mask.step is not None]
     last = max(max(steps), *(cell.num_steps for cell in report.cells if cell.name == AS_WRITTEN))
     x = Scale(0, last, 48, width - 16)
-    for name, style in (("recall", "m-subnet"), ("precision", "m-full"), ("density", "m-base")):
+    for name, style in (
+        ("recall", "m-subnet"),
+        ("precision", "m-full"),
+        ("density", "m-base"),
+        ("magnitude_recall", "m-control-1"),
+    ):
         spots = [(mask.step, getattr(mask, name)) for mask in found if getattr(mask, name) is not None]
         svg.path([(x(step or 0), y(value)) for step, value in spots], f"curve {style}")
+        what = name.replace("magnitude_recall", "recall matched on magnitude")
         for step, value in spots:
-            svg.circle(x(step or 0), y(value), 4, f"dot {style}", tip=f"step {step}, {name}: {percent(value)}")
+            svg.circle(x(step or 0), y(value), 4, f"dot {style}", tip=f"step {step}, {what}: {percent(value)}")
     for step in sorted({0, *steps, last}):
         svg.text(x(step), 232, f"{step}", "tick", anchor="middle")
     return svg.render()

@@ -50,6 +50,9 @@ class MaskResult:
     """The verdict on accuracy by the rule of every report: recovered, not_recovered, undecided, ..."""
     verdict_reason: str
     """One sentence with the numbers."""
+    magnitude_recall: float | None = None
+    """Recall that a random mask with this mask's count in every tensor and bin of |w| would have; rounding to bfloat16
+    lets small weights change in every run, so that only a recall above it speaks of more than magnitude."""
 
 
 @dataclass(frozen=True)

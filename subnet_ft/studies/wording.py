@@ -9,7 +9,7 @@ from subnet_ft.evidence.report.schema import Difference
 from subnet_ft.evidence.report.wording import percent, points
 from subnet_ft.studies.masks import FINAL
 from subnet_ft.studies.plan import AS_WRITTEN
-from subnet_ft.studies.schema import CellResult, StudyReport
+from subnet_ft.studies.schema import CellResult, MaskResult, StudyReport
 
 EXACT, PAPER = "0", "1e-05"
 """Tolerances that sentences speak of: any bit, and that of the paper's update sparsity."""
@@ -46,6 +46,11 @@ def gaps(report: StudyReport) -> list[str]:
             if report.study == "causes"
             else "What the algorithm itself does to sparsity: the recipes also differ in learning rate, steps and "
             "batch, and each of these moves it."
+        )
+    if report.study == "which_mask":
+        found.append(
+            "How many weights a source would hold by itself: predicted, forecast, gradient and Fisher masks get the "
+            "final mask's density, which only the finished full run tells."
         )
     unpaired = [cell.label for cell in report.cells if cell.accuracy and cell.versus and cell.difference is None]
     if unpaired:
@@ -205,6 +210,7 @@ def _which_mask(report: StudyReport) -> list[str]:
             f"The final mask recovered, and so did the {' and the '.join(recovered)} control of its size: on this task "
             "accuracy alone does not show that these weights are the ones that matter."
         )
+    sentences += _held(whole)
     most = max(cell.accuracy.accuracy for cell in masked if cell.accuracy)
     best = [cell for cell in masked if cell.accuracy and cell.accuracy.accuracy == most]
     if len(best) == 1 and best[0].difference is not None:
@@ -213,6 +219,20 @@ def _which_mask(report: StudyReport) -> list[str]:
             f"{difference_text(best[0].difference)} to the full run. The best of {len(masked)} runs is partly luck."
         )
     return sentences
+
+
+def _matched(mask: MaskResult) -> str:
+    return "" if mask.magnitude_recall is None else f", one matched on magnitude {percent(mask.magnitude_recall)}"
+
+
+def _held(cells: list[CellResult]) -> list[str]:
+    """Say how much of the final mask the other sources hold, beside both nulls."""
+    held = [
+        f"{cell.label} {percent(cell.mask.recall)} (a random mask {percent(cell.mask.density)}{_matched(cell.mask)})"
+        for cell in cells
+        if cell.mask is not None and cell.mask.recall is not None and cell.group == "other source"
+    ]
+    return [f"Of the final mask's weights hold: {'; '.join(held)}."] if held else []
 
 
 def _early_mask(report: StudyReport) -> list[str]:
@@ -228,7 +248,7 @@ def _early_mask(report: StudyReport) -> list[str]:
         text = (
             f"Step {mask.step} of {full.num_steps}: {percent(mask.density)} of the weights had changed. They hold "
             f"{percent(mask.recall)} of the final mask (a random mask of their number would hold "
-            f"{percent(mask.density)})"
+            f"{percent(mask.density)}{_matched(mask)})"
         )
         text += "" if mask.precision is None else f", and {percent(mask.precision)} of them are in it"
         judged = f" Training them alone: {mask.verdict.replace('_', ' ')}." if cell.accuracy else ""

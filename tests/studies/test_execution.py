@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from study_runs import SHORT, study_of
 
+from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.errors import NonFiniteGradientError
+from subnet_ft.evidence.overlap import mask_overlap
 from subnet_ft.masks import SubnetMask, extract
 from subnet_ft.pipeline import Pipeline, load_checked_recipe
 from subnet_ft.studies.execution import Study
@@ -175,6 +177,8 @@ def test_early_mask_says_how_much_of_the_final_mask_is_known(tmp_path: Path) -> 
     known = extract("tiny:llama", tmp_path / "probe-4", criterion="absolute", tolerance=0.002)
     assert early[4].recall == pytest.approx((known & final).num_trainable / final.num_trainable)
     assert early[4].precision == pytest.approx((known & final).num_trainable / known.num_trainable)
+    null = mask_overlap(final, known, base=open_checkpoint("tiny:llama")).overall.magnitude_o1
+    assert early[4].magnitude_recall == pytest.approx(null)
     # One step of 1e-3 stays below the tolerance: that is a result, not an error.
     first = report.cell("step_1")
     assert first is not None

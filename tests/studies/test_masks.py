@@ -24,6 +24,10 @@ def test_plan_which_mask_has_every_control_every_source_and_the_sweep(tmp_path: 
         assert {f"{kind}_{density:g}" for kind in kinds} <= set(names)
     assert len(names) == len(set(names)) == 2 + 7 + 5 + 6 * len(DENSITIES)
     assert 0.001 in DENSITIES
+    settings = {cell.name: cell.settings for cell in plan.cells}
+    for kind in ("predicted", "forecast", "gradient", "fisher"):
+        assert "at the final mask's density" in settings[kind]
+    assert "at the final mask's density" not in (*settings["early"], *settings["predicted_0.01"])
     early = next(cell for cell in plan.cells if cell.name == "early")
     assert early.mask is not None
     assert early.mask.source is not None

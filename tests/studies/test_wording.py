@@ -116,6 +116,8 @@ def test_early_mask_gives_recall_beside_that_of_a_random_mask() -> None:
         cell("step_1", 0.3, mask=mask(0.02, "not_recovered", step=1, recall=0.1, precision=0.8)),
         cell("step_20", 0.5, mask=mask(0.15, "undecided", step=20, recall=0.91, precision=0.9)),
     ]
+    matched = said("early_mask", cells[0], cell("step_1", 0.3, mask=mask(0.02, step=1, magnitude_recall=0.055)))
+    assert "would hold 2.0 %, one matched on magnitude 5.5 %)" in matched
     text = said("early_mask", *cells)
     assert (
         "Step 1 of 40: 2.0 % of the weights had changed. They hold 10.0 % of the final mask (a random mask of" in text
@@ -154,3 +156,11 @@ def test_gaps_name_seeds_failures_and_unpaired_runs() -> None:
     assert "Paired differences of data: they were judged on other prompts." in text
     assert "`x`: it diverged." in text
     assert "Accuracy: evaluation is off." in found(report("causes", cell("as_written", None), base=None))
+
+
+def test_which_mask_puts_recall_beside_both_nulls_and_says_where_density_is_from() -> None:
+    source = cell("predicted", 0.5, versus=0.53, group="other source", mask=mask(0.1, magnitude_recall=0.18))
+    result = report("which_mask", cell("as_written", 0.53), source)
+    text = " ".join(answers(result))
+    assert "predicted 20.0 % (a random mask 10.0 %, one matched on magnitude 18.0 %)." in text
+    assert any("get the final mask's density, which only the finished full run tells" in gap for gap in gaps(result))

@@ -188,3 +188,13 @@ def test_other_tables() -> None:
     assert curve.rows[0] == ["as written", "17.00 %", "17.00 %", "8.50 %"]
     assert tolerance_table(RESULTS["which_mask"]) is not None  # the full run's own
     assert settings_table(RESULTS["causes"]).rows[0][-1] == "as written"
+
+
+def test_recall_stands_beside_the_magnitude_matched_null() -> None:
+    early = report("early_mask", OWN, masked("step_1", 0.3, 0.02, step=1, magnitude_recall=0.123))
+    table = main_table(early)
+    assert dict(zip(table.header, table.rows[1], strict=True))["matched on magnitude"] == "12.3 %"
+    page = render_html(early)
+    assert "step 1, recall matched on magnitude: 12.3" in page
+    assert "recall of a mask matched on magnitude" in page
+    assert summary_for_cli(early)["cells"][1]["magnitude_recall"] == 0.123
