@@ -232,7 +232,7 @@ def _held(cells: list[CellResult]) -> list[str]:
         for cell in cells
         if cell.mask is not None and cell.mask.recall is not None and cell.group == "other source"
     ]
-    return [f"Of the final mask's weights hold: {'; '.join(held)}."] if held else []
+    return [f"Share of the final mask that other sources hold: {'; '.join(held)}."] if held else []
 
 
 def _early_mask(report: StudyReport) -> list[str]:
