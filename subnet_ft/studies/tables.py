@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from subnet_ft.evidence.report.schema import Accuracy, Difference
-from subnet_ft.evidence.report.tables import Table
-from subnet_ft.evidence.report.wording import duration, percent, points
+from subnet_ft.evidence.report.tables import Table, accuracy_cell, difference_cell
+from subnet_ft.evidence.report.wording import duration, percent
 from subnet_ft.studies.schema import StudyReport
 from subnet_ft.studies.wording import EXACT, PAPER
 
@@ -104,7 +103,7 @@ def _sparsity(report: StudyReport) -> Table:
                 traits.learns_from if traits else _NONE,
                 _NONE if cell.learning_rate is None else f"{cell.learning_rate:g}",
                 str(cell.num_steps),
-                _accuracy(cell.accuracy),
+                accuracy_cell(cell.accuracy),
             ]
         )
     return Table(header, rows)
@@ -125,8 +124,8 @@ def _runs(report: StudyReport) -> Table:
         [
             cell.label,
             *(percent(cell.changed[key], 2) if cell.changed else _NONE for key in (EXACT, PAPER)),
-            _accuracy(cell.accuracy),
-            _difference(cell.difference),
+            accuracy_cell(cell.accuracy),
+            difference_cell(cell.difference),
             _NONE if cell.reward is None else f"{cell.reward:.3f}",
             *([_NONE if cell.data_loss is None else f"{cell.data_loss:.2f}"] if with_data else []),
         ]
@@ -160,8 +159,8 @@ def _masks(report: StudyReport) -> Table:
                 _share(mask.magnitude_recall) if mask else _NONE,
                 _share(mask.precision) if mask else _NONE,
                 _share(mask.changed_share) if mask else _NONE,
-                _accuracy(cell.accuracy),
-                _difference(cell.difference),
+                accuracy_cell(cell.accuracy),
+                difference_cell(cell.difference),
                 mask.verdict.replace("_", " ") if mask and cell.accuracy else _NONE,
                 _share(mask.in_mask_identical) if mask else _NONE,
                 f"{mask.relative_distance:.3f}" if mask and mask.relative_distance is not None else _NONE,
@@ -172,18 +171,6 @@ def _masks(report: StudyReport) -> Table:
 
 def _accuracy_header(report: StudyReport) -> str:
     return f"accuracy [{report.confidence * 100:g} %]"
-
-
-def _accuracy(entry: Accuracy | None) -> str:
-    if entry is None:
-        return _NONE
-    return f"{percent(entry.accuracy)} [{entry.ci_low * 100:.1f}, {entry.ci_high * 100:.1f}]"
-
-
-def _difference(entry: Difference | None) -> str:
-    if entry is None:
-        return _NONE
-    return f"{points(entry.difference)} [{points(entry.low)}, {points(entry.high)}]"
 
 
 def _share(share: float | None) -> str:

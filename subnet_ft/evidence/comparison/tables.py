@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from subnet_ft.evidence.comparison.schema import MethodComparison, MethodResult
-from subnet_ft.evidence.report.schema import Accuracy, Difference
-from subnet_ft.evidence.report.tables import Table, is_peak, words
-from subnet_ft.evidence.report.wording import duration, percent, points, size
+from subnet_ft.evidence.report.tables import Table, accuracy_cell, difference_cell, is_peak, words
+from subnet_ft.evidence.report.wording import duration, percent, size
 
 _NONE = "\u2013"
 
@@ -27,7 +26,7 @@ def main_table(comparison: MethodComparison) -> Table:
         "checkpoint",
         "beside the base",
     ]
-    rows = [["base model", _accuracy(comparison.base), *[_NONE] * (len(header) - 2)]]
+    rows = [["base model", accuracy_cell(comparison.base), *[_NONE] * (len(header) - 2)]]
     # Bytes per weight of the base, so that the figures of a frozen model with added weights compare.
     num_base = min((result.num_parameters for result in comparison.methods if result.trains == "mask"), default=None)
     for result in comparison.methods:
@@ -36,8 +35,8 @@ def main_table(comparison: MethodComparison) -> Table:
         rows.append(
             [
                 label(result.method),
-                _accuracy(result.accuracy),
-                *(_difference(comparison.difference(result.method, other)) for other in against),
+                accuracy_cell(result.accuracy),
+                *(difference_cell(comparison.difference(result.method, other)) for other in against),
                 f"{result.num_trainable:,}",
                 percent(result.num_trainable / result.num_parameters, 2),
                 size(result.persistent_bytes),
@@ -75,8 +74,8 @@ def quantized_table(comparison: MethodComparison) -> Table | None:
     rows = [
         [
             f"{label(copy.method)}, {copy.quantization}",
-            _accuracy(copy.accuracy),
-            _difference(copy.difference),
+            accuracy_cell(copy.accuracy),
+            difference_cell(copy.difference),
             size(copy.checkpoint_bytes),
         ]
         for copy in comparison.quantized
@@ -98,18 +97,6 @@ def settings_table(comparison: MethodComparison) -> Table:
 def label(method: str) -> str:
     """Return what a reader calls a method."""
     return {"full": "full run", "subnet": "subnetwork"}.get(method, method.replace("_", " "))
-
-
-def _accuracy(entry: Accuracy | None) -> str:
-    if entry is None:
-        return _NONE
-    return f"{percent(entry.accuracy)} [{entry.ci_low * 100:.1f}, {entry.ci_high * 100:.1f}]"
-
-
-def _difference(entry: Difference | None) -> str:
-    if entry is None:
-        return _NONE
-    return f"{points(entry.difference)} [{points(entry.low)}, {points(entry.high)}]"
 
 
 def _size(result: MethodResult, key: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from subnet_ft.evidence.report.schema import Report
+from subnet_ft.evidence.report.schema import Accuracy, Difference, Report
 from subnet_ft.evidence.report.wording import (
     VERDICTS,
     duration,
@@ -24,6 +24,20 @@ class Table:
 
     header: list[str]
     rows: list[list[str]]
+
+
+def accuracy_cell(entry: Accuracy | None) -> str:
+    """Write an accuracy with its interval, in per cent; a dash where there is none."""
+    if entry is None:
+        return _NONE
+    return f"{percent(entry.accuracy)} [{entry.ci_low * 100:.1f}, {entry.ci_high * 100:.1f}]"
+
+
+def difference_cell(entry: Difference | None) -> str:
+    """Write a difference with its interval, in points; a dash where there is none."""
+    if entry is None:
+        return _NONE
+    return f"{points(entry.difference)} [{points(entry.low)}, {points(entry.high)}]"
 
 
 def accuracy_table(report: Report) -> Table | None:
