@@ -7,6 +7,9 @@
     ├── MaskError                   (ValueError)    a mask that is wrong in itself
     │   ├── MaskFileError                           a mask file that breaks its format
     │   └── MaskMismatchError                       a mask that belongs to another model
+    ├── DeltaError                  (ValueError)    a delta that is wrong in itself
+    │   ├── DeltaFileError                          a delta file that breaks its format
+    │   └── DeltaMismatchError                      a delta that belongs to another model
     ├── OptimizerError              (ValueError)    an optimizer that cannot train a subnetwork
     ├── OptimizerStateError         (ValueError)    a saved optimizer state that does not fit
     ├── GradientError               (RuntimeError)  gradients that a masked optimizer cannot take
@@ -63,6 +66,18 @@ class MaskFileError(MaskError):
 
 class MaskMismatchError(MaskError):
     """A mask does not belong to the model, the base or the other mask at hand."""
+
+
+class DeltaError(SubnetError, ValueError):
+    """A delta is invalid, or cannot be made."""
+
+
+class DeltaFileError(DeltaError):
+    """A delta file breaks its format; nothing of it was used."""
+
+
+class DeltaMismatchError(DeltaError):
+    """A delta does not belong to the base, the mask or the other delta at hand."""
 
 
 class OptimizerError(SubnetError, ValueError):

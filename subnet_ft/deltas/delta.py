@@ -1,0 +1,108 @@
+"""`Delta`: what training changed, as the new values of the changed weights; a sparse patch of its base."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from subnet_ft.errors import DeltaError
+from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, TensorMask
+
+
+@dataclass(frozen=True)
+class TensorDelta:
+    """The new values of one tensor's changed weights.
+
+    Args:
+        bits: (ceil(N / 8),) uint8 in C order of `shape`; empty when nothing changes.
+        values: (K,) the new values in the stored dtype, in the order of the set bits.
+        shape: Shape of the parameter.
+    """
+
+    bits: torch.Tensor
+    values: torch.Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """K, the number of weights that get a new value."""
+        return self.values.numel()
+
+    @property
+    def num_elements(self) -> int:
+        """N, the number of weights of the tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A sparse patch of one base: applied to it, bit for bit the tuned model.
+
+    Invariant: every parameter of the model has an entry in `tensors`, `base` and `result`, also those without a change;
+    the values of a tensor have the dtype that `base` records for it.
+
+    Args:
+        tensors: Parameter name in memory, as in `SubnetMask`, to its new values.
+        base: The model that the delta belongs to, complete: dtype and fingerprint of every tensor.
+        result: Parameter name to the fingerprint, 32 hexadecimal digits, of the tensor after the delta.
+        source: `kind` and what else says where the delta came from, such as the name of the tuned checkpoint.
+
+    Raises:
+        DeltaError: Names, sizes or dtypes contradict each other.
+    """
+
+    tensors: dict[str, TensorDelta]
+    base: ModelRecord
+    result: dict[str, str]
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, names in (
+            ("dtypes of its base", self.base.dtypes),
+            ("fingerprints of its base", self.base.fingerprints),
+            ("fingerprints of its result", self.result),
+        ):
+            odd = self.tensors.keys() ^ names.keys()
+            if odd:
+                raise DeltaError(f"The tensors of the delta and the {what} differ in `{min(odd)}`.")
+        for name, tensor in self.tensors.items():
+            _check_tensor(name, tensor, self.base.dtypes[name])
+
+    @property
+    def mask(self) -> SubnetMask:
+        """Which weights get a new value; it belongs to the delta's base and shares the delta's bits."""
+        tensors = {name: TensorMask(tensor.bits, tensor.shape, tensor.count) for name, tensor in self.tensors.items()}
+        return SubnetMask(tensors, Provenance(base=self.base, source={"kind": "delta"}))
+
+    @property
+    def num_changed(self) -> int:
+        """K, the number of weights that get a new value."""
+        return sum(tensor.count for tensor in self.tensors.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """N, the number of weights of the model."""
+        return sum(tensor.num_elements for tensor in self.tensors.values())
+
+    def __repr__(self) -> str:
+        return f"Delta({self.num_changed:,} of {self.num_parameters:,} weights of `{self.base.name}`)"
+
+
+def _check_tensor(name: str, tensor: TensorDelta, dtype: str) -> None:
+    expected = (tensor.num_elements + 7) // 8 if tensor.count else 0
+    if tensor.bits.dtype != torch.uint8 or tensor.bits.shape != (expected,):
+        raise DeltaError(
+            f"The bits of `{name}` are {tensor.bits.dtype} of shape {tuple(tensor.bits.shape)}; a tensor of shape "
+            f"{tensor.shape} with {tensor.count} new values has uint8 bits of shape ({expected},)."
+        )
+    if tensor.values.dim() != 1 or tensor.count > tensor.num_elements:
+        raise DeltaError(
+            f"The values of `{name}` have shape {tuple(tensor.values.shape)}; expected at most {tensor.num_elements} "
+            "in one dimension."
+        )
+    found = str(tensor.values.dtype).removeprefix("torch.")
+    if found != dtype:
+        raise DeltaError(f"The values of `{name}` are {found} but its base is {dtype}; a delta holds the stored dtype.")
