@@ -9,21 +9,25 @@ from typing import Any
 
 import torch
 
-from subnet_ft.errors import GradientError, OptimizerError
+from subnet_ft.errors import OptimizerError
 from subnet_ft.masks import SubnetMask, by_canonical_name
 from subnet_ft.optim import mask_change, state
 from subnet_ft.optim.binding import Binding, set_requires_grad
 from subnet_ft.optim.clipping import Clipping
 from subnet_ft.optim.dense_gradients import DenseGradients
 from subnet_ft.optim.frozen import FrozenWeights
-from subnet_ft.optim.gradients import CompactGradients, num_processes
+from subnet_ft.optim.gradients import CompactGradients
 from subnet_ft.optim.ledger import cache_nbytes, state_nbytes
 from subnet_ft.optim.masters import Roundings
+from subnet_ft.optim.norms import GradientNorms
 from subnet_ft.optim.parameters import NamedParameters, ParameterGroups, check_parameters, named_groups
+from subnet_ft.optim.processes import num_processes
+from subnet_ft.optim.reduction import replica_of
+from subnet_ft.optim.shards import local
 from subnet_kernels import BitMask
 
 
-class MaskedBase(torch.optim.Optimizer):
+class MaskedBase(GradientNorms, torch.optim.Optimizer):
     """An optimizer that trains the weights of a mask; a weight outside it keeps its bits, whatever happens.
 
     The mask alone says what is trained, so building the optimizer sets `requires_grad` of every tensor: False without a
@@ -49,24 +53,28 @@ class MaskedBase(torch.optim.Optimizer):
         compact_grads: bool,
         check_base: bool,
     ) -> None:
-        self._clipping = Clipping(
-            max_grad_norm=max_grad_norm, clip_norm=clip_norm, measure_full=measure_full_norm, nonfinite=nonfinite
-        )
         groups = named_groups(named_parameters, type(self).__name__)
         parameters = by_canonical_name(pair for group in groups for pair in group["params"])
+        self._binding = Binding(parameters, mask)
+        self._clipping = Clipping(
+            self._binding,
+            max_grad_norm=max_grad_norm,
+            clip_norm=clip_norm,
+            measure_full=measure_full_norm,
+            nonfinite=nonfinite,
+        )
         check_parameters(parameters, mask, check_base=check_base)
         self.compact_grads = compact_grads
-        self._binding = Binding(parameters, mask)
         self._names = self._binding.names
         self._roundings = Roundings()
         self._cache: dict[torch.device, dict[Any, Any]] = {}
-        self._frozen = FrozenWeights(parameters, self._binding.trained)
+        self._frozen = FrozenWeights(self._binding)
         self._groups = ParameterGroups(groups)
         super().__init__(self._groups.trained(mask), defaults)
         self._prepare()
         # Nothing of the model was changed so far: what is refused leaves it as it was.
         kind = CompactGradients if compact_grads else DenseGradients
-        self._gradients = kind(parameters, self._binding.trained, measure_full=self._clipping.measure_full)
+        self._gradients = kind(self._binding, measure_full=self._clipping.measure_full)
         found = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
         self._give_back = weakref.finalize(self, set_requires_grad, found)
         self._give_back.atexit = False
@@ -124,7 +132,7 @@ class MaskedBase(torch.optim.Optimizer):
             return loss
         self._update(grads, clipping.coefficient)
         # The kernels write behind autograd's back; this is what makes a backward through old weights an error.
-        torch.autograd.graph.increment_version(grads)
+        torch.autograd.graph.increment_version([local(parameter) for parameter in grads])
         for parameter in grads:
             self._roundings.mark(parameter, self.state[parameter].get("master"))
         self._forget_gradients()
@@ -157,47 +165,6 @@ class MaskedBase(torch.optim.Optimizer):
     def mask(self) -> SubnetMask:
         """Which weights are trained."""
         return self._binding.mask
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """What torch's GradScaler asks before its step; it has unscaled `.grad` only, and only where weights train."""
-        if self.compact_grads or self._clipping.measure_full:
-            raise GradientError(
-                "A GradScaler unscales what stands in `.grad` of trained tensors, and misses compact gradients and the "
-                "rest of a full norm. Train in bfloat16, or with `compact_grads=False` and the masked norm alone."
-            )
-        return False
-
-    @property
-    def num_skipped_steps(self) -> int:
-        """How many steps were left out since the optimizer was built, because a gradient was not finite."""
-        return self._clipping.num_skipped_steps
-
-    @torch.no_grad()
-    def grad_norm(self) -> torch.Tensor:
-        """Return the 2-norm () float32 of the accumulated gradient that clipping goes by, before any, on its device."""
-        return self._clipping.norm(self._gradients)
-
-    @torch.no_grad()
-    def grad_norms(self) -> dict[str, torch.Tensor]:
-        """Return the 2-norms () float32 of the accumulated gradient: `masked`, and `full` where that is measured."""
-        return self._clipping.norms(self._gradients)
-
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Make the next `step` scale the gradient so that its norm (see `clip_norm`) is at most `max_norm`.
-
-        The gradients themselves stay as they are. A step that is left out must end with the optimizer's `zero_grad()`:
-        `model.zero_grad()` does not take the scale back. What the step does with a norm that is not finite is said by
-        `nonfinite`. Of several calls before one step, the strictest counts.
-
-        Returns:
-            () float32, the norm before clipping.
-
-        Raises:
-            ValueError: `max_norm` is negative or NaN.
-        """
-        return self._clipping.clip(self._gradients, max_norm)
 
     def names_without_gradient(self) -> list[str]:
         """Return the tensors that the next step would skip: the mask trains them, and they got no gradient."""
@@ -295,10 +262,6 @@ class MaskedBase(torch.optim.Optimizer):
         """Return a parameter's mask on its device, brought there once."""
         return self._binding.bit_mask(parameter)
 
-    def gradient_buffers(self) -> list[torch.Tensor]:
-        """Return the compact gradients (K,) float32 that it keeps allocated; none without compaction."""
-        return self._gradients.buffers()
-
     def memory(self) -> dict[str, int]:
         """Return bytes that live from one step to the next: `gradients` (compact), `moments`, `masters` and `mask`."""
         mask = self._binding.nbytes + cache_nbytes(self._cache)
@@ -342,9 +305,15 @@ class MaskedBase(torch.optim.Optimizer):
         for parameter in self._names:
             if self._binding.is_trained(parameter):
                 parameter.requires_grad_(True)
-            elif not (self._clipping.measure_full or (self._is_built and num_processes() > 1)):
-                # DDP waits for the gradients of all tensors that required one when it wrapped the model.
+            elif not (self._clipping.measure_full or self._is_awaited(parameter)):
                 parameter.requires_grad_(False)
             if not parameter.requires_grad:
                 parameter.grad = None
         self._gradients.forget_masks()
+
+    def _is_awaited(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether others wait for a parameter's gradient: of what required one when they wrapped the model."""
+        replica = replica_of(parameter)
+        if replica is not None and self.compact_grads:
+            return replica.is_kept
+        return self._is_built and num_processes() > 1

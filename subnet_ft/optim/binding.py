@@ -8,11 +8,13 @@ import torch
 
 from subnet_ft.errors import OptimizerError
 from subnet_ft.masks import SubnetMask
+from subnet_ft.masks.slices import count_before, slice_bits
+from subnet_ft.optim.shards import Part, local, part_of
 from subnet_kernels import BitMask
 
 
 class Binding:
-    """The mask of every parameter, brought to its device once.
+    """The mask of every parameter, or of the part of it that this process holds, brought to its device once.
 
     Args:
         parameters: Name to parameter, also those in which nothing is trained.
@@ -21,6 +23,7 @@ class Binding:
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], mask: SubnetMask) -> None:
         self.names: dict[torch.nn.Parameter, str] = {parameter: name for name, parameter in parameters.items()}
+        self.parts: dict[torch.nn.Parameter, Part] = {p: part_of(name, p) for name, p in parameters.items()}
         self._mask = mask
         self._bit_masks: dict[str, BitMask] = {}
         self.untouched = self.untouched_by([mask])
@@ -56,9 +59,9 @@ class Binding:
                 )
 
     def bit_mask(self, parameter: torch.nn.Parameter) -> BitMask:
-        """Return the mask of a parameter in which something is trained, on its device."""
+        """Return the mask of what this process holds of a parameter in which something is trained, on its device."""
         name = self.names[parameter]
-        if name not in self._bit_masks or self._bit_masks[name].device != parameter.device:
+        if name not in self._bit_masks or self._bit_masks[name].device != local(parameter).device:
             self._bit_masks[name] = self.under(self._mask, parameter)
         return self._bit_masks[name]
 
@@ -67,13 +70,20 @@ class Binding:
         return self.bit_mask(parameter) if self.is_trained(parameter) else None
 
     def is_trained(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether anything of a parameter is trained."""
+        """Whether anything of a parameter is trained, here or in the part of another process."""
         return self._mask.tensors[self.names[parameter]].count > 0
 
     def under(self, mask: SubnetMask, parameter: torch.nn.Parameter) -> BitMask:
-        """Return what another mask says of a parameter, on its device."""
-        tensor = mask.tensors[self.names[parameter]]
-        return BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device)
+        """Return what another mask says of what this process holds of a parameter, on its device."""
+        bits, part = mask.tensors[self.names[parameter]].full_bits(), self.parts[parameter]
+        if part.group is not None:
+            bits = slice_bits(bits, part.start, part.num_elements)
+        return BitMask.from_bits(bits, part.num_elements, local(parameter).device)
+
+    def compact_start(self, parameter: torch.nn.Parameter) -> int:
+        """Return where the compact values of this process begin among those of the whole parameter."""
+        part = self.parts[parameter]
+        return 0 if part.group is None else count_before(self._mask.tensors[self.names[parameter]].bits, part.start)
 
 
 def set_requires_grad(found: Iterable[tuple[torch.nn.Parameter, bool]]) -> None:

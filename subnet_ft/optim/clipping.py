@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from subnet_ft.errors import NonFiniteGradientError
+from subnet_ft.optim.binding import Binding
+from subnet_ft.optim.shards import groups_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class Clipping:
     """The norms of an accumulated gradient, and the scale that the next step takes it with.
 
     Args:
+        binding: The parameters; where processes hold parts of them, they sum their squares, once for each norm.
         max_grad_norm: What every step clips to by itself; `None` does not clip.
         clip_norm: One of `CLIP_NORMS`.
         measure_full: Also measure the norm of the whole gradient, which clipping by it does anyway.
@@ -49,13 +53,16 @@ class Clipping:
         ValueError: An option is out of range or unknown.
     """
 
-    def __init__(self, *, max_grad_norm: float | None, clip_norm: str, measure_full: bool, nonfinite: str) -> None:
+    def __init__(
+        self, binding: Binding, *, max_grad_norm: float | None, clip_norm: str, measure_full: bool, nonfinite: str
+    ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"`max_grad_norm` must be > 0, or None for no clipping, got {max_grad_norm}")
         if clip_norm not in CLIP_NORMS:
             raise ValueError(f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {clip_norm!r}")
         if nonfinite not in NONFINITE:
             raise ValueError(f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        self._parts = binding.parts
         self.max_grad_norm = max_grad_norm
         self.clip_norm = clip_norm
         self.measure_full = measure_full or clip_norm == "full"
@@ -68,13 +75,13 @@ class Clipping:
     def norm(self, gradients: Gradients) -> torch.Tensor:
         """Return the 2-norm () float32 that clipping goes by."""
         squares = gradients.squares() if self.clip_norm == "masked" else gradients.full_squares()
-        return norm_of_squares(squares.values())
+        return self._norm(squares)
 
     def norms(self, gradients: Gradients) -> dict[str, torch.Tensor]:
         """Return the 2-norms () float32: `masked`, and `full` where that is measured."""
-        norms = {"masked": norm_of_squares(gradients.squares().values())}
+        norms = {"masked": self._norm(gradients.squares())}
         if self.measure_full:
-            norms["full"] = norm_of_squares(gradients.full_squares().values())
+            norms["full"] = self._norm(gradients.full_squares())
         return norms
 
     def clip(self, gradients: Gradients, max_norm: float) -> torch.Tensor:
@@ -109,7 +116,7 @@ class Clipping:
         if bool(torch.isfinite(norm)):
             return None
         found = [names[p] for p, square in gradients.squares().items() if not torch.isfinite(square)]
-        where = "outside the mask"
+        where = "outside the mask" if not groups_of(self._parts.values()) else "in the part of another process"
         if found:
             where = f"in `{found[0]}`" + (f" and {len(found) - 1} other tensors" if len(found) > 1 else "")
         return f"the gradient has NaN or infinite values {where}"
@@ -127,6 +134,18 @@ class Clipping:
             )
         self.num_skipped_steps += 1
         logger.warning("step left out, %d so far: %s", self.num_skipped_steps, problem)
+
+    def _norm(self, squares: Mapping[torch.nn.Parameter, torch.Tensor]) -> torch.Tensor:
+        """Return the norm () float32; where processes hold parts of parameters, they sum their squares in one go."""
+        whole = [square for parameter, square in squares.items() if self._parts[parameter].group is None]
+        for group, device in groups_of(self._parts.values()):
+            held = [square for parameter, square in squares.items() if self._parts[parameter].group is group]
+            total = torch.zeros((), dtype=torch.float64, device=device)
+            if held:
+                total = torch.stack(held).sum().to(device, torch.float64)
+            dist.all_reduce(total, group=group)
+            whole.append(total)
+        return norm_of_squares(whole)
 
 
 def sum_of_squares(grad: torch.Tensor) -> torch.Tensor:

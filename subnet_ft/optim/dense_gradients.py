@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 
 import subnet_kernels
+from subnet_ft.optim.binding import Binding
 from subnet_ft.optim.clipping import sum_of_squares
 from subnet_ft.optim.gradients import flat_grad
 from subnet_ft.optim.owners import claim, disclaim
@@ -17,8 +16,7 @@ class DenseGradients:
     """What stands in `.grad`, read on the mask only; the twin of `CompactGradients`.
 
     Args:
-        parameters: Name to parameter, also those in which nothing is trained.
-        trained: Returns a parameter's mask on its device, `None` where nothing is trained.
+        binding: All parameters, also those in which nothing is trained, and their masks.
         measure_full: As in `CompactGradients`; here the whole gradient always stands.
 
     Raises:
@@ -29,19 +27,18 @@ class DenseGradients:
     nbytes = 0
     """Bytes of buffers of its own."""
 
-    def __init__(
-        self,
-        parameters: Mapping[str, torch.nn.Parameter],
-        trained: Callable[[torch.nn.Parameter], BitMask | None],
-        *,
-        measure_full: bool,
-    ) -> None:
-        self._names = {parameter: name for name, parameter in parameters.items()}
-        self._trained = trained
-        claim(parameters, self)
+    def __init__(self, binding: Binding, *, measure_full: bool) -> None:
+        self._names = binding.names
+        self._trained = binding.trained
+        claim({name: parameter for parameter, name in binding.names.items()}, self)
 
     def hook(self) -> None:
         """Nothing to hook: autograd leaves the gradients where they are read."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a gradient waits for a step: what stands in `.grad` is nobody's business but the caller's."""
+        return False
 
     def collect(self) -> None:
         """Nothing to collect: what was set by hand is read like the rest."""

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
 
 import torch
 
-import subnet_kernels
 from subnet_ft.errors import FrozenWeightError
 from subnet_ft.masks import SubnetMask, by_canonical_name, format_fingerprint
-from subnet_kernels import BitMask
+from subnet_ft.optim.binding import Binding
+from subnet_ft.optim.fingerprints import fingerprints
 
 
 def frozen_fingerprints(model: torch.nn.Module, mask: SubnetMask) -> dict[str, str]:
-    """Return name to fingerprint (32 hexadecimal digits) of the weights of a model outside a mask."""
+    """Return name to fingerprint (32 hexadecimal digits) of the weights of a model outside a mask.
+
+    Where processes hold parts of the weights, all of them call it.
+    """
     parameters = by_canonical_name(model.named_parameters())
-    names = {parameter: name for name, parameter in parameters.items()}
-
-    def trained(parameter: torch.nn.Parameter) -> BitMask | None:
-        tensor = mask.tensors[names[parameter]]
-        return BitMask.from_bits(tensor.bits, tensor.num_elements, parameter.device) if tensor.count else None
-
-    return FrozenWeights(parameters, trained).now()
+    return FrozenWeights(Binding(parameters, mask)).now()
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Return one digest of all weights of a model, bit by bit and by name; tied weights count once."""
-    parameters = by_canonical_name(model.named_parameters()).items()
-    found = {name: format_fingerprint(subnet_kernels.fingerprint(p.detach())) for name, p in parameters}
+    """Return one digest of all weights of a model, bit by bit and by name; tied weights count once.
+
+    Where processes hold parts of the weights, all of them call it.
+    """
+    sums = fingerprints(by_canonical_name(model.named_parameters()))
+    found = {name: format_fingerprint(pair) for name, pair in sums.items()}
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
@@ -40,15 +39,11 @@ class FrozenWeights:
     trainable has nothing to keep.
 
     Args:
-        parameters: Name to parameter, also those in which nothing is trained.
-        trained: Returns a parameter's mask on its device, `None` where nothing is trained.
+        binding: All parameters, also those in which nothing is trained, and the mask that they have at the time.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, torch.nn.Parameter], trained: Callable[[torch.nn.Parameter], BitMask | None]
-    ) -> None:
-        self._parameters = parameters
-        self._trained = trained
+    def __init__(self, binding: Binding) -> None:
+        self._binding = binding
         self.taken: dict[str, str] | None = None
         """Name to fingerprint (32 hexadecimal digits), or `None` as long as none were taken."""
 
@@ -58,12 +53,10 @@ class FrozenWeights:
 
     def now(self) -> dict[str, str]:
         """Return the fingerprints of the weights outside the mask as they are now."""
-        found: dict[str, str] = {}
-        for name, parameter in self._parameters.items():
-            mask = self._trained(parameter)
-            if mask is None or not mask.is_full:
-                found[name] = format_fingerprint(subnet_kernels.fingerprint(parameter.detach(), outside=mask))
-        return found
+        binding, tensors = self._binding, self._binding.mask.tensors
+        parameters = {name: p for p, name in binding.names.items() if tensors[name].count < tensors[name].num_elements}
+        found = fingerprints(parameters, lambda name: binding.trained(parameters[name]))
+        return {name: format_fingerprint(pair) for name, pair in found.items()}
 
     def check(self) -> None:
         """Compare the weights with what was taken; take them first if nothing was.

@@ -14,6 +14,7 @@ from subnet_ft.optim.base import MaskedBase
 from subnet_ft.optim.masters import check_master, forget_remainder, master_dtype, new_masters
 from subnet_ft.optim.parameters import NamedParameters
 from subnet_ft.optim.remap import remap
+from subnet_ft.optim.shards import local, local_flat
 from subnet_ft.optim.state import check_keys, checked_tensor
 from subnet_ft.optim.watching import StepWatch
 from subnet_kernels import BitMask
@@ -78,14 +79,16 @@ class FusedBase(MaskedBase):
         return {
             key: checked_tensor(name, key, values[key], dtype, (), torch.device("cpu"))
             if key == "step"
-            else checked_tensor(name, key, values[key], dtype, (self.mask.tensors[name].count,), parameter.device)
+            else checked_tensor(
+                name, key, values[key], dtype, (self.bit_mask(parameter).count,), local(parameter).device
+            )
             for key, dtype in dtypes.items()
         }
 
     def _remapped_entries(
         self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
     ) -> dict[str, Any]:
-        weight = parameter.detach().view(-1)
+        weight = local_flat(parameter)
         remapped: dict[str, Any] = {}
         for key, value in entries.items():
             into = new_masters(weight, new, self.master) if key == "master" else value.new_zeros(new.count)
@@ -94,7 +97,7 @@ class FusedBase(MaskedBase):
         return remapped
 
     def _new_master(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        return new_masters(parameter.detach().view(-1), self.bit_mask(parameter), self.master)
+        return new_masters(local_flat(parameter), self.bit_mask(parameter), self.master)
 
     def _update(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], scale: torch.Tensor | None) -> None:
         streams = {id(parameter): number for number, parameter in enumerate(self._names)}
@@ -108,7 +111,8 @@ class FusedBase(MaskedBase):
                     values = self.state[parameter]
                     update = self._one(parameter, group, values, grad, streams[id(parameter)])
                     counts.append(values["step"])
-                    batches.setdefault(grad.device, []).append(update)
+                    if grad.numel():  # nothing of a tensor's mask may lie in this process's part
+                        batches.setdefault(grad.device, []).append(update)
         # Plans of a device that the model has left would keep its memory.
         self._cache = {device: self._cache.get(device, {}) for device in batches}
         for device, batch in batches.items():
@@ -134,13 +138,14 @@ class FusedBase(MaskedBase):
         stream: int,
     ) -> Any:
         """Return the kernel's description of one tensor's update; nothing of it is kept after the step."""
-        weight = parameter.detach().view(-1)
+        weight = local_flat(parameter)
         if not values:
             self._start(parameter, group, values, weight)
         step = int(values["step"]) + 1
         key = None
         if self.master == "stochastic" and weight.dtype == torch.bfloat16:
-            key = subnet_kernels.rounding_key(group["rounding_seed"], stream, step)
+            seed = group["rounding_seed"] + self._binding.parts[parameter].start
+            key = subnet_kernels.rounding_key(seed, stream, step)
         shared = {
             "param": weight,
             "mask": self.bit_mask(parameter),

@@ -3,54 +3,58 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 import subnet_kernels
 from subnet_ft.errors import GradientError
+from subnet_ft.optim.binding import Binding
 from subnet_ft.optim.clipping import sum_of_squares
 from subnet_ft.optim.owners import claim, disclaim
+from subnet_ft.optim.processes import num_processes
+from subnet_ft.optim.reduction import Reduction, reduction_of, refuse_many_processes
+from subnet_ft.optim.shards import is_sharded, local
 from subnet_kernels import BitMask
 
 
 class CompactGradients:
     """The gradient on the mask of every trainable tensor, accumulated in float32 over micro-batches.
 
-    Invariant: a tensor has a gradient here exactly if one arrived since `clear`; its buffer `(K,)` then holds the sum.
-    Buffers stay allocated from one step to the next.
+    Invariant: a tensor has a gradient here exactly if one arrived since `clear`; its buffer `(K,)` then holds the sum,
+    and once several processes have shared what they have, the mean over them. Buffers stay allocated from one step to
+    the next.
 
     Args:
-        parameters: Name to parameter, also those in which nothing is trained.
-        trained: Returns a parameter's mask on its device, `None` where nothing is trained.
+        binding: All parameters, also those in which nothing is trained, and their masks.
         measure_full: Also measure the whole gradient before it is gone. That of several backward passes together is
-            never there to be measured, so each tensor may then get one gradient per step.
+            never there to be measured, so each tensor may then get one gradient per step, in one process.
 
     Raises:
-        GradientError: Another masked optimizer that is still alive was built on one of the parameters.
+        GradientError: Another masked optimizer that is still alive was built on one of the parameters, or several
+            processes train together in a way that nobody would reduce these gradients.
     """
 
     keeps_squares = True
 
-    def __init__(
-        self,
-        parameters: Mapping[str, torch.nn.Parameter],
-        trained: Callable[[torch.nn.Parameter], BitMask | None],
-        *,
-        measure_full: bool,
-    ) -> None:
-        refuse_many_processes()
-        self._names = {parameter: name for name, parameter in parameters.items()}
-        self._trained = trained
+    def __init__(self, binding: Binding, *, measure_full: bool) -> None:
+        self._binding = binding
+        self._names = binding.names
+        self._reduction: Reduction | None = reduction_of(binding)
+        if measure_full and num_processes() > 1:
+            raise GradientError(
+                f"The norm of the whole gradient needs the dense gradient of all {num_processes()} processes, which "
+                "compaction never holds. Clip on the masked norm, or build the optimizer with `compact_grads=False`."
+            )
         self._measure_full = measure_full
         self._buffers: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._squares: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._full_squares: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        claim(parameters, self)
+        self._is_reduced = False
+        claim({name: parameter for parameter, name in self._names.items()}, self)
 
     def hook(self) -> None:
         """Compact every gradient as soon as autograd has accumulated it, and free the dense one."""
@@ -58,7 +62,8 @@ class CompactGradients:
         # A hook lives as long as its parameter; it must not keep this object, and with it the state, alive.
         reference = weakref.ref(self)
         for parameter in self._names:
-            if parameter.requires_grad:
+            # DDP reduces the gradient of the tensor that it keeps after all hooks: it is taken before the step.
+            if parameter.requires_grad and not (self._reduction and parameter is self._reduction.kept):
                 register: Any = parameter.register_post_accumulate_grad_hook  # torch does not type it
                 self._handles.append(register(_hook(reference)))
 
@@ -66,7 +71,7 @@ class CompactGradients:
         """Add a parameter's dense gradient on the mask to its buffer and free the dense one."""
         if parameter.grad is None:
             return
-        mask = self._trained(parameter)
+        mask = self._binding.trained(parameter)
         grad = flat_grad(parameter, self._names[parameter])
         if self._measure_full:
             if parameter in self._full_squares:
@@ -77,22 +82,31 @@ class CompactGradients:
                 )
             self._full_squares[parameter] = sum_of_squares(grad)
         if mask is not None:
-            buffer = self._buffers.get(parameter)
-            if buffer is None or buffer.device != grad.device:
-                if parameter in self._squares:
-                    raise GradientError(
-                        f"`{self._names[parameter]}` moved to {grad.device} between two micro-batches of one step. "
-                        "Move the model between steps."
-                    )
-                buffer = self._buffers[parameter] = torch.empty(mask.count, dtype=torch.float32, device=grad.device)
+            if self._is_reduced:
+                raise GradientError(
+                    f"`{self._names[parameter]}` got a gradient after the processes had shared those of this step. Ask "
+                    "for norms, clip and step only after the last micro-batch; then call `zero_grad()`."
+                )
+            buffer = self._buffer(parameter, mask, grad.device)
             # What an earlier micro-batch left counts; what an earlier step left does not.
             self._squares[parameter] = subnet_kernels.compact(grad, mask, buffer, accumulate=parameter in self._squares)
         parameter.grad = None
 
     def collect(self) -> None:
-        """Compact what stands in `.grad`, such as a gradient that was set by hand."""
+        """Compact what stands in `.grad`, such as a gradient that was set by hand, and take the mean over processes.
+
+        Processes that train together call it together.
+        """
         for parameter in self._names:
             self.add(parameter)
+        if self._reduction is not None and not self._is_reduced:
+            self._squares = self._reduction.reduce(self._squares)
+            self._is_reduced = bool(self._squares)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a gradient arrived in this process that no step has taken."""
+        return bool(self._squares) or any(p.grad is not None and self._binding.is_trained(p) for p in self._names)
 
     def buffers(self) -> list[torch.Tensor]:
         """Return what it holds from one step to the next: a buffer (K,) float32 of every tensor that had a gradient."""
@@ -103,7 +117,7 @@ class CompactGradients:
         return self._buffers[parameter] if parameter in self._squares else None
 
     def squares(self) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """Return the sum of squares () on the mask of every gradient that arrived."""
+        """Return the sum of squares () on the mask of every gradient that arrived; that of a part, where it is one."""
         self.collect()
         return dict(self._squares)
 
@@ -116,6 +130,7 @@ class CompactGradients:
         """Forget every gradient; the buffers stay."""
         self._squares.clear()
         self._full_squares.clear()
+        self._is_reduced = False
         for parameter in self._names:
             parameter.grad = None
 
@@ -123,19 +138,53 @@ class CompactGradients:
         """Free the buffers and hook again, because the masks or what requires a gradient changed."""
         self.clear()
         self._buffers.clear()
+        if self._reduction is not None:
+            self._reduction.forget()
         self.hook()
 
     def release(self) -> None:
         """Remove the hooks and free the buffers."""
         self._unhook()
         self._buffers.clear()
+        if self._reduction is not None:
+            self._reduction.forget()
         self.clear()
         disclaim(self._names, self)
+
+    def check_processes(self, parameter: torch.nn.Parameter) -> None:
+        """Refuse a gradient that other processes would have to be averaged with, where nobody does.
+
+        Raises:
+            GradientError: Several processes train together since this optimizer was built.
+        """
+        if self._reduction is None and num_processes() > 1 and not is_sharded(parameter):
+            refuse_many_processes()
+
+    def share(self) -> None:
+        """Reduce gradients across processes from now on, if `prepare_ddp` has prepared all parameters."""
+        self._reduction = reduction_of(self._binding)
+        self.forget_masks()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def _buffer(self, parameter: torch.nn.Parameter, mask: BitMask, device: torch.device) -> torch.Tensor:
+        buffer = self._buffers.get(parameter)
+        if buffer is not None and buffer.device == device:
+            return buffer
+        if parameter in self._squares:
+            raise GradientError(
+                f"`{self._names[parameter]}` moved to {device} between two micro-batches of one step. Move the model "
+                "between steps."
+            )
+        if self._reduction is not None:
+            # What is reduced together lies together.
+            self._buffers = self._reduction.buffers()
+            return self._buffers[parameter]
+        buffer = self._buffers[parameter] = torch.empty(mask.count, dtype=torch.float32, device=device)
+        return buffer
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -144,35 +193,21 @@ class CompactGradients:
 
 
 def flat_grad(parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
-    """Return a parameter's dense gradient as (N,), contiguous."""
+    """Return what this process holds of a parameter's dense gradient, as (N,), contiguous."""
     grad = parameter.grad
     assert grad is not None
     if grad.is_sparse:
         raise GradientError(f"`{name}` has a sparse gradient; build its embedding with sparse=False.")
-    return grad.detach().reshape(-1).contiguous()
+    return local(grad).reshape(-1).contiguous()
 
 
 def _hook(reference: weakref.ref[CompactGradients]) -> Callable[[torch.Tensor], None]:
     def compact(parameter: torch.Tensor) -> None:
         owner = reference()
         if owner is not None:
-            refuse_many_processes()
             assert isinstance(parameter, torch.nn.Parameter)
+            owner.check_processes(parameter)
             with torch.no_grad():
                 owner.add(parameter)
 
     return compact
-
-
-def num_processes() -> int:
-    """Return how many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def refuse_many_processes() -> None:
-    """Raise GradientError where processes train together: DDP reduces dense gradients after the hooks have run."""
-    if num_processes() > 1:
-        raise GradientError(
-            f"{num_processes()} processes train together, and DDP reduces dense gradients only after the hooks "
-            "that compact them. Build the optimizer with `compact_grads=False`."
-        )

@@ -9,8 +9,8 @@ import torch
 
 from subnet_ft.errors import GradientError, MaskMismatchError
 from subnet_ft.masks import SubnetMask
-from subnet_ft.optim.gradients import num_processes
-from subnet_ft.optim.parameters import check_parameters
+from subnet_ft.optim.parameters import check_base_weights, check_parameters
+from subnet_ft.optim.processes import num_processes
 
 if TYPE_CHECKING:
     from subnet_ft.optim.base import MaskedBase
@@ -22,7 +22,7 @@ def set_mask(optimizer: MaskedBase, mask: SubnetMask) -> None:
     parameters = {name: parameter for parameter, name in binding.names.items()}
     check_parameters(parameters, mask, check_base=False)
     _check_successor(binding.mask, mask, parameters, untouched=binding.untouched, compact_grads=optimizer.compact_grads)
-    if optimizer.compact_grads and optimizer._gradients.squares():
+    if optimizer._gradients.is_pending:
         raise GradientError("Gradients wait for their step under the old mask. Change it after `step()`.")
     optimizer.audit()
     old = {p: binding.bit_mask(p) for p in optimizer._trained() if optimizer.state.get(p)}
@@ -73,7 +73,7 @@ def _check_successor(
                     f"the old mask ({before.name}) and {after.fingerprints[name]} in that of the new one "
                     f"({after.name}). Take masks of one base."
                 )
-    new.check_weights((name, p.detach()) for name, p in parameters.items() if name in untouched)
+    check_base_weights({name: p for name, p in parameters.items() if name in untouched}, new)
     # Under DDP, a tensor that has left a mask keeps its gradient, and may come back.
     entering = [name for name, p in parameters.items() if new.tensors[name].count and not p.requires_grad]
     if entering and not compact_grads and num_processes() > 1:

@@ -14,6 +14,7 @@ from subnet_ft.optim.base import MaskedBase
 from subnet_ft.optim.elementwise import check_elementwise, check_keywords
 from subnet_ft.optim.parameters import NamedParameters
 from subnet_ft.optim.remap import remap
+from subnet_ft.optim.shards import local, local_flat
 from subnet_ft.optim.state import check_keys, checked_tensor
 from subnet_kernels import BitMask
 
@@ -96,13 +97,10 @@ class MaskedOptimizer(MaskedBase):
         The entries of a tensor are `master` and what the wrapped optimizer keeps. Each group lists its
         `compact_entries`: those that every tensor has as (K,), so that loading can check them.
         """
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            kept = [
-                self._compact_entries(name, saved["state"][name]) for name in group["params"] if name in saved["state"]
-            ]
+        for group in self.param_groups:
+            kept = [self._compact_entries(p, self.state[p]) for p in group["params"] if self.state.get(p)]
             group["compact_entries"] = sorted(set.intersection(*kept)) if kept else []
-        return saved
+        return super().state_dict()
 
     def memory(self) -> dict[str, int]:
         """Return bytes that live from one step to the next: `gradients` (compact), `moments`, `masters` and `mask`.
@@ -147,7 +145,7 @@ class MaskedOptimizer(MaskedBase):
         for parameter in grads:
             master = self.state[parameter]["master"]
             weights = subnet_kernels.round_to_weights(master, parameter.dtype)
-            subnet_kernels.scatter(parameter.detach().view(-1), self.bit_mask(parameter), weights)
+            subnet_kernels.scatter(local_flat(parameter), self.bit_mask(parameter), weights)
         strangers = self._inner.state.keys() - self._masters.values()
         if strangers:
             raise OptimizerError(
@@ -194,8 +192,8 @@ class MaskedOptimizer(MaskedBase):
             self._inner.state.update(self._wrapped(new).state)
 
     def _check_master(self, parameter: torch.nn.Parameter, master: object) -> None:
-        shape = (self.mask.tensors[self._names[parameter]].count,)
-        expected, found = f"torch.float32 {shape} {parameter.device}", type(master).__name__
+        shape = (self.bit_mask(parameter).count,)
+        expected, found = f"torch.float32 {shape} {local(parameter).device}", type(master).__name__
         if isinstance(master, torch.Tensor):
             found = f"{master.dtype} {tuple(master.shape)} {master.device}"
             if found == expected and master.is_contiguous():
@@ -225,13 +223,13 @@ class MaskedOptimizer(MaskedBase):
         master.data = master.new_empty(0)
 
     def _gathered(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        return subnet_kernels.gather(parameter.detach().view(-1), self.bit_mask(parameter))
+        return subnet_kernels.gather(local_flat(parameter), self.bit_mask(parameter))
 
     def _new_master(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         return self._gathered(parameter)
 
-    def _compact_entries(self, name: str, values: Mapping[str, Any]) -> set[str]:
-        shape = (self.mask.tensors[name].count,)
+    def _compact_entries(self, parameter: torch.nn.Parameter, values: Mapping[str, Any]) -> set[str]:
+        shape = (self.bit_mask(parameter).count,)
         return {key for key, value in values.items() if isinstance(value, torch.Tensor) and value.shape == shape}
 
     def _checked_entries(
@@ -239,6 +237,7 @@ class MaskedOptimizer(MaskedBase):
     ) -> dict[str, Any]:
         name, compact = self._names[parameter], {"master", *saved_group.get("compact_entries", ())}
         check_keys(name, values, required=sorted(compact), allowed=values)
+        device = local(parameter).device
         # As torch has it: scalars that the host reads stay there, unless a kernel reads them.
         on_device = saved_group.get("capturable") or saved_group.get("fused")
         entries: dict[str, Any] = {}
@@ -249,10 +248,10 @@ class MaskedOptimizer(MaskedBase):
                 )
             if key in compact:
                 dtype = torch.float32 if key == "master" else getattr(value, "dtype", torch.float32)
-                shape = (self.mask.tensors[name].count,)
-                entries[key] = checked_tensor(name, key, value, dtype, shape, parameter.device)
+                shape = (self.bit_mask(parameter).count,)
+                entries[key] = checked_tensor(name, key, value, dtype, shape, device)
             elif isinstance(value, torch.Tensor):
-                entries[key] = value.to(parameter.device if value.dim() or on_device else "cpu", copy=True)
+                entries[key] = value.to(device if value.dim() or on_device else "cpu", copy=True)
             else:
                 entries[key] = value
         return entries
@@ -260,7 +259,7 @@ class MaskedOptimizer(MaskedBase):
     def _remapped_entries(
         self, parameter: torch.nn.Parameter, entries: Mapping[str, Any], old: BitMask, new: BitMask
     ) -> dict[str, Any]:
-        weight = parameter.detach().view(-1)
+        weight = local_flat(parameter)
         gathered = subnet_kernels.gather(weight, new)
         master = gathered if gathered.dtype == torch.float32 else gathered.to(torch.float32)
         has_new_weights = bool((new.bits & ~old.bits).any())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import subnet_kernels
+from subnet_ft.optim.shards import local, local_flat
 from subnet_kernels import BitMask
 
 MASTERS = ("fp32", "remainder", "stochastic", "none")
@@ -67,7 +68,7 @@ class Roundings:
             return not self.has(parameter, master)
         if master is None or not master.is_floating_point():
             return False
-        weights = subnet_kernels.gather(parameter.detach().view(-1), mask)
+        weights = subnet_kernels.gather(local_flat(parameter), mask)
         return not torch.equal(subnet_kernels.round_to_weights(master, parameter.dtype).to(weights.dtype), weights)
 
     def clear(self) -> None:
@@ -77,5 +78,6 @@ class Roundings:
 
 def _versions(parameter: torch.nn.Parameter, master: torch.Tensor | None) -> tuple[int, ...]:
     """Return numbers that change when torch writes to a parameter or its masters, or gives it another storage."""
-    written = (parameter._version, parameter.data_ptr())
+    held = local(parameter)
+    written = (held._version, held.data_ptr())
     return written if master is None else (*written, master._version, master.data_ptr())

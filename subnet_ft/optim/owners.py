@@ -32,6 +32,12 @@ def claim(parameters: Mapping[str, torch.nn.Parameter], owner: object) -> None:
         _owners[parameter] = weakref.ref(owner)
 
 
+def owners_of(parameters: Iterable[torch.nn.Parameter]) -> list[object]:
+    """Return who takes the gradients of these parameters, each owner once."""
+    found = {id(owner): owner for parameter in parameters if (owner := _owner(parameter)) is not None}
+    return list(found.values())
+
+
 def disclaim(parameters: Iterable[torch.nn.Parameter], owner: object) -> None:
     """Let others have what `owner` has of these parameters."""
     for parameter in parameters:

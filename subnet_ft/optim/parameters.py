@@ -9,6 +9,8 @@ import torch
 
 from subnet_ft.errors import MaskMismatchError
 from subnet_ft.masks import SubnetMask, by_canonical_name
+from subnet_ft.optim.fingerprints import fingerprints
+from subnet_ft.optim.shards import local
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -76,7 +78,7 @@ def check_parameters(parameters: Mapping[str, torch.nn.Parameter], mask: SubnetM
             raise MaskMismatchError(
                 f"`{name}` is {parameter.dtype}; masked training needs bfloat16, float16 or float32."
             )
-        if mask.tensors[name].count and not parameter.is_contiguous():
+        if mask.tensors[name].count and not local(parameter).is_contiguous():
             raise MaskMismatchError(f"`{name}` is not contiguous; call `.contiguous()` on it before training.")
     names: dict[int, str] = {}
     for name, parameter in parameters.items():
@@ -84,4 +86,16 @@ def check_parameters(parameters: Mapping[str, torch.nn.Parameter], mask: SubnetM
         if other != name:
             raise MaskMismatchError(f"`{other}` and `{name}` are one parameter; a tied weight has one name in a mask.")
     if check_base:
-        mask.check_weights((name, parameter.detach()) for name, parameter in parameters.items())
+        check_base_weights(parameters, mask)
+
+
+def check_base_weights(parameters: Mapping[str, torch.nn.Parameter], mask: SubnetMask) -> None:
+    """Check that these weights are those of the base that a mask was made for, as far as it records one.
+
+    Raises:
+        MaskMismatchError: One has another dtype or other bits.
+    """
+    if mask.provenance.base is None:
+        return
+    for name, sums in fingerprints(parameters).items():
+        mask.check_fingerprint(name, parameters[name].dtype, sums)
