@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from subnet_ft.deltas.header import TensorEntry
 from subnet_ft.errors import DeltaError
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, TensorMask
 
@@ -72,10 +74,57 @@ class Delta:
             _check_tensor(name, tensor, self.base.dtypes[name])
 
     @property
+    def entries(self) -> dict[str, TensorEntry]:
+        """What a delta file says about every parameter."""
+        return {
+            name: TensorEntry(
+                tensor.shape, self.base.dtypes[name], tensor.count, self.base.fingerprints[name], self.result[name]
+            )
+            for name, tensor in self.tensors.items()
+        }
+
+    def tensor(self, name: str) -> TensorDelta:
+        """Return the new values of one parameter."""
+        return self.tensors[name]
+
+    @property
     def mask(self) -> SubnetMask:
         """Which weights get a new value; it belongs to the delta's base and shares the delta's bits."""
         tensors = {name: TensorMask(tensor.bits, tensor.shape, tensor.count) for name, tensor in self.tensors.items()}
         return SubnetMask(tensors, Provenance(base=self.base, source={"kind": "delta"}))
+
+    @classmethod
+    def load(cls, path: str | Path, mask: SubnetMask | None = None) -> Delta:
+        """Read a delta file into memory; everything in it is checked and nothing is unpickled.
+
+        Args:
+            path: A `NAME.delta.safetensors` file.
+            mask: The mask that has the positions, where the file only refers to one.
+
+        Raises:
+            DeltaFileError: The file breaks its format.
+            DeltaMismatchError: The file refers to another mask, or to one that was not given.
+        """
+        from subnet_ft.deltas.file import DeltaFile
+
+        return DeltaFile(path, mask).delta()
+
+    def save(self, path: str | Path, *, mask: SubnetMask | None = None, zstd: bool = False) -> Path:
+        """Write the delta to one safetensors file, which appears whole or not at all; returns its path.
+
+        Args:
+            path: `NAME.delta.safetensors`.
+            mask: Write values only, and refer to this mask for the positions, which must be the delta's.
+            zstd: Compress.
+
+        Raises:
+            DeltaMismatchError: `mask` has other positions.
+            DeltaFileError: The file cannot be written.
+            MissingDependencyError: zstandard is not installed.
+        """
+        from subnet_ft.deltas.writing import save_delta
+
+        return save_delta(self, Path(path), mask=mask, zstd=zstd)
 
     @property
     def num_changed(self) -> int:
