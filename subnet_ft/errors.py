@@ -10,12 +10,14 @@
     ├── DeltaError                  (ValueError)    a delta that is wrong in itself
     │   ├── DeltaFileError                          a delta file that breaks its format
     │   └── DeltaMismatchError                      a delta that belongs to another model
+    ├── SwapError                   (RuntimeError)  a model whose weights cannot change places with others now
     ├── OptimizerError              (ValueError)    an optimizer that cannot train a subnetwork
     ├── OptimizerStateError         (ValueError)    a saved optimizer state that does not fit
     ├── GradientError               (RuntimeError)  gradients that a masked optimizer cannot take
     │   └── NonFiniteGradientError                  a gradient with NaN or infinite values on the mask
     ├── FrozenWeightError           (RuntimeError)  a weight outside the mask that changed
     ├── TrainerError                (ValueError)    a trainer that a masked optimizer cannot serve
+    ├── WeightSyncError             (RuntimeError)  weights that did not reach a generation engine, or not these
     ├── MethodError                 (ValueError)    a method that cannot train this model with this algorithm
     ├── TaskError                   (ValueError)    data or rewards that cannot be used
     ├── StageError                  (RuntimeError)  a run folder that cannot be continued
@@ -80,6 +82,10 @@ class DeltaMismatchError(DeltaError):
     """A delta does not belong to the base, the mask or the other delta at hand."""
 
 
+class SwapError(SubnetError, RuntimeError):
+    """Weights of a model cannot change places with others now, or somebody wrote to them in between."""
+
+
 class OptimizerError(SubnetError, ValueError):
     """An optimizer needs more than the compact weights, gradients and state of a subnetwork."""
 
@@ -102,6 +108,10 @@ class FrozenWeightError(SubnetError, RuntimeError):
 
 class TrainerError(SubnetError, ValueError):
     """A trainer is set up in a way that a masked optimizer cannot serve."""
+
+
+class WeightSyncError(SubnetError, RuntimeError):
+    """A generation engine did not take the trainer's weights, or has others; what it had before stands."""
 
 
 class MethodError(SubnetError, ValueError):
