@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from subnet_ft.checkpoints.conversion import meta_model, plan_conversion
 from subnet_ft.checkpoints.resolve import locate
-from subnet_ft.checkpoints.shards import ShardReader, TensorSpec
+from subnet_ft.checkpoints.shards import ShardReader, StoredTensor, TensorSpec
 from subnet_ft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Checkpoint:
     """Shape and stored dtype of every parameter, in `named_parameters()` order, tied weights once."""
     ignored: dict[str, str]
     """The tensors on disk that make no parameter, each with the reason: buffers and copies of tied weights."""
+    copies: dict[str, str]
+    """Those of them that repeat a parameter, by their names on disk."""
 
     def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
         self.name, self.folder, self.revision = name, folder, revision
@@ -48,6 +50,7 @@ class Checkpoint:
         self._plan = plan_conversion(self.config, self._reader, folder)
         self.specs = self._plan.specs
         self.ignored = self._plan.ignored
+        self.copies = self._plan.copies
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.name!r}, {len(self.specs)} parameters in {str(self.folder)!r})"
@@ -91,6 +94,27 @@ class Checkpoint:
             CheckpointError: The model has no parameter of that name, or a file changes while it is read.
         """
         return self._cut_up(self._known(names), size)
+
+    @property
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """Where every tensor on disk lies, by its name there."""
+        return self._reader
+
+    def stored_as_is(self, name: str) -> str | None:
+        """Return the name on disk of a parameter that is there as it is in memory; `None` for a converted one."""
+        return self._plan.stored_as_is(name)
+
+    def origins(self, name: str) -> tuple[list[str], dict[str, torch.Tensor]]:
+        """Say where on disk every element lies of the parameters that are converted together with `name`.
+
+        Returns:
+            Names on disk; and, per parameter, integers of its shape: flat indices into those tensors, flattened and put
+            one after another.
+
+        Raises:
+            CheckpointError: The conversion does more than move elements.
+        """
+        return self._plan.origins(name, self._reader)
 
     def _known(self, names: Iterable[str] | None) -> list[str]:
         wanted = list(self.specs if names is None else names)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -66,10 +68,12 @@ class ConversionPlan:
     Args:
         specs: Shape and stored dtype of every parameter, in `named_parameters()` order, tied weights once.
         ignored: The tensors on disk that make no parameter, each with the reason.
+        copies: Those of them that repeat a parameter which they are tied to, by their names on disk.
     """
 
     specs: dict[str, TensorSpec]
     ignored: dict[str, str]
+    copies: dict[str, str]
     _model: PreTrainedModel
     _groups: dict[str, Group]  # by parameter
     _saved: dict[str, str]  # parameter -> the name, of several tied ones, under which it is on disk
@@ -85,6 +89,40 @@ class ConversionPlan:
         """Return the name on disk of a parameter that is there as it is in memory; `None` for a converted one."""
         group = self._groups[name]
         return group.sources[0][0] if group.converter is None else None
+
+    def origins(self, name: str, reader: ShardReader) -> tuple[list[str], dict[str, torch.Tensor]]:
+        """Say where on disk every element of the group of `name` lies: a conversion moves elements and computes none.
+
+        Returns:
+            The names on disk of the group's tensors; and, per parameter, integers of its shape: flat indices into those
+            tensors, flattened and put one after another.
+
+        Raises:
+            CheckpointError: The conversion does more than move elements.
+        """
+        group = self._groups[name]
+        keys = [key for key, _ in group.sources]
+        sizes = [math.prod(reader[key].shape) for key in keys]
+        total = sum(sizes)
+        dtype = torch.int32 if total < 2**31 else torch.int64
+        starts = dict(zip(keys, itertools.accumulate(sizes, initial=0), strict=False))
+
+        def indices(key: str) -> torch.Tensor:
+            shape = reader[key].shape
+            return torch.arange(starts[key], starts[key] + math.prod(shape), dtype=dtype).view(shape)
+
+        produced = _convert(group, self._model, indices)
+        found = {member: produced[self._saved[member]] for member in self._members[group.first]}
+        used = torch.zeros(total, dtype=torch.bool)
+        for member, index in found.items():
+            is_index = index.dtype == dtype and (not index.numel() or 0 <= int(index.min()) <= int(index.max()) < total)
+            if not is_index or bool(used[index.view(-1)].any()):
+                raise CheckpointError(
+                    f"transformers computes `{member}` from {listing(keys, limit=_SHOWN)} instead of only moving their "
+                    "elements, so new values cannot be put back there."
+                )
+            used[index.view(-1)] = True
+        return keys, found
 
 
 def plan_conversion(config: PretrainedConfig, reader: ShardReader, where: object) -> ConversionPlan:
@@ -104,6 +142,7 @@ def plan_conversion(config: PretrainedConfig, reader: ShardReader, where: object
     groups, unmatched = _group(model, reader, where)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ignored: dict[str, str] = {}
+    copies: dict[str, str] = {}
     found: dict[str, TensorSpec] = {}
     origin: dict[str, Group] = {}
     for group in groups:
@@ -114,9 +153,11 @@ def plan_conversion(config: PretrainedConfig, reader: ShardReader, where: object
             ignored |= {key: "a buffer" for key, _ in group.sources}
 
     saved = _saved_names(model, found, lambda name: _convert(origin[name], model, reader.read)[name])
+    names = {id(parameter): name for name, parameter in reversed(parameters.items())}  # tied: the first
     for target in found.keys() - set(saved.values()):
         if target in parameters:
             ignored |= {key: "a copy of the weight it is tied to" for key, _ in origin[target].sources}
+            copies |= {key: names[id(parameters[target])] for key, _ in origin[target].sources}
         else:
             unmatched |= {key: target for key, _ in origin[target].sources}
     unexpected = _unexpected(model, unmatched.values())
@@ -138,6 +179,7 @@ def plan_conversion(config: PretrainedConfig, reader: ShardReader, where: object
     return ConversionPlan(
         specs={name: found[source] for name, source in complete.items()},
         ignored=ignored,
+        copies=copies,
         _model=model,
         _groups={name: origin[source] for name, source in complete.items()},
         _saved=complete,
