@@ -11,7 +11,7 @@ import torch
 
 from subnet_ft.errors import OptimizerError
 from subnet_ft.masks import SubnetMask, by_canonical_name
-from subnet_ft.optim import mask_change, state
+from subnet_ft.optim import mask_change
 from subnet_ft.optim.binding import Binding, set_requires_grad
 from subnet_ft.optim.clipping import Clipping
 from subnet_ft.optim.dense_gradients import DenseGradients
@@ -23,11 +23,12 @@ from subnet_ft.optim.norms import GradientNorms
 from subnet_ft.optim.parameters import NamedParameters, ParameterGroups, check_parameters, named_groups
 from subnet_ft.optim.processes import num_processes
 from subnet_ft.optim.reduction import replica_of
+from subnet_ft.optim.saved_state import SavedState
 from subnet_ft.optim.shards import local
 from subnet_kernels import BitMask
 
 
-class MaskedBase(GradientNorms, torch.optim.Optimizer):
+class MaskedBase(GradientNorms, SavedState):
     """An optimizer that trains the weights of a mask; a weight outside it keeps its bits, whatever happens.
 
     The mask alone says what is trained, so building the optimizer sets `requires_grad` of every tensor: False without a
@@ -73,11 +74,7 @@ class MaskedBase(GradientNorms, torch.optim.Optimizer):
         super().__init__(self._groups.trained(mask), defaults)
         self._prepare()
         # Nothing of the model was changed so far: what is refused leaves it as it was.
-        kind = CompactGradients if compact_grads else DenseGradients
-        self._gradients = kind(self._binding, measure_full=self._clipping.measure_full)
-        found = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
-        self._give_back = weakref.finalize(self, set_requires_grad, found)
-        self._give_back.atexit = False
+        self._take_gradients()
         self._bind()
         self._is_built = True
 
@@ -161,11 +158,6 @@ class MaskedBase(GradientNorms, torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._forget_gradients()
 
-    @property
-    def mask(self) -> SubnetMask:
-        """Which weights are trained."""
-        return self._binding.mask
-
     def names_without_gradient(self) -> list[str]:
         """Return the tensors that the next step would skip: the mask trains them, and they got no gradient."""
         grads = self._grads()
@@ -228,29 +220,21 @@ class MaskedBase(GradientNorms, torch.optim.Optimizer):
                     entries["master"] = master
                 self._roundings.mark(parameter, master)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state keyed by parameter name: tensors, numbers and strings only.
+    @torch.no_grad()
+    def rebind(self, named_parameters: NamedParameters) -> None:
+        """Train the parameters that took the place of those it was built on, as `fully_shard` replaces them.
 
-        The first group carries the fingerprints of the frozen weights, so that it is never loaded beside another base.
-        """
-        names = [self._names[parameter] for parameter in self._trained()]
-        saved = state.keyed_by_name(super().state_dict(), names)
-        if self._frozen.taken is not None:
-            saved["param_groups"][0][state.FROZEN] = dict(self._frozen.taken)
-        return saved
+        Call it after the model was sharded and before the first step. Names and shapes stay; the weights may have been
+        loaded in between.
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state bit by bit; nothing is cast to the parameters' dtype. Load the weights of the model first.
+        Args:
+            named_parameters: `model.named_parameters()` of the model as it is now.
 
         Raises:
-            OptimizerStateError: The state belongs to another mask, another base, another kind of master or other
-                parameters.
+            OptimizerError: A step was taken already, names or shapes are others, or parameters are sharded in a way
+                that is not supported.
         """
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, dict(state_dict)) or state_dict
-        state.load(self, state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        mask_change.rebind(self, by_canonical_name(named_parameters))
 
     def release(self) -> None:
         """Let the model go: remove the hooks, free the gradients, and give tensors the `requires_grad` they had."""
@@ -266,6 +250,24 @@ class MaskedBase(GradientNorms, torch.optim.Optimizer):
         """Return bytes that live from one step to the next: `gradients` (compact), `moments`, `masters` and `mask`."""
         mask = self._binding.nbytes + cache_nbytes(self._cache)
         return {"gradients": self._gradients.nbytes, **state_nbytes(self.state), "mask": mask}
+
+    def _take_gradients(self) -> None:
+        """Claim the gradients of the bound parameters, and remember what required one."""
+        kind = CompactGradients if self.compact_grads else DenseGradients
+        self._gradients = kind(self._binding, measure_full=self._clipping.measure_full)
+        found = [(parameter, parameter.requires_grad) for parameter in self._names]
+        self._give_back = weakref.finalize(self, set_requires_grad, found)
+        self._give_back.atexit = False
+
+    def _take_parameters(self, binding: Binding) -> None:
+        """Go on with other parameters of the same names and shapes."""
+        self.release()
+        self._binding, self._names = binding, binding.names
+        self._clipping.bind(binding)
+        self._frozen = FrozenWeights(binding)
+        self._groups.replace({name: parameter for parameter, name in binding.names.items()})
+        self._take_gradients()
+        self._change_mask(binding.mask, {})
 
     def _adopt(self, loaded: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
         """Make loaded entries the state; the options of the groups are loaded already."""

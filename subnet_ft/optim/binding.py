@@ -9,6 +9,7 @@ import torch
 from subnet_ft.errors import OptimizerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.masks.slices import count_before, slice_bits
+from subnet_ft.optim.compact_shard import CompactRange
 from subnet_ft.optim.shards import Part, local, part_of
 from subnet_kernels import BitMask
 
@@ -80,10 +81,12 @@ class Binding:
             bits = slice_bits(bits, part.start, part.num_elements)
         return BitMask.from_bits(bits, part.num_elements, local(parameter).device)
 
-    def compact_start(self, parameter: torch.nn.Parameter) -> int:
-        """Return where the compact values of this process begin among those of the whole parameter."""
-        part = self.parts[parameter]
-        return 0 if part.group is None else count_before(self._mask.tensors[self.names[parameter]].bits, part.start)
+    def compact_range(self, name: str) -> CompactRange:
+        """Return which of the compact values of a trained tensor this process holds."""
+        parameter = next(parameter for parameter, other in self.names.items() if other == name)
+        part, tensor, held = self.parts[parameter], self._mask.tensors[name], self.bit_mask(parameter)
+        start = 0 if part.group is None else count_before(tensor.bits, part.start)
+        return CompactRange(start, held.count, tensor.count, held.device, part.group)
 
 
 def set_requires_grad(found: Iterable[tuple[torch.nn.Parameter, bool]]) -> None:

@@ -62,7 +62,7 @@ class Clipping:
             raise ValueError(f"`clip_norm` must be one of {', '.join(CLIP_NORMS)}, got {clip_norm!r}")
         if nonfinite not in NONFINITE:
             raise ValueError(f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
-        self._parts = binding.parts
+        self.bind(binding)
         self.max_grad_norm = max_grad_norm
         self.clip_norm = clip_norm
         self.measure_full = measure_full or clip_norm == "full"
@@ -71,6 +71,10 @@ class Clipping:
         """() float32 that the next step multiplies the gradient with, if it clips."""
         self._clipped_norm: torch.Tensor | None = None
         self.num_skipped_steps = 0
+
+    def bind(self, binding: Binding) -> None:
+        """Measure the gradients of these parameters from now on."""
+        self._parts = binding.parts
 
     def norm(self, gradients: Gradients) -> torch.Tensor:
         """Return the 2-norm () float32 that clipping goes by."""

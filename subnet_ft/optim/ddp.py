@@ -56,10 +56,10 @@ def prepare_ddp(
     spellings = [*ignored, *(f".{name}" for name in ignored if "." not in name)]
     spellings += [_COMPILED + name for name in ignored]
     earlier: Iterable[str] = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        model, sorted({*earlier, *spellings})
-    )
+    # What DDP's own `_set_params_and_buffers_to_ignore_for_model` sets, which knows no tied and no compiled names.
+    model._ddp_params_and_buffers_to_ignore = sorted({*earlier, *spellings})  # type: ignore[assignment]
     for name, parameter in parameters.items():
+        parameter._ddp_ignored = name != kept  # type: ignore[attr-defined]
         mark(parameter, Replica(process_group, is_kept=name == kept))
     parameters[kept].requires_grad_(True)
     if num_processes(process_group) > 1:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from subnet_ft.errors import GradientError, MaskMismatchError
+from subnet_ft.errors import GradientError, MaskMismatchError, OptimizerError
 from subnet_ft.masks import SubnetMask
+from subnet_ft.optim.binding import Binding
 from subnet_ft.optim.parameters import check_base_weights, check_parameters
 from subnet_ft.optim.processes import num_processes
 
@@ -41,6 +42,26 @@ def start_over(optimizer: MaskedBase, mask: SubnetMask, earlier: Sequence[Subnet
     optimizer._change_mask(mask, {})
     binding.untouched = set() if earlier is None else binding.untouched_by([*earlier, mask])
     optimizer._frozen.taken = None
+
+
+def rebind(optimizer: MaskedBase, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Do what `MaskedBase.rebind` says."""
+    known = {name: tuple(parameter.shape) for parameter, name in optimizer._binding.names.items()}
+    found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if found != known:
+        other = next(name for name in {**known, **found} if known.get(name) != found.get(name))
+        raise OptimizerError(
+            f"`{other}` was of shape {known.get(other, 'none')} when the optimizer was built and is of shape "
+            f"{found.get(other, 'none')} now. Build a new optimizer on the other model."
+        )
+    if any(optimizer.state.values()):
+        raise OptimizerError(
+            "The optimizer has taken steps, and its state belongs to the parameters that it was built on. Shard the "
+            "model before training, or save the state and load it into a new optimizer."
+        )
+    check_parameters(parameters, optimizer.mask, check_base=False)
+    binding = Binding(parameters, optimizer.mask)
+    optimizer._take_parameters(binding)
 
 
 def _check_successor(

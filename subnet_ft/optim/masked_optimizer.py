@@ -102,6 +102,10 @@ class MaskedOptimizer(MaskedBase):
             group["compact_entries"] = sorted(set.intersection(*kept)) if kept else []
         return super().state_dict()
 
+    def is_compact(self, group: Mapping[str, Any], key: str, value: torch.Tensor) -> bool:
+        """Whether an entry of the state holds a value for each trainable weight, not a number or a table."""
+        return key == "master" or key in group["compact_entries"]
+
     def memory(self) -> dict[str, int]:
         """Return bytes that live from one step to the next: `gradients` (compact), `moments`, `masters` and `mask`.
 

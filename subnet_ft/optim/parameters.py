@@ -51,6 +51,11 @@ class ParameterGroups:
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         self._groups = [{**group, "params": list(by_canonical_name(group["params"]).items())} for group in groups]
 
+    def replace(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Put other parameters in the place of those of the same names."""
+        for group in self._groups:
+            group["params"] = [(name, parameters[name]) for name, _ in group["params"]]
+
     def trained(self, mask: SubnetMask) -> list[dict[str, Any]]:
         """Return the groups with the parameters in which the mask trains something, under canonical names.
 

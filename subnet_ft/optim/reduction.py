@@ -1,4 +1,4 @@
-"""The mean of compact gradients over processes: one all-reduce of the K values, instead of DDP's of the N dense ones."""
+"""The mean of compact gradients over processes: one all-reduce of K values, where DDP reduces the N dense ones."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Reduction:
         self._order: dict[torch.device, list[torch.nn.Parameter]] = {}
 
     def buffers(self) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """Return a buffer (K,) float32 of every trained parameter, on its device; those of one device are one tensor."""
+        """Return a buffer (K,) float32 of every trained parameter; those of one device are one tensor."""
         trained = [parameter for parameter in self._binding.names if self._binding.is_trained(parameter)]
         devices = {parameter: local(parameter).device for parameter in trained}
         if set(devices.values()) != self._flats.keys():

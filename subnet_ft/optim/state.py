@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from subnet_ft.errors import OptimizerStateError
+from subnet_ft.optim.compact_shard import CompactRange, CompactShard
 
 if TYPE_CHECKING:
     from subnet_ft.optim.base import MaskedBase
+    from subnet_ft.optim.saved_state import SavedState
 
 FROZEN = "frozen_fingerprints"
 """Key in the first saved param group: name to fingerprint of the weights outside the mask."""
@@ -39,12 +41,49 @@ def keyed_by_name(packed: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     }
 
 
+def mark_parts(optimizer: SavedState, saved: Mapping[str, Any]) -> None:
+    """Replace compact entries (K_local,) of parameters that processes hold in parts by `CompactShard`s. In-out."""
+    groups = {name: group for group in saved["param_groups"] for name in group["params"]}
+    for name, values in saved["state"].items():
+        held = optimizer.compact_range(name)
+        if held.group is None:
+            continue
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and optimizer.is_compact(groups[name], key, value):
+                values[key] = CompactShard(value, held.start, held.count)
+
+
+def own_parts(values: Mapping[str, Any], held: CompactRange, name: str) -> dict[str, Any]:
+    """Return saved entries of a tensor with the compact ones as this process holds them, (K_local,).
+
+    Raises:
+        OptimizerStateError: A part belongs to another process.
+    """
+    found = dict(values)
+    for key, value in values.items():
+        if isinstance(value, CompactShard):
+            if (value.start, value.values.numel(), value.count) != (held.start, held.length, held.count):
+                raise OptimizerStateError(
+                    f"The saved `{key}` of `{name}` is {value!r}, and this process holds {held.length} of {held.count} "
+                    f"from {held.start} on. Load it with `load_sharded`, which takes other numbers of processes."
+                )
+            found[key] = value.values
+        elif held.group is not None and isinstance(value, torch.Tensor) and value.shape == (held.count,):
+            found[key] = value[held.start : held.start + held.length]
+    return found
+
+
 def load(optimizer: MaskedBase, state_dict: Mapping[str, Any]) -> None:
     """Check a saved state as a whole, then make it the optimizer's; what is refused changes nothing.
 
     Raises:
         OptimizerStateError: The state does not fit.
     """
+    own = {
+        name: own_parts(values, optimizer.compact_range(name), name) if optimizer.trains(name) else values
+        for name, values in state_dict["state"].items()
+    }
+    state_dict = {**state_dict, "state": own}
     loaded = checked_state(optimizer.param_groups, optimizer._names, state_dict, optimizer._checked_entries)
     frozen = state_dict["param_groups"][0].get(FROZEN)
     if frozen is not None:
@@ -74,13 +113,9 @@ def checked_state(
         OptimizerStateError: The state does not fit.
     """
     saved_groups = state_dict["param_groups"]
-    if len(saved_groups) != len(groups):
-        raise OptimizerStateError(
-            f"The saved state has {len(saved_groups)} param groups, this optimizer {len(groups)}."
-        )
+    check_groups(groups, names, saved_groups)
     places: dict[str, tuple[torch.nn.Parameter, Mapping[str, Any]]] = {}
     for group, saved in zip(groups, saved_groups, strict=True):
-        _check_group(group, saved, [names[parameter] for parameter in group["params"]])
         places.update({names[parameter]: (parameter, saved) for parameter in group["params"]})
     loaded: dict[torch.nn.Parameter, dict[str, Any]] = {}
     for name, values in state_dict["state"].items():
@@ -89,6 +124,24 @@ def checked_state(
         parameter, saved = places[name]
         loaded[parameter] = check_entries(parameter, values, saved)
     return loaded
+
+
+def check_groups(
+    groups: Sequence[Mapping[str, Any]],
+    names: Mapping[torch.nn.Parameter, str],
+    saved_groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Check the param groups of a saved state.
+
+    Raises:
+        OptimizerStateError: They belong to another mask, another kind of optimizer or other parameters.
+    """
+    if len(saved_groups) != len(groups):
+        raise OptimizerStateError(
+            f"The saved state has {len(saved_groups)} param groups, this optimizer {len(groups)}."
+        )
+    for group, saved in zip(groups, saved_groups, strict=True):
+        _check_group(group, saved, [names[parameter] for parameter in group["params"]])
 
 
 def check_frozen(saved: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -1,0 +1,94 @@
+"""Compact values of which every process holds a range, as `torch.distributed.checkpoint` saves and loads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+
+@dataclass(frozen=True)
+class CompactRange:
+    """Which of the K compact values of a tensor this process holds.
+
+    Args:
+        start: The first.
+        length: How many.
+        count: K.
+        device: Where they lie.
+        group: The processes that hold the others; `None` where this one holds all.
+    """
+
+    start: int
+    length: int
+    count: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+
+class CompactShard:
+    """A range of the compact values (K,) of a tensor, as a part of a saved state.
+
+    torch takes plain tensors of one name for replicas and keeps one of them; this one is saved at its offset, and
+    loaded into whatever ranges another number of processes has. Ranges without values are not saved.
+
+    Args:
+        values: (K_local,) what this process holds; loading writes into it.
+        start: Where they begin among the K values.
+        count: K.
+    """
+
+    def __init__(self, values: torch.Tensor, start: int, count: int) -> None:
+        self.values = values
+        self.start = start
+        self.count = count
+
+    def __repr__(self) -> str:
+        return f"CompactShard({self.values.numel()} of {self.count} values from {self.start} on)"
+
+    def size(self) -> torch.Size:
+        """Return the shape of the whole, as torch compares it."""
+        return torch.Size([self.count])
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=chunk, properties=TensorProperties.create_from_tensor(self.values), size=self.size()
+                ),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        if not self.values.numel():
+            return []
+        return [ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=self.values.shape)]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        if index.offset is not None and tuple(index.offset) != (self.start,):
+            raise ValueError(f"`{index.fqn}` begins at {self.start} in this process, not at {tuple(index.offset)}")
+        return self.values
+
+    def whole(self, group: dist.ProcessGroup) -> torch.Tensor:
+        """Return all K values on the CPU, from the processes of a group, which call it together."""
+        sizes = [torch.zeros(2, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+        device = self.values.device
+        own = torch.tensor([self.start, self.values.numel()], device=device)
+        sizes = [size.to(device) for size in sizes]
+        dist.all_gather(sizes, own, group=group)
+        ranges = [(int(size[0]), int(size[1])) for size in sizes]
+        longest = max(length for _, length in ranges)
+        padded = torch.nn.functional.pad(self.values, (0, longest - self.values.numel()))
+        parts = [torch.empty_like(padded) for _ in ranges]
+        dist.all_gather(parts, padded, group=group)
+        found = torch.empty(self.count, dtype=self.values.dtype)
+        for part, (start, length) in zip(parts, ranges, strict=True):
+            found[start : start + length] = part[:length].cpu()
+        return found
