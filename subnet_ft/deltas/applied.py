@@ -26,9 +26,9 @@ _PEFT_MODEL, _PEFT_LAYER = "base_model.model.", ".base_layer."
 def applied(model: ModelT, delta: Delta, *, check_base: bool = True) -> Iterator[ModelT]:
     """Inside the block, `model` computes with the values of `delta`; afterwards every bit of it is what it was.
 
-    There is no second model: values and weights change places, and the delta itself stays as it is. Only one delta is in
-    a model at a time. Weights may be read inside, saved for instance, but not written: neither trained nor loaded, cast
-    or moved. A graph from before the block can be gone back through after it, not inside it.
+    There is no second model: values and weights change places, and the delta itself stays as it is. Only one delta is
+    in a model at a time. Weights may be read inside, saved for instance, but not written: neither trained nor loaded,
+    cast or moved. A graph from before the block can be gone back through after it, not inside it.
 
     Under an adapter of PEFT that is not merged, the delta is that of the model under it. Where FSDP2 shards the model,
     all processes enter and leave together.

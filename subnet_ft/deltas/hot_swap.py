@@ -133,8 +133,8 @@ class HotSwap:
             odd = next(n for n, found in self._base.fingerprints.items() if base.fingerprints.get(n) != found)
             raise DeltaMismatchError(
                 f"The delta `{name}` was made for `{base.name}`, the others for `{self._base.name}`: `{odd}` has "
-                f"fingerprint {base.fingerprints.get(odd)} there and {self._base.fingerprints[odd]} here. Deltas of one "
-                "base can share a model."
+                f"fingerprint {base.fingerprints.get(odd)} there and {self._base.fingerprints[odd]} here. Only deltas "
+                "of one base share a model."
             )
 
     def _check_unwritten(self) -> None:

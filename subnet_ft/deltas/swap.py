@@ -34,11 +34,10 @@ _TRIES = 3
 class WeightSwap:
     """Values of the weights under a mask, which change places with those of the model; twice is nothing, bit for bit.
 
-    Invariant: every value is either in the model or held here, also after an exception or an interrupt while they change
-    places.
-    While these are in the model nothing else can enter it, from this thread or another. Until they are out again the
-    version counters of the weights say that they were written, so that autograd refuses a backward pass whose forward
-    pass saw other weights; afterwards the counters are what they were, and so is what a pass may do.
+    Invariant: every value is either in the model or held here, also after an exception or an interrupt while they
+    change places. While these are in the model nothing else can enter it, from this thread or another. Until they are
+    out again the version counters of the weights say that they were written, so that autograd refuses a backward pass
+    whose forward pass saw other weights; afterwards the counters are what they were, and so is what a pass may do.
 
     Where FSDP2 shards the model, each process holds the values of its part, and all of them swap at the same time.
 
@@ -212,9 +211,9 @@ class _Part:
         expected = (self.values.dtype, self.mask.device, self.mask.num_elements)
         if found != expected or not weights.is_contiguous():
             raise SwapError(
-                f"`{self.name}` is {found[0]} on {found[1]} with {found[2]:,} weights, and its values are {expected[0]} "
-                f"on {expected[1]} for {expected[2]:,}; both must be contiguous. Cast and move the model before values "
-                "are prepared for it, or after they are out."
+                f"`{self.name}` is {found[0]} on {found[1]} with {found[2]:,} weights, and its values are "
+                f"{expected[0]} on {expected[1]} for {expected[2]:,}; both must be contiguous. Cast and move the model "
+                "before values are prepared for it, or after they are out."
             )
 
     def bring(self, *, inside: bool) -> None:

@@ -114,7 +114,7 @@ class PRIMETrainer(GRPOTrainer):
             self.ref_model, reference = None, BaseOf(policy)
             self.reward_model: Any = start if reward_model is None else reward_model
         else:
-            self.ref_model = reference = start.to(device)
+            self.ref_model, reference = start.to(device).eval().requires_grad_(False), self._ask_reference
             self.reward_model = copy.deepcopy(start) if reward_model is None else reward_model
         self.reward_model.to(device)
         self._follows = args.prm_trains == "subnet"
@@ -167,6 +167,10 @@ class PRIMETrainer(GRPOTrainer):
         # The tensors alone: a reward model that was passed may have started elsewhere than the mask's base.
         self.reward_optimizer.set_mask(SubnetMask(subnet_mask.tensors))
         self._follows = False
+
+    def _ask_reference(self, **inputs: Any) -> Any:
+        """Return what `ref_model` does, whatever it has been replaced by since the trainer was built."""
+        return self.ref_model(**inputs)
 
     @property
     def _is_training(self) -> bool:
