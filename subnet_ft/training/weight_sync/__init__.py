@@ -4,6 +4,7 @@ from subnet_ft.training.weight_sync.channels import GroupChannel, HTTPChannel, r
 from subnet_ft.training.weight_sync.message import Acknowledgement, Opening, ValuesUpdate
 from subnet_ft.training.weight_sync.receiver import ValuesReceiver
 from subnet_ft.training.weight_sync.sender import Channel, ValuesSender
+from subnet_ft.training.weight_sync.sync import sync_values_only
 
 __all__ = [
     "Acknowledgement",
@@ -16,4 +17,5 @@ __all__ = [
     "ValuesUpdate",
     "receive",
     "respond",
+    "sync_values_only",
 ]

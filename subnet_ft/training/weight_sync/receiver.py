@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import NoReturn
 
 import torch
 
@@ -109,12 +110,7 @@ class ValuesReceiver:
             self._load_into_engine(self._bit_masks)
         except Exception as error:
             self._swap_back(replaced)
-            self._is_broken = True
-            self._load_into_engine(self._bit_masks)
-            self._is_broken = False
-            raise WeightSyncError(
-                f"The engine could not load version {update.version}: {error}. Version {self.version} was loaded back."
-            ) from error
+            self._load_back(update.version, error)
         self.version = update.version
         return Acknowledgement(update.stream, update.version, digest(found))
 
@@ -125,6 +121,18 @@ class ValuesReceiver:
     def _load_into_engine(self, names: Iterable[str]) -> None:
         if self._load is not None:
             self._load((name, self.tensors[name]) for name in names)
+
+    def _load_back(self, version: int, reason: Exception) -> NoReturn:
+        what = f"The engine could not load version {version}: {reason}."
+        try:
+            self._load_into_engine(self._bit_masks)
+        except Exception as error:
+            self._is_broken = True
+            raise WeightSyncError(
+                f"{what} Nor could it load version {self.version} back: {error}. Generate nothing before the receiver "
+                "is opened again."
+            ) from error
+        raise WeightSyncError(f"{what} Version {self.version} was loaded back.") from reason
 
     def _take_back(self) -> None:
         """Put the base's values back, where an earlier stream left others."""
