@@ -167,6 +167,11 @@ def read_header(path: Path, file: io.FileIO) -> tuple[Header, dict[str, Stored],
             f"{size:,} in all{limit}."
         )
     text = file.read(length)
+    return *parse_header(path, text, size), prefix + text
+
+
+def parse_header(path: Path, text: bytes, size: int) -> tuple[Header, dict[str, Stored]]:
+    """Check what a file of `size` bytes says before its values, as `read_header` does."""
     table = _json_object(path, text, "header")
     metadata = table.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -174,7 +179,7 @@ def read_header(path: Path, file: io.FileIO) -> tuple[Header, dict[str, Stored],
     stored = _stored_tensors(path, table, 8 + length, size)
     header = _parse(path, metadata)
     _check_stored(path, header, stored)
-    return header, stored, prefix + text
+    return header, stored
 
 
 def recorded_sha256(path: Path, start: bytes) -> tuple[str, bytes]:
