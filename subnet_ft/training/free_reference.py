@@ -192,16 +192,18 @@ def _base_values(policy: Any, second: Any, mask: SubnetMask) -> WeightSwap:
         _check_same(name, weight.detach(), others[name].detach(), mask)
     buffers = dict(second.named_buffers())
     for name, buffer in policy.named_buffers():
-        if name not in buffers or not torch.equal(buffer, buffers[name]):
+        other = buffers.get(name)
+        if other is None or other.dtype != buffer.dtype or not torch.equal(other, buffer):
             raise MaskMismatchError(
                 f"The buffer `{name}` of the policy is not that of its reference model, so they compute differently. "
-                "Build both from one base, or leave the free reference out."
+                "Load both alike (`from_pretrained(..., dtype=...)`, not `.to(dtype)` after it), or leave the free "
+                "reference out."
             )
 
     def values(name: str) -> torch.Tensor:
-        other = others[name].detach()
-        bits = BitMask.from_bits(mask.tensors[name].bits, other.numel(), other.device)
-        return subnet_kernels.gather(other.view(-1), bits, dtype=other.dtype)
+        weight = others[name].detach()
+        bits = BitMask.from_bits(mask.tensors[name].bits, weight.numel(), weight.device)
+        return subnet_kernels.gather(weight.view(-1), bits, dtype=weight.dtype)
 
     return WeightSwap(policy, weights, mask, values, name="the reference")
 

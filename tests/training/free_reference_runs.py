@@ -43,7 +43,10 @@ class Left:
 def trainer_with_reference(name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
     """Build a trainer that holds a second model of the policy's base, in the policy's dtype."""
     trainer: Any = build(name, folder, model=base_model(name, dtype), **{**WITH_KL[name], **options})
-    trainer.ref_model.to(dtype)  # DPO and KTO get theirs in float32 here
+    # DPO and KTO get theirs in bfloat16 here, and tiny models round their buffers, which loading does not.
+    trainer.ref_model.to(dtype).load_state_dict(trainer.model.state_dict())
+    for held, own in zip(trainer.ref_model.buffers(), trainer.model.buffers(), strict=True):
+        held.data = own.clone()
     return trainer
 
 
@@ -70,7 +73,7 @@ def run(
 
 def left_by(trainer: Any) -> Left:
     """Read off what a run left."""
-    timed = ("runtime", "per_second", "step_time", "/time")
+    timed = ("runtime", "per_second", "_time")
     logs = [
         {key: value for key, value in entry.items() if not any(word in key for word in timed)}
         for entry in trainer.state.log_history
