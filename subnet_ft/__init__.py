@@ -15,11 +15,14 @@ _EXPORTS = {
     "SubnetMask": "subnet_ft.masks",
     "SubnetTrainerMixin": "subnet_ft.training",
     "TrainingDynamics": "subnet_ft.training",
+    "apply_delta": "subnet_ft.deltas",
+    "export_delta": "subnet_ft.deltas",
     "extract": "subnet_ft.masks",
     "MaskedAdamW": "subnet_ft.optim",
     "MaskedOptimizer": "subnet_ft.optim",
     "MaskedSGD": "subnet_ft.optim",
     "restrict": "subnet_ft.training",
+    "revert_delta": "subnet_ft.deltas",
 }
 
 __all__ = [
@@ -31,11 +34,15 @@ __all__ = [
     "SubnetTrainerMixin",
     "TrainingDynamics",
     "__version__",
+    "apply_delta",
+    "export_delta",
     "extract",
     "restrict",
+    "revert_delta",
 ]
 
 if TYPE_CHECKING:
+    from subnet_ft.deltas import apply_delta, export_delta, revert_delta
     from subnet_ft.masks import SubnetMask, extract
     from subnet_ft.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
     from subnet_ft.training import MaskSchedule, SubnetTrainerMixin, TrainingDynamics, restrict

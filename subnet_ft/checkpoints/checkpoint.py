@@ -104,6 +104,14 @@ class Checkpoint:
         """Return the name on disk of a parameter that is there as it is in memory; `None` for a converted one."""
         return self._plan.stored_as_is(name)
 
+    def sources(self, name: str) -> list[str]:
+        """Return the names on disk of the tensors that the parameter `name` is made of, with all that comes of them."""
+        return self._plan.sources(name)
+
+    def read_stored(self, key: str) -> torch.Tensor:
+        """Return one tensor as it is on disk, by its name there; writing to it changes the copy in memory only."""
+        return self._reader.read(key)
+
     def origins(self, name: str) -> tuple[list[str], dict[str, torch.Tensor]]:
         """Say where on disk every element lies of the parameters that are converted together with `name`.
 

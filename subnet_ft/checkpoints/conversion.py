@@ -90,6 +90,10 @@ class ConversionPlan:
         group = self._groups[name]
         return group.sources[0][0] if group.converter is None else None
 
+    def sources(self, name: str) -> list[str]:
+        """Return the names on disk of the group of the parameter `name`."""
+        return [key for key, _ in self._groups[name].sources]
+
     def origins(self, name: str, reader: ShardReader) -> tuple[list[str], dict[str, torch.Tensor]]:
         """Say where on disk every element of the group of `name` lies: a conversion moves elements and computes none.
 
@@ -101,7 +105,7 @@ class ConversionPlan:
             CheckpointError: The conversion does more than move elements.
         """
         group = self._groups[name]
-        keys = [key for key, _ in group.sources]
+        keys = self.sources(name)
         sizes = [math.prod(reader[key].shape) for key in keys]
         total = sum(sizes)
         dtype = torch.int32 if total < 2**31 else torch.int64

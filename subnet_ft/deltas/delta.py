@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import subnet_kernels
 from subnet_ft.deltas.header import TensorEntry
 from subnet_ft.errors import DeltaError
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, TensorMask
@@ -37,6 +38,35 @@ class TensorDelta:
     def num_elements(self) -> int:
         """N, the number of weights of the tensor."""
         return math.prod(self.shape)
+
+    @classmethod
+    def build(cls, bits: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> TensorDelta:
+        """Drop the bits when nothing changes."""
+        return cls(bits if values.numel() else torch.empty(0, dtype=torch.uint8), values, shape)
+
+    def full_bits(self) -> torch.Tensor:
+        """Return (ceil(N / 8),) uint8, also for a tensor without new values."""
+        return self.bits if self.count else torch.zeros((self.num_elements + 7) // 8, dtype=torch.uint8)
+
+    def write(self, piece: torch.Tensor, start: int, used: int) -> int:
+        """Write the new values of one flat piece of the tensor.
+
+        Args:
+            piece: (n,) elements `start` to `start + n`, in the stored dtype. In-out.
+            start: Flat index of the first element, a multiple of 8.
+            used: How many values belong to the elements before `start`.
+
+        Returns:
+            How many values were written.
+        """
+        if not self.count:
+            return 0
+        bits = self.bits[start // 8 : (start + piece.numel() + 7) // 8]
+        count = subnet_kernels.count_bits(bits)
+        if count:
+            mask = subnet_kernels.BitMask.from_bits(bits, piece.numel())
+            subnet_kernels.scatter(piece, mask, self.values[used : used + count])
+        return count
 
 
 @dataclass(frozen=True)
