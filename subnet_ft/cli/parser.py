@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from subnet_ft import __version__
+from subnet_ft.cli import deltas
 from subnet_ft.cli.comparing import compare_methods, names
 from subnet_ft.cli.judging import evaluate, verify_run
 from subnet_ft.cli.machine import bench, densities, env, recipes
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     extract_command.add_argument("--json", action="store_true", help="print the mask's figures as one JSON object")
 
     _mask_commands(commands)
+    _delta_commands(commands)
 
     evaluate_command = _command(commands, evaluate, "evaluate", "accuracy of a model on a recipe's held-out prompts")
     evaluate_command.add_argument("model", help="folder or other name of a model")
@@ -178,6 +180,59 @@ def _mask_commands(commands: Any) -> None:
     _output_argument(combine_command)
     combine_command.add_argument("--at-least", type=int, metavar="K", help="masks that make a majority; more than half")
     combine_command.add_argument("--json", action="store_true", help="print the mask's figures as one JSON object")
+
+
+def _delta_commands(commands: Any) -> None:
+    delta = commands.add_parser("delta", help="sparse checkpoints", description="Make and use sparse checkpoints.")
+    delta_commands = delta.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    export = _command(delta_commands, deltas.export, "export", "write what training changed (docs/delta_format.md)")
+    export.add_argument("base", help="folder, Hub id, .gguf file, package:MODULE/FILE.gguf or tiny:FAMILY")
+    export.add_argument("tuned", help="the same, after training of any kind")
+    _delta_output(export)
+    export.add_argument("--mask", help="store the values of exactly these weights, changed or not")
+    export.add_argument("--mask-reference", action="store_true", help="store no positions, only the mask's fingerprint")
+
+    apply = _command(delta_commands, deltas.apply, "apply", "make the tuned checkpoint out of the base")
+    apply.add_argument("base", help="the base that the delta was made for; with --in-place, a folder")
+    apply.add_argument("deltas", nargs="+", metavar="DELTA", help="a file, or a chain of them in order")
+    place = apply.add_mutually_exclusive_group(required=True)
+    place.add_argument("-o", "--output", metavar="DIR", help="the new folder")
+    place.add_argument("--in-place", action="store_true", help="change the base's folder; `revert` undoes it")
+    apply.add_argument("--mask", help="the mask file, for a delta without positions")
+
+    revert = _command(delta_commands, deltas.revert, "revert", "undo the last `apply --in-place`, byte for byte")
+    revert.add_argument("folder", help="the folder that a delta was applied to")
+
+    info = _command(delta_commands, deltas.info, "info", "what a delta file holds")
+    info.add_argument("delta", help="a NAME.delta.safetensors file")
+
+    diff = _command(delta_commands, deltas.diff, "diff", "what two deltas of one base have in common")
+    compose = _command(delta_commands, deltas.compose, "compose", "one delta that does what two do")
+    for both in (diff, compose):
+        both.add_argument("first", help="a NAME.delta.safetensors file")
+        both.add_argument(
+            "second", help="another one of the same base" + (", or of the first's result" * (both is compose))
+        )
+    _delta_output(compose)
+    compose.add_argument("--base", help="their base, if not the one that the first names")
+    compose.add_argument(
+        "--on-conflict", choices=["error", "first", "second"], default="error", help="whose value counts"
+    )
+
+    verify = _command(
+        delta_commands, deltas.verify, "verify", "whether a delta belongs to a base and a tuned checkpoint"
+    )
+    verify.add_argument("base", help="the base")
+    verify.add_argument("delta", help="a NAME.delta.safetensors file")
+    verify.add_argument("tuned", nargs="?", help="what base and delta should make")
+    verify.add_argument("--mask", help="the mask file, for a delta without positions")
+    for command in (export, apply, revert, info, diff, compose, verify):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _delta_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="NAME.delta.safetensors to write")
+    parser.add_argument("--zstd", action="store_true", help="compress (needs the extra `zstd`)")
 
 
 def _output_argument(parser: argparse.ArgumentParser) -> None:

@@ -176,7 +176,7 @@ def parse_header(path: Path, text: bytes, size: int) -> tuple[Header, dict[str, 
     metadata = table.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DeltaFileError(f"`{path}` has no `__metadata__` of texts in its header, so it is no delta file.")
-    stored = _stored_tensors(path, table, 8 + length, size)
+    stored = _stored_tensors(path, table, 8 + len(text), size)
     header = _parse(path, metadata)
     _check_stored(path, header, stored)
     return header, stored

@@ -1,0 +1,187 @@
+"""`subnet-ft delta`: making, applying and comparing sparse checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from subnet_ft import __version__
+from subnet_ft.cli.results import FINE, VERIFICATION_FAILED, Emit, check_folder
+
+if TYPE_CHECKING:
+    from subnet_ft.deltas import DeltaFile
+    from subnet_ft.masks import SubnetMask
+
+_SHOWN = 5
+
+
+def export(options: argparse.Namespace, emit: Emit) -> int:
+    """Write the delta of two checkpoints, and print its figures."""
+    from subnet_ft.deltas import export_delta
+
+    _check_output(options)
+    delta = export_delta(
+        options.base,
+        options.tuned,
+        options.output,
+        mask=options.mask,
+        mask_reference=options.mask_reference,
+        zstd=options.zstd,
+        progress=not options.quiet,
+    )
+    _emit_file(delta, options, emit)
+    return FINE
+
+
+def apply(options: argparse.Namespace, emit: Emit) -> int:
+    """Apply a delta to its base: to a new folder, or in place."""
+    from subnet_ft.deltas import apply_delta
+
+    if options.output is not None:
+        check_folder(Path(options.output).absolute().parent)
+    folder = apply_delta(options.base, options.deltas, options.output, in_place=options.in_place, mask=_mask(options))
+    if options.json:
+        emit(json.dumps({"version": __version__, "folder": str(folder), "in_place": options.in_place}))
+    else:
+        undo = f"; undo with `subnet-ft delta revert {folder}`" if options.in_place else ""
+        emit(f"{folder}: the base with {len(options.deltas)} delta{'s' * (len(options.deltas) > 1)} applied{undo}")
+    return FINE
+
+
+def revert(options: argparse.Namespace, emit: Emit) -> int:
+    """Undo the last delta that was applied in place."""
+    from subnet_ft.deltas import revert_delta
+
+    folder = revert_delta(options.folder)
+    emit(json.dumps({"version": __version__, "folder": str(folder)}) if options.json else f"{folder}: as before")
+    return FINE
+
+
+def info(options: argparse.Namespace, emit: Emit) -> int:
+    """Print what a delta file holds."""
+    from subnet_ft.deltas import DeltaFile
+
+    _emit_file(DeltaFile(options.delta), options, emit)
+    return FINE
+
+
+def diff(options: argparse.Namespace, emit: Emit) -> int:
+    """Print what two deltas of one base have in common."""
+    from subnet_ft.deltas import diff_deltas
+
+    found = diff_deltas(options.first, options.second)
+    totals = {
+        key: sum(getattr(entry, key) for entry in found.values()) for key in ("first", "second", "shared", "equal")
+    }
+    if options.json:
+        tensors = {name: asdict(entry) for name, entry in found.items()}
+        emit(json.dumps({"version": __version__, **totals, "tensors": tensors}))
+        return FINE
+    emit(f"{options.first} changes {totals['first']:,} weights, {options.second} {totals['second']:,}")
+    emit(f"  both change {totals['shared']:,}, {_share(totals['shared'], totals['first'])} of the first's")
+    emit(f"  to the same value {totals['equal']:,}, {_share(totals['equal'], totals['shared'])} of those")
+    return FINE
+
+
+def compose(options: argparse.Namespace, emit: Emit) -> int:
+    """Write one delta that does what two do, and print its figures."""
+    from subnet_ft.deltas import compose_deltas
+
+    _check_output(options)
+    delta = compose_deltas(
+        options.first,
+        options.second,
+        options.output,
+        base=options.base,
+        on_conflict=options.on_conflict,
+        zstd=options.zstd,
+    )
+    _emit_file(delta, options, emit)
+    return FINE
+
+
+def verify(options: argparse.Namespace, emit: Emit) -> int:
+    """Check that a delta belongs to a base, and leads to a tuned checkpoint."""
+    from subnet_ft.deltas import verify_delta
+
+    found = verify_delta(options.base, options.delta, options.tuned, mask=_mask(options))
+    if options.json:
+        emit(json.dumps({"version": __version__, "fine": found.is_fine, **asdict(found)}))
+    else:
+        parts = {
+            "the base": found.wrong_base,
+            "base and delta together": found.wrong_result,
+            "the tuned checkpoint": found.wrong_tuned,
+        }
+        for what, wrong in parts.items():
+            if wrong is not None:
+                shown = ", ".join(wrong[:_SHOWN]) + (f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")
+                emit(f"{what}: {f'{len(wrong)} tensors differ: {shown}' if wrong else 'every fingerprint as recorded'}")
+    return FINE if found.is_fine else VERIFICATION_FAILED
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    from subnet_ft.deltas.writing import check_writable
+
+    check_writable(Path(options.output))
+    check_folder(Path(options.output).absolute().parent)
+
+
+def _mask(options: argparse.Namespace) -> SubnetMask | None:
+    from subnet_ft.masks import SubnetMask
+
+    return None if options.mask is None else SubnetMask.load(options.mask)
+
+
+def _emit_file(delta: DeltaFile, options: argparse.Namespace, emit: Emit) -> None:
+    figures = delta_figures(delta)
+    if options.json:
+        emit(json.dumps({"version": __version__, **figures}))
+        return
+    changed, total, nbytes = figures["num_changed"], figures["num_parameters"], figures["bytes"]
+    emit(f"{delta.path}: {changed:,} of {total:,} weights, density {figures['density']:.4%}")
+    emit(f"  {nbytes:,} bytes, {figures['bytes_per_parameter']:.3f} per parameter, {figures['encoding']}")
+    if figures["mask"] is not None:
+        emit(f"  positions in the mask {figures['mask']}")
+    emit(f"  base   {figures['base_digest'][:16]}  {_printable(figures['base'])}")
+    emit(f"  result {figures['result_digest'][:16]}")
+    emit(f"  SHA-256 {figures['sha256']}")
+
+
+def delta_figures(delta: DeltaFile) -> dict[str, Any]:
+    """Return what a delta file says about itself, as JSON has it."""
+    from subnet_ft.deltas.checks import base_digest, result_digest
+
+    num_changed = sum(entry.count for entry in delta.entries.values())
+    num_parameters = sum(entry.num_elements for entry in delta.entries.values())
+    return {
+        "num_changed": num_changed,
+        "num_parameters": num_parameters,
+        "density": num_changed / max(num_parameters, 1),
+        "bytes": delta.nbytes,
+        "bytes_per_parameter": delta.nbytes / max(num_parameters, 1),
+        "encoding": delta.header.encoding,
+        "mask": delta.header.mask_fingerprint,
+        "sha256": delta.sha256,
+        "base": delta.header.base_name,
+        "base_revision": delta.header.base_revision,
+        "base_digest": base_digest(delta),
+        "result_digest": result_digest(delta),
+        "source": delta.header.source,
+        "tensors": {
+            name: {"shape": list(entry.shape), "dtype": entry.dtype, "count": entry.count}
+            for name, entry in delta.entries.items()
+        },
+    }
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "none"
+
+
+def _printable(text: str) -> str:
+    """Keep a stranger's text from steering the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
