@@ -10,6 +10,7 @@ from subnet_ft.checkpoints.models import save_with_reward_head
 from subnet_ft.digests import checkpoint_sha256
 from subnet_ft.errors import StageError
 from subnet_ft.inputs import BASE, RunInputs
+from subnet_ft.processes import first_alone
 from subnet_ft.recipe.methods import METHODS
 from subnet_ft.stages import FINISHED, STARTED, run_stage
 
@@ -40,7 +41,7 @@ def make_base(inputs: RunInputs, folder: Path, *, overwrite: bool) -> None:
     cheap = not _has_trained(folder)
     weights = stage / "config.json"
     results = run_stage(stage, inputs.of_base(), work, overwrite=overwrite, cheap=cheap, products=[weights])
-    if checkpoint_sha256(stage) != results["sha256"]:
+    if first_alone("digest of the base", lambda: checkpoint_sha256(stage)) != results["sha256"]:
         raise StageError(
             f"The checkpoint in `{stage}` is not the one that this stage saved. Remove the folder to make it again."
         )

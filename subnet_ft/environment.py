@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import subnet_ft
+from subnet_ft.processes import num_processes
 
 PACKAGES = (
     "torch",
@@ -25,7 +26,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, processor, memory in bytes and, if there is one, the accelerator."""
+    """Return versions, processor, memory in bytes, the accelerator if there is one, and the processes if several."""
     import torch
 
     versions: dict[str, str | None] = {}
@@ -43,6 +44,7 @@ def environment() -> dict[str, Any]:
         "memory": _memory(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **({"num_processes": num_processes()} if num_processes() > 1 else {}),
         "packages": versions,
     }
 

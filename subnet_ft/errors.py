@@ -21,6 +21,7 @@
     ├── MethodError                 (ValueError)    a method that cannot train this model with this algorithm
     ├── TaskError                   (ValueError)    data or rewards that cannot be used
     ├── StageError                  (RuntimeError)  a run folder that cannot be continued
+    ├── LaunchError                 (RuntimeError)  processes that cannot work together
     └── MissingDependencyError      (ImportError)   an optional package that is not installed
 
 A message names the thing, the values and the next step. The command line prints it without a traceback.
@@ -124,6 +125,10 @@ class TaskError(SubnetError, ValueError):
 
 class StageError(SubnetError, RuntimeError):
     """A run folder holds something that the recipe at hand cannot continue."""
+
+
+class LaunchError(SubnetError, RuntimeError):
+    """A command was started in processes, or on devices, that cannot work on it together."""
 
 
 class MissingDependencyError(SubnetError, ImportError):

@@ -11,6 +11,7 @@ from typing import Any
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
 from subnet_ft.digests import checkpoint_sha256, json_sha256, rewards_sha256
 from subnet_ft.masks import SubnetMask
+from subnet_ft.processes import num_processes
 from subnet_ft.recipe import MethodSpec, Recipe
 from subnet_ft.recipe.algorithms import ALGORITHMS, LearnsFrom, trains_reward_model
 from subnet_ft.recipe.methods import training_of
@@ -206,7 +207,7 @@ class RunInputs:
             "data": self.data_sha256,
             "rewards": rewards_sha256(recipe.task.rewards) if self.needs_rewards else {},
             "algorithm": recipe.algorithm,
-            "training": {key: value for key, value in training.items() if key not in _NOT_COMPUTED},
+            "training": _in_one_process({key: value for key, value in training.items() if key not in _NOT_COMPUTED}),
             "optimizer": asdict(recipe.subnet.optimizer),
             "reference": asdict(recipe.reference),
             "seed": recipe.seed,
@@ -242,3 +243,18 @@ class RunInputs:
     def of_base(self) -> dict[str, Any]:
         """What a base with a new head depends on."""
         return {"model": self.language_model_sha256, "dtype": self.recipe.model.dtype, "seed": self.recipe.seed}
+
+
+def _in_one_process(training: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with which one process takes the same steps on the same batches as all of this launch do.
+
+    One that accumulates the micro-batches of all processes reads the same data for every step. The bits differ: sums
+    are taken in another order, and every process samples completions with its own seed.
+    """
+    count = num_processes()
+    if count == 1:
+        return training
+    accumulated = {"gradient_accumulation_steps": count * training.get("gradient_accumulation_steps", 1)}
+    if training.get("steps_per_generation") is not None:
+        accumulated["steps_per_generation"] = count * training["steps_per_generation"]
+    return {**training, **accumulated}

@@ -13,6 +13,7 @@ from subnet_ft.inputs import RunInputs, RunVariant
 from subnet_ft.masks import SubnetMask, base_mask, early_mask, extract
 from subnet_ft.masks.forecast import forecast_mask
 from subnet_ft.masks.gradients import gradient_mask
+from subnet_ft.processes import first_alone
 from subnet_ft.recipe import SourceSpec
 from subnet_ft.stages import TrainedStage, check_known_inputs, read_json, run_stage
 from subnet_ft.training.moments import read_moments
@@ -105,8 +106,8 @@ class MaskStages:
                 ),
                 user=user,
             )
-        if self._is_used(user) and not self.overwrite:
-            check_known_inputs(self.folder / name, {"base": self.inputs.base_sha256, **inputs})
+        if not self.overwrite:
+            self._check_used(name, {"base": self.inputs.base_sha256, **inputs}, user=user)
         stage = self.probe_of(source, seed=seed)
         assert stage is not None  # the source has steps
         inputs["probe"] = stage.results["sha256"]
@@ -157,6 +158,13 @@ class MaskStages:
     def _is_used(self, user: str) -> bool:
         """Whether a run is there whose mask belongs to it, and is not replaced without being asked."""
         return (self.folder / user).is_dir()
+
+    def _check_used(self, name: str, known: dict[str, Any], *, user: str) -> None:
+        def check() -> None:
+            if self._is_used(user):
+                check_known_inputs(self.folder / name, known)
+
+        first_alone(f"use of {name}", check)
 
     def _made(self, name: str, inputs: dict[str, Any], make: Callable[[], SubnetMask], *, user: str) -> SubnetMask:
         path = self.folder / f"{name}{MASK_SUFFIX}"

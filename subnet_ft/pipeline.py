@@ -14,6 +14,7 @@ from subnet_ft.base_stage import make_base
 from subnet_ft.digests import checkpoint_sha256, json_sha256
 from subnet_ft.environment import environment
 from subnet_ft.errors import StageError
+from subnet_ft.evidence.plain import from_plain
 from subnet_ft.evidence.report import Report, write_report
 from subnet_ft.evidence.retention import read_paragraphs
 from subnet_ft.held_out import HeldOut, HeldOutPairs, held_out, judge
@@ -23,10 +24,11 @@ from subnet_ft.masks import SubnetMask, control_mask
 from subnet_ft.methods.check import check_method
 from subnet_ft.methods.config_check import method_problems
 from subnet_ft.methods.masks import method_mask
+from subnet_ft.processes import everywhere, first_alone, is_first
 from subnet_ft.recipe import MethodSpec, Recipe, load_recipe, save_recipe
 from subnet_ft.recipe.methods import METHODS
 from subnet_ft.run_report import run_report
-from subnet_ft.stages import TrainedStage, finished_results, run_stage, write_json
+from subnet_ft.stages import TrainedStage, finished_results, read_json, run_stage, write_json
 from subnet_ft.trained_runs import TrainedRuns
 from subnet_ft.training import config_fields, train
 from subnet_ft.training.config_check import config_problems
@@ -110,11 +112,16 @@ class Pipeline:
 
     def start(self) -> None:
         """Read and check what the stages need."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        first_alone("folder of the run", lambda: self.folder.mkdir(parents=True, exist_ok=True))
         make_base(self.inputs, self.folder, overwrite=self.overwrite)
-        self.inputs.check()
-        if self.recipe.evaluation.retention is not None:
-            read_paragraphs(self.recipe.evaluation.retention.text)
+
+        def check() -> None:
+            self.inputs.check()
+            if self.recipe.evaluation.retention is not None:
+                read_paragraphs(self.recipe.evaluation.retention.text)
+
+        # On every machine one process downloads and builds, before the others read.
+        everywhere("inputs", check, in_turn=True)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -204,7 +211,7 @@ class Pipeline:
         control = control_mask(mask, kind, seed=variant.of(self.recipe).seed, weights=self.inputs.base.tensors())
         name = f"{within}control-{kind}"
         stage = self.masked_run(name, control, variant)
-        control.save(self.folder / f"{name}{MASK_SUFFIX}")
+        first_alone(f"mask of {name}", lambda: str(control.save(self.folder / f"{name}{MASK_SUFFIX}")))
         return stage
 
     def answers(
@@ -246,26 +253,31 @@ class Pipeline:
     def report(self, runs: TrainedRuns) -> Report:
         """Evaluate every model, gather the evidence, and write the report's three files."""
         records = {"base": self.answers("base"), **{name: self.answers(name, run) for name, run in runs.all.items()}}
-        logger.info("verify: comparing weights")
         notes = self.held_out.not_measured if isinstance(self.held_out, HeldOutPairs) else ()
-        report = run_report(
-            self.inputs,
-            self.folder,
-            runs,
-            records,
-            not_measured=notes,
-            overwrite=self.overwrite,
-            progress=self.progress,
-        )
-        self._describe(runs.full)
-        write_report(report, self.folder)
-        return report
+
+        def write() -> None:
+            logger.info("verify: comparing weights")
+            report = run_report(
+                self.inputs,
+                self.folder,
+                runs,
+                records,
+                not_measured=notes,
+                overwrite=self.overwrite,
+                progress=self.progress,
+            )
+            self._describe(runs.full)
+            write_report(report, self.folder)
+
+        first_alone("report", write)
+        return from_plain(Report, read_json(self.folder / "report.json"))
 
     def _train(self, name: str, mask: SubnetMask | None, method: str, variant: RunVariant = AS_WRITTEN) -> TrainedStage:
         folder = self.folder / name
 
         def work(folder: Path) -> dict[str, Any]:
-            save_recipe(variant.of(self.recipe), folder / RECIPE_FILE)
+            if is_first():
+                save_recipe(variant.of(self.recipe), folder / RECIPE_FILE)
             run = train(
                 variant.of(self.recipe),
                 base=self.inputs.base.folder,
@@ -276,11 +288,11 @@ class Pipeline:
                 task=self.inputs.data.task if self.inputs.needs_rewards else None,
                 teacher=None if self.inputs.teacher is None else self.inputs.teacher.folder,
                 stop_after=variant.stop_after,
-                progress=self.progress,
+                progress=self.progress and is_first(),
             )
             gc.collect()
             return {
-                "sha256": checkpoint_sha256(folder),
+                "sha256": first_alone(f"digest of {name}", lambda: checkpoint_sha256(folder)),
                 "density": run.num_trainable / run.num_parameters,
                 "num_trainable": run.num_trainable,
                 "num_parameters": run.num_parameters,
@@ -300,19 +312,22 @@ class Pipeline:
         products = [folder / LOG]
         if variant.stop_after is not None:
             products.append(folder / TRAINER / f"checkpoint-{variant.stop_after}")
-        results = run_stage(folder, inputs, work, overwrite=self.overwrite, products=products)
+        results = run_stage(folder, inputs, work, overwrite=self.overwrite, products=products, together=True)
         stage = self._checked(name, mask, results)
+        first_alone(f"tidying of {name}", lambda: self._tidy(stage, variant))
+        return stage
+
+    def _tidy(self, stage: TrainedStage, variant: RunVariant) -> None:
         if not self.recipe.keep_checkpoints and variant.stop_after is None:
             # Only now: while `stage.json` was not there, the run might have had to resume.
-            remove_checkpoints(folder / TRAINER)
+            remove_checkpoints(stage.folder / TRAINER)
         if not (self.folder / RECIPE_FILE).exists():
             self._describe(stage)
-        return stage
 
     def _checked(self, name: str, mask: SubnetMask | None, results: dict[str, Any]) -> TrainedStage:
         """Return a finished stage after its checkpoint was compared with what the stage saved."""
         folder = self.folder / name
-        if checkpoint_sha256(folder) != results["sha256"]:
+        if first_alone(f"check of {name}", lambda: checkpoint_sha256(folder)) != results["sha256"]:
             raise StageError(
                 f"The checkpoint in `{folder}` is not the one that this stage saved. Remove the folder to train again."
             )

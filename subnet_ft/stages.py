@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subnet_ft.errors import StageError
+from subnet_ft.processes import check_equal, first_alone, is_first
 
 if TYPE_CHECKING:
     from subnet_ft.masks import SubnetMask
@@ -42,8 +43,11 @@ def run_stage(
     overwrite: bool,
     cheap: bool = False,
     products: Sequence[Path] = (),
+    together: bool = False,
 ) -> dict[str, Any]:
     """Do a stage's work unless it is already done, and return what it produced.
+
+    Of several processes the first does it while the others wait, unless they do it together; all return the same.
 
     Args:
         folder: The stage's folder. A stage that was interrupted finds what it left there.
@@ -52,14 +56,49 @@ def run_stage(
         overwrite: Replace a result that was made from other inputs.
         cheap: The result costs little to make again, so that other inputs replace it without asking.
         products: Files that the work leaves; where one is missing, the work is done again.
+        together: All processes do `work`, which trains; the results are those of the first.
 
     Returns:
         `results` of the stage, with `seconds` of the work added.
 
     Raises:
         StageError: The folder holds a result of other inputs, and `overwrite` is off; the message names them.
+        LaunchError: Processes that work together have other inputs than the first.
     """
     inputs = json.loads(json.dumps(inputs))
+    name = f"stage {folder.name}"
+
+    def begin() -> dict[str, Any] | None:
+        return _begin(folder, inputs, overwrite=overwrite, cheap=cheap, products=products)
+
+    def finish(results: dict[str, Any], start: float) -> dict[str, Any]:
+        results = {**results, "seconds": time.perf_counter() - start}
+        write_json(folder / FINISHED, {"inputs": inputs, "results": results, "finished": _now()})
+        (folder / STARTED).unlink()
+        return results
+
+    def do_alone() -> dict[str, Any]:
+        done = begin()
+        if done is not None:
+            return done
+        start = time.perf_counter()
+        return finish(work(folder), start)
+
+    if not together:
+        return first_alone(name, do_alone)
+    check_equal(f"inputs of {name}", inputs)
+    done = first_alone(f"{name}, start", begin)
+    if done is not None:
+        return done
+    start = time.perf_counter()
+    results = work(folder)
+    return first_alone(f"{name}, end", lambda: finish(results, start))
+
+
+def _begin(
+    folder: Path, inputs: dict[str, Any], *, overwrite: bool, cheap: bool, products: Sequence[Path]
+) -> dict[str, Any] | None:
+    """Return what a finished stage produced, or `None` after noting that it is started."""
     found = read_json(folder / FINISHED) or read_json(folder / STARTED)
     if found is None and not cheap and _holds_something(folder):
         raise StageError(
@@ -76,12 +115,7 @@ def run_stage(
         return results
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STARTED, {"inputs": inputs, "started": _now()})
-    start = time.perf_counter()
-    results = work(folder)
-    results = {**results, "seconds": time.perf_counter() - start}
-    write_json(folder / FINISHED, {"inputs": inputs, "results": results, "finished": _now()})
-    (folder / STARTED).unlink()
-    return results
+    return None
 
 
 def check_known_inputs(folder: Path, known: dict[str, Any]) -> None:
@@ -94,42 +128,56 @@ def check_known_inputs(folder: Path, known: dict[str, Any]) -> None:
     Raises:
         StageError: The stage was made with other ones.
     """
-    found = read_json(folder / FINISHED) or read_json(folder / STARTED)
-    if found is None:
-        return
-    known, recorded = json.loads(json.dumps(known)), found.get("inputs") or {}
-    recorded = {key: value for key, value in recorded.items() if key in known}
-    if recorded != known:
-        raise _made_with_others(folder, recorded, known)
+
+    def check() -> None:
+        found = read_json(folder / FINISHED) or read_json(folder / STARTED)
+        if found is None:
+            return
+        expected, recorded = json.loads(json.dumps(known)), found.get("inputs") or {}
+        recorded = {key: value for key, value in recorded.items() if key in expected}
+        if recorded != expected:
+            raise _made_with_others(folder, recorded, expected)
+
+    first_alone(f"check of {folder.name}", check)
 
 
 def finished_results(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Return the results of a stage that was finished with the same inputs, else `None`."""
-    found = read_json(folder / FINISHED)
-    same = found is not None and found.get("inputs") == json.loads(json.dumps(inputs))
-    results: dict[str, Any] | None = found["results"] if found is not None and same else None
-    return results
+
+    def find() -> dict[str, Any] | None:
+        found = read_json(folder / FINISHED)
+        same = found is not None and found.get("inputs") == json.loads(json.dumps(inputs))
+        return found["results"] if found is not None and same else None
+
+    return first_alone(f"results of {folder.name}", find)
 
 
 @contextlib.contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Keep every other process out of a run's folder.
+    """Keep every other command out of a run's folder; of several processes the first holds it for all.
 
     Raises:
-        StageError: Another process holds it.
+        StageError: Another command holds it.
     """
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise StageError(f"Another process works in `{folder}`. Wait for it, or choose another `output`.") from error
+
+    def acquire() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise StageError(
+                f"Another process works in `{folder}`. Wait for it, or choose another `output`."
+            ) from error
+
+    first_alone("lock of the run", acquire)
     try:
         yield
     finally:
-        lock.release()
+        if is_first():
+            lock.release()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

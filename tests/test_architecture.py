@@ -20,7 +20,8 @@ _WEIGHTS = {"deltas", "optim", "masks", "checkpoints", "errors"}
 # What each part of subnet_ft may import. A new part needs a line here and in CONTRIBUTING.md.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
-    "environment": set(),
+    "processes": {"errors"},
+    "environment": {"processes"},
     "digests": set(),
     "recipe": {"errors"},
     "tasks": {"recipe", "errors"},
@@ -30,11 +31,11 @@ ARROWS: dict[str, set[str]] = {
     "deltas": {"optim", "masks", "checkpoints", "errors", "subnet_kernels"},
     "evidence": {"deltas", "masks", "checkpoints", "tasks", "recipe", "errors", "subnet_kernels"},
     "methods": {"masks", "checkpoints", "recipe", "errors"},
-    "training": {*_WEIGHTS, "methods", "tasks", "recipe", "subnet_kernels"},
-    "inputs": {*_WEIGHTS, "digests", "recipe", "tasks"},
-    "stages": {"masks", "errors"},
+    "training": {*_WEIGHTS, "processes", "methods", "tasks", "recipe", "subnet_kernels"},
+    "inputs": {*_WEIGHTS, "processes", "digests", "recipe", "tasks"},
+    "stages": {"processes", "masks", "errors"},
     "training_data": {*_WEIGHTS, "inputs", "stages", "tasks", "recipe", "digests", "environment"},
-    "base_stage": {*_WEIGHTS, "inputs", "stages", "digests", "recipe"},
+    "base_stage": {*_WEIGHTS, "processes", "inputs", "stages", "digests", "recipe"},
     "held_out": {*_WEIGHTS, "methods", "inputs", "training_data", "evidence", "tasks", "recipe"},
     "verification": {
         *_WEIGHTS,
@@ -49,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "mask_stages": {
         *_WEIGHTS,
+        "processes",
         "inputs",
         "recipe",
         "training",
@@ -82,6 +84,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "pipeline": {
         *_WEIGHTS,
+        "processes",
         "mask_stages",
         "trained_runs",
         "evidence_stages",
@@ -123,6 +126,7 @@ ARROWS: dict[str, set[str]] = {
     "bench": {*_WEIGHTS, "training", "environment", "subnet_kernels"},
     "cli": {
         *_WEIGHTS,
+        "processes",
         "methods",
         "tasks",
         "recipe",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from subnet_ft.cli.results import FINE, Emit
 from subnet_ft.cli.training import checked_pipeline
 from subnet_ft.errors import SubnetError
+from subnet_ft.processes import first_alone, is_first
 
 QUANTIZATIONS = ("int8", "nf4")
 
@@ -37,9 +39,12 @@ def compare_methods(options: argparse.Namespace, emit: Emit) -> int:
     from subnet_ft.evidence.comparison import lines_for_terminal, summary_for_cli, write_comparison
     from subnet_ft.stages import lock_run
 
+    files: dict[str, Path] = {}
     with lock_run(pipeline.folder):
         comparison = compare(pipeline, options.methods, quantizations=options.quantized)
-        files = write_comparison(comparison, pipeline.folder)
+        first_alone("comparison", lambda: files.update(write_comparison(comparison, pipeline.folder)))
+    if not is_first():
+        return FINE
     if options.json:
         emit(json.dumps({**summary_for_cli(comparison), "output": str(pipeline.folder)}))
     else:

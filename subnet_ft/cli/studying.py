@@ -18,9 +18,9 @@ def study(options: argparse.Namespace, emit: Emit) -> int:
     from subnet_ft.evidence.report.wording import duration
     from subnet_ft.studies.plans import plan_study
     from subnet_ft.studies.timing import measured_step_seconds, total_steps
-    from subnet_ft.training.one_process import refuse_many_devices, refuse_many_processes
+    from subnet_ft.training.launch_check import refuse_many_devices, refuse_many_processes
 
-    refuse_many_processes()
+    refuse_many_processes("study")
     plan = plan_study(name, options.recipe, options.overrides)
     if options.only:
         plan = plan.only(options.only)

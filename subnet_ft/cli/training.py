@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from subnet_ft import __version__
 from subnet_ft.cli.results import FINE, VERIFICATION_FAILED, Emit, check_folder
+from subnet_ft.processes import check_equal, check_shared, everywhere
 
 if TYPE_CHECKING:
     from subnet_ft.pipeline import Pipeline
+    from subnet_ft.recipe import Recipe
 
 
 def run(options: argparse.Namespace, emit: Emit) -> int:
@@ -59,18 +61,26 @@ def checked_pipeline(
 ) -> Pipeline | None:
     """Check recipe, launch and output folder; `None` after a dry run, which ends with the recipe.
 
+    Every process of a launch checks them, and they must agree.
+
     Args:
         options: The command line.
         emit: Writes to stdout.
         methods: What will be trained; the recipe's own `method` when there are none.
         quantizations: Of copies that will be judged.
     """
+    from subnet_ft.environment import environment
     from subnet_ft.pipeline import Pipeline, load_checked_recipe
     from subnet_ft.recipe import recipe_to_dict
-    from subnet_ft.training.one_process import refuse_many_devices, refuse_many_processes
+    from subnet_ft.training.launch_check import check_launch, refuse_many_devices
 
-    refuse_many_processes()
-    recipe = load_checked_recipe(options.recipe, options.overrides, methods=methods, quantizations=quantizations)
+    def load() -> Recipe:
+        return load_checked_recipe(options.recipe, options.overrides, methods=methods, quantizations=quantizations)
+
+    recipe = everywhere("recipe", load)
+    check_equal("recipe", {**recipe_to_dict(recipe), "overwrite": options.overwrite})
+    check_equal("versions", environment()["packages"])
+    check_launch(recipe, methods)
     if options.dry_run:
         if options.json:
             emit(json.dumps({"version": __version__, "recipe": recipe_to_dict(recipe)}))
@@ -78,5 +88,6 @@ def checked_pipeline(
             emit(f"`{options.recipe}` is fine: {recipe.algorithm} on {recipe.model.name}, into {recipe.output}")
         return None
     refuse_many_devices()
-    check_folder(Path(recipe.output))
+    everywhere("output folder", lambda: check_folder(Path(recipe.output)))
+    check_shared(Path(recipe.output))
     return Pipeline(recipe, overwrite=options.overwrite, progress=not options.quiet)

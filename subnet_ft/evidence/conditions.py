@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_CONDITIONS = ("gpu", "processor", "cpu_count", "torch_threads", "python", "subnet_ft")
+_CONDITIONS = ("gpu", "processor", "cpu_count", "torch_threads", "python", "subnet_ft", "num_processes")
 
 
 def differing_conditions(environments: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -25,4 +25,6 @@ def differing_conditions(environments: Mapping[str, Mapping[str, Any]]) -> dict[
 
 def _conditions(environment: Mapping[str, Any]) -> dict[str, Any]:
     versions = {f"packages.{name}": version for name, version in environment.get("packages", {}).items()}
-    return {**{key: environment[key] for key in _CONDITIONS if key in environment}, **versions}
+    # Only several processes are recorded.
+    recorded = {"num_processes": 1, **environment}
+    return {**{key: recorded[key] for key in _CONDITIONS if key in recorded}, **versions}

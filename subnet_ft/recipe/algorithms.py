@@ -39,6 +39,7 @@ class Algorithm:
         ranges: Annotations of config fields, narrower than those that all algorithms share.
         adds_bos: Its trainer puts the BOS token before every prompt, also where the tokenizer does not.
         model_kind: What it trains: the language model itself, or a reward model, which is that one with a new head.
+        needs_one_process: Its trainer cannot share its work with other processes.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Algorithm:
     ranges: Mapping[str, Any] = field(default_factory=dict)
     adds_bos: bool = False
     model_kind: Literal["language_model", "reward_model"] = "language_model"
+    needs_one_process: bool = False
 
     @property
     def has_teacher(self) -> bool:
@@ -117,6 +119,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             "rewards",
             _REFERENCE,
             "kl_coef",
+            needs_one_process=True,
         ),
         Algorithm(
             "prime",
@@ -125,6 +128,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             "prompts",
             "rewards",
             _REFERENCE,
+            needs_one_process=True,
         ),
         Algorithm(
             "distillation",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 from subnet_ft.checkpoints.quantized import keep_offline
+from subnet_ft.processes import num_processes
 from subnet_ft.recipe.algorithms import ALGORITHMS, Algorithm
 
 __all__ = ["ALGORITHMS", "Algorithm", "build_config", "config_fields", "run_config"]
@@ -54,6 +56,7 @@ def run_config(
             "bf16": False,  # the weights already are in the recipe's dtype; mixed precision would add casts
             "report_to": "none",
             "dataloader_pin_memory": torch.cuda.is_available(),
+            **_joined_on_cpus(),
             **algorithm.defaults,
             **training,
             **algorithm.fixed,
@@ -62,6 +65,15 @@ def run_config(
             "optim": optim,
         },
     )
+
+
+def _joined_on_cpus() -> dict[str, Any]:
+    """Say that the processes of a launch without accelerators train on CPUs; else accelerate would not join them."""
+    import torch
+
+    has_device = torch.accelerator.is_available()
+    asks_for_shards = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"  # which accelerate does not make on CPUs
+    return {"use_cpu": True} if num_processes() > 1 and not has_device and not asks_for_shards else {}
 
 
 def _name_in(known: set[str], name: str) -> str:
