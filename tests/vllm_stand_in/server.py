@@ -125,8 +125,7 @@ class Server:
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
-        if (group := self.worker.weight_transfer_engine.model_update_group) is not None:
-            group.group.socket.close()
+        self._leave_group()
 
     def get(self, path: str) -> Any:
         """Answer a GET request."""
@@ -151,6 +150,7 @@ class Server:
             if path == "/v1/completions":
                 return {"choices": [choice for prompt in fields["prompt"] for choice in self._choices(prompt, fields)]}
             if path == "/init_weight_transfer_engine":
+                self._leave_group()
                 self.worker.weight_transfer_engine.model_update_group = worker_init(fields["init_info"])
             elif path in ("/start_weight_update", "/finish_weight_update"):
                 assert self.is_updating == (path == "/finish_weight_update")
@@ -168,6 +168,10 @@ class Server:
             else:
                 return None
             return {}
+
+    def _leave_group(self) -> None:
+        if (group := self.worker.weight_transfer_engine.model_update_group) is not None:
+            group.group.socket.close()
 
     def _choices(self, prompt: list[int], fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the completions of one prompt as the completions endpoint returns them."""

@@ -27,7 +27,7 @@ class Receiver(Protocol):
         """Apply values and verify them."""
 
 
-def answer(take: Callable[[], Acknowledgement]) -> dict[str, str]:
+def answer(take: Callable[[], Acknowledgement]) -> dict[str, Any]:
     """Call a receiver and put its acknowledgement, or the reason of a refusal under `error`, into fields of text."""
     try:
         return take().to_fields()
@@ -48,7 +48,7 @@ def answered(fields: Any) -> Acknowledgement:
     return Acknowledgement.from_fields(fields)
 
 
-def respond(receiver: Receiver, path: str, body: bytes) -> dict[str, str] | None:
+def respond(receiver: Receiver, path: str, body: bytes) -> dict[str, Any] | None:
     """Answer an HTTP request of `HTTPChannel` in whatever server there is.
 
     Returns:
@@ -121,8 +121,8 @@ class GroupChannel:
 
     def open(self, opening: Opening) -> Acknowledgement:
         """Bring the mask over."""
-        payload = torch.frombuffer(bytearray(opening.to_bytes()), dtype=torch.uint8)
-        return self._broadcast(_OPEN, "", payload)
+        payload = _as_tensor(opening.to_bytes(), self._device)
+        return self._broadcast(_OPEN, b"", payload)
 
     def update(self, update: ValuesUpdate) -> Acknowledgement:
         """Bring values over; they go from their device to the group's without a detour."""
@@ -132,13 +132,13 @@ class GroupChannel:
         """End the loops of the receivers."""
         dist.broadcast(torch.tensor([_CLOSE, 0, 0], device=self._device), self._src, group=self._group)
 
-    def _broadcast(self, kind: int, header: str, payload: torch.Tensor) -> Acknowledgement:
+    def _broadcast(self, kind: int, header: bytes, payload: torch.Tensor) -> Acknowledgement:
         text = _as_tensor(header, self._device)
         head = torch.tensor([kind, text.numel(), payload.numel()], device=self._device)
         for part in (head, text, payload.to(self._device)):
             dist.broadcast(part, self._src, group=self._group)
             self.num_bytes += part.nbytes
-        answers = [fields for fields in _exchanged("", self._group, self._device) if fields]
+        answers = [fields for fields in _exchanged(b"", self._group, self._device) if fields]
         acknowledged = {answered(json.loads(fields)) for fields in answers}
         if len(acknowledged) != 1:
             raise WeightSyncError(f"The receivers of the group disagree: {sorted(map(str, acknowledged))}.")
@@ -173,14 +173,14 @@ def receive(
 
     def take() -> Acknowledgement:
         if kind == _OPEN:
-            return receiver.open(Opening.from_bytes(payload.cpu().numpy().tobytes()))
-        return receiver.update(ValuesUpdate.unpack(_as_text(text), payload))
+            return receiver.open(Opening.from_bytes(_as_bytes(payload)))
+        return receiver.update(ValuesUpdate.unpack(_as_bytes(text), payload))
 
-    _exchanged(json.dumps(answer(take)), group, where)
+    _exchanged(json.dumps(answer(take)).encode(), group, where)
     return True
 
 
-def _exchanged(text: str, group: dist.ProcessGroup | None, device: torch.device) -> list[str]:
+def _exchanged(text: bytes, group: dist.ProcessGroup | None, device: torch.device) -> list[bytes]:
     """Return the texts of all processes of a group, in the order of its ranks."""
     own = _as_tensor(text, device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
@@ -190,15 +190,15 @@ def _exchanged(text: str, group: dist.ProcessGroup | None, device: torch.device)
     padded[: own.numel()] = own
     texts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(texts, padded, group=group)
-    return [_as_text(each[: int(length)]) for each, length in zip(texts, lengths, strict=True)]
+    return [_as_bytes(each[: int(length)]) for each, length in zip(texts, lengths, strict=True)]
 
 
-def _as_tensor(text: str, device: torch.device) -> torch.Tensor:
-    content = bytearray(text.encode())
+def _as_tensor(content: bytes, device: torch.device) -> torch.Tensor:
     if not content:
         return torch.empty(0, dtype=torch.uint8, device=device)
-    return torch.frombuffer(content, dtype=torch.uint8).to(device)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
 
 
-def _as_text(tensor: torch.Tensor) -> str:
-    return tensor.cpu().numpy().tobytes().decode(errors="replace")
+def _as_bytes(tensor: torch.Tensor) -> bytes:
+    content: bytes = tensor.cpu().numpy().tobytes()
+    return content

@@ -1,31 +1,42 @@
 """What a trainer and an engine tell each other: the mask once, then the values on it, and what arrived.
 
-An opening is a mask file whose provenance names the stream and the complete base. An update is one safetensors buffer:
-name to (K,) values in the stored dtype, and as metadata JSON strings what they belong to. Nothing unpickles.
+An opening is a mask file whose provenance names the stream and the complete base. An update is a delta file that refers
+to that mask instead of holding positions (docs/delta_format.md). Nothing unpickles.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import reprlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
-from subnet_ft.errors import MaskError, WeightSyncError
+from subnet_ft.deltas.header import (
+    BY_MASK,
+    DTYPES,
+    STORED_AS,
+    VALUES,
+    Header,
+    TensorEntry,
+    parse_header,
+    recorded_sha256,
+    write_header,
+)
+from subnet_ft.errors import DeltaFileError, MaskError, WeightSyncError
 from subnet_ft.masks import ModelRecord, SubnetMask
 
-FORMAT = "subnet-ft.values"
-VERSION = 1
+KIND = "weight_sync"
+"""The `source` of an update's delta: one of a stream of versions."""
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_LENGTH = 8  # bytes of the length that a safetensors buffer starts with
+_WHERE = Path("the update")  # what the messages of delta files call a file
+_LENGTH = 8  # bytes of the length that a safetensors file starts with
 _STREAM = "stream"
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -88,18 +99,20 @@ class ValuesUpdate:
 
     Args:
         stream: The stream that it belongs to.
-        mask: SHA-256 fingerprint of the mask whose bits say where the values go.
         version: Of the weights, > `follows`; every update gets the next number, also after one that was lost.
         follows: The newest version that the receiver has acknowledged.
-        result: Name to fingerprint, 32 hexadecimal digits, of every trained tensor with these values in it.
-        values: Name to (K,) values in the stored dtype, in the order of the set bits.
+        mask: SHA-256 fingerprint of the mask whose bits say where the values go.
+        base: What the base is called.
+        entries: Every parameter of the model: shape, dtype, count, and fingerprints before and after.
+        values: Trained tensor to (K,) values in the stored dtype, in the order of the set bits.
     """
 
     stream: str
-    mask: str
     version: int
     follows: int
-    result: dict[str, str]
+    mask: str
+    base: str
+    entries: dict[str, TensorEntry]
     values: dict[str, torch.Tensor]
 
     @property
@@ -107,84 +120,86 @@ class ValuesUpdate:
         """K, the number of values over all tensors."""
         return sum(values.numel() for values in self.values.values())
 
-    def pack(self) -> tuple[str, torch.Tensor]:
-        """Return header and payload: JSON, and (bytes,) uint8 on the device of the values, one copy of them."""
-        # Wider dtypes first, so that every tensor is aligned in the payload.
-        ordered = sorted(self.values, key=lambda name: (-self.values[name].element_size(), name))
-        header: dict[str, Any] = {"__metadata__": self._metadata()}
-        start = 0
-        for name in ordered:
-            values = self.values[name]
-            header[name] = {
-                "dtype": _NAMES[values.dtype],
-                "shape": [values.numel()],
-                "data_offsets": [start, start + values.nbytes],
-            }
-            start += values.nbytes
+    def pack(self) -> tuple[bytes, torch.Tensor]:
+        """Return the first bytes of the delta file, with zeros for its SHA-256, and what follows them.
+
+        The second is (bytes,) uint8 on the device of the values, one copy of them.
+        """
+        # Wider dtypes first, so that every tensor is aligned.
+        ordered = sorted(self.values, key=lambda name: -self.values[name].element_size())
+        stored = {
+            VALUES + name: (STORED_AS[self.entries[name].dtype], values.numel(), values.nbytes)
+            for name, values in ((name, self.values[name]) for name in ordered)
+        }
+        source = {"kind": KIND, "stream": self.stream, "version": self.version, "follows": self.follows}
+        header = Header(self.entries, self.base, None, source, BY_MASK + self.mask, "raw")
         parts = [self.values[name].contiguous().view(torch.uint8) for name in ordered]
-        return json.dumps(header), torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+        payload = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+        return write_header(header, stored)[0], payload
 
     @classmethod
-    def unpack(cls, header: str, payload: torch.Tensor) -> ValuesUpdate:
-        """Read what `pack` wrote; the values are views of the payload.
+    def unpack(cls, start: bytes, payload: torch.Tensor) -> ValuesUpdate:
+        """Read what `pack` returned; the values are views of the payload.
 
         Raises:
             WeightSyncError: The header contradicts the format or the size of the payload.
         """
-        entries = _json(header, "header")
-        metadata = _mapping(entries.pop("__metadata__", None), "metadata")
-        if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+        try:
+            header, stored = parse_header(_WHERE, start[_LENGTH:], len(start) + payload.numel())
+        except DeltaFileError as error:
+            raise WeightSyncError(f"The update cannot be read: {error}") from error
+        if header.mask_fingerprint is None or header.encoding != "raw" or header.source.get("kind") != KIND:
             raise WeightSyncError(
-                f"The update says format {metadata.get('format')!r}, version {metadata.get('version')!r}; this "
-                f"release reads {FORMAT!r}, version {VERSION}. Use one release on both sides."
+                f"The message is a delta of kind {header.source.get('kind')!r}, positions {header.positions[:12]!r}, "
+                f"encoding {header.encoding!r}; expected {KIND!r}, '{BY_MASK}...' and 'raw'."
             )
-        result = _mapping(_json(str(metadata.get("result")), "result"), "result")
-        if not all(isinstance(value, str) for value in result.values()):
-            raise WeightSyncError("The fingerprints of the update are not all text.")
+        values = {}
+        for name, entry in header.entries.items():
+            if entry.count:
+                lies = stored[VALUES + name]
+                part = payload[lies.start - len(start) : lies.end - len(start)]
+                if part.storage_offset() % DTYPES[entry.dtype].itemsize:
+                    raise WeightSyncError(f"The values of `{name}` do not lie where their dtype can be read.")
+                values[name] = part.view(DTYPES[entry.dtype])
         return cls(
-            stream=str(metadata.get("stream")),
-            mask=str(metadata.get("mask")),
-            version=_number(metadata, "sync_version"),
-            follows=_number(metadata, "follows"),
-            result=result,
-            values=_slices(entries, payload),
+            stream=str(header.source.get("stream")),
+            version=_number(header.source, "version"),
+            follows=_number(header.source, "follows"),
+            mask=header.mask_fingerprint,
+            base=header.base_name,
+            entries=header.entries,
+            values=values,
         )
 
     def to_bytes(self) -> bytes:
-        """Write the update as one safetensors buffer."""
-        text, payload = self.pack()
-        header = text.encode()
-        header += b" " * (-len(header) % _LENGTH)
-        return len(header).to_bytes(_LENGTH, "little") + header + payload.cpu().numpy().tobytes()
+        """Write the update as the content of a delta file."""
+        start, payload = self.pack()
+        content = payload.cpu().numpy().data
+        digest = hashlib.sha256(start)
+        digest.update(content)
+        return start.replace(b"0" * 64, digest.hexdigest().encode(), 1) + bytes(content)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ValuesUpdate:
-        """Read what `to_bytes` wrote.
+        """Read the content of a delta file.
 
         Raises:
-            WeightSyncError: The bytes are no such buffer.
+            WeightSyncError: The bytes are none, or damaged.
         """
-        size = int.from_bytes(data[:_LENGTH], "little")
-        if len(data) < _LENGTH or size > len(data) - _LENGTH:
-            raise WeightSyncError(f"The update is cut off: {len(data):,} bytes, of which the header claims {size:,}.")
+        end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+        if len(data) < _LENGTH or end > len(data):
+            raise WeightSyncError(f"The update is cut off: {len(data):,} bytes, of which its header takes {end:,}.")
+        rest = bytearray(data[end:])
+        update = cls.unpack(data[:end], torch.frombuffer(rest, dtype=torch.uint8) if rest else _NOTHING)
         try:
-            header = data[_LENGTH : _LENGTH + size].decode()
-        except UnicodeDecodeError as error:
-            raise WeightSyncError(f"The header of the update is not text: {error}") from error
-        rest = bytearray(data[_LENGTH + size :])
-        payload = torch.frombuffer(rest, dtype=torch.uint8) if rest else torch.empty(0, dtype=torch.uint8)
-        return cls.unpack(header, payload)
-
-    def _metadata(self) -> dict[str, str]:
-        return {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "stream": self.stream,
-            "mask": self.mask,
-            "sync_version": str(self.version),
-            "follows": str(self.follows),
-            "result": json.dumps(self.result),
-        }
+            recorded, zeroed = recorded_sha256(_WHERE, data[:end])
+        except DeltaFileError as error:
+            raise WeightSyncError(f"The update cannot be read: {error}") from error
+        digest = hashlib.sha256(zeroed)
+        digest.update(rest)
+        if digest.hexdigest() != recorded:
+            raise WeightSyncError(f"The update was damaged on the way: its SHA-256 is not {recorded}.")
+        return update
 
 
 @dataclass(frozen=True)
@@ -201,9 +216,9 @@ class Acknowledgement:
     version: int
     weights: str = ""
 
-    def to_fields(self) -> dict[str, str]:
-        """Return the fields as text, for JSON."""
-        return {"stream": self.stream, "version": str(self.version), "weights": self.weights}
+    def to_fields(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return asdict(self)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Acknowledgement:
@@ -221,52 +236,8 @@ def digest(fingerprints: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _slices(entries: Mapping[str, Any], payload: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Cut the payload up as the entries say: one after another, without a gap, to the end."""
-    values = {}
-    position = 0
-    for name, entry in entries.items():
-        fields = _mapping(entry, f"entry of `{name}`")
-        shape, offsets = fields.get("shape"), fields.get("data_offsets")
-        dtype = _DTYPES.get(str(fields.get("dtype")))
-        if dtype is None or not _is_sizes(shape, 1) or not _is_sizes(offsets, 2):
-            raise WeightSyncError(
-                f"The entry of `{name}` is damaged: dtype {fields.get('dtype')!r}, shape {shape}, bytes {offsets}."
-            )
-        end = position + shape[0] * dtype.itemsize
-        if offsets != [position, end] or end > payload.numel() or position % dtype.itemsize:
-            raise WeightSyncError(
-                f"`{name}` claims bytes {offsets} of {payload.numel():,}; expected {[position, end]}. The update is "
-                "damaged."
-            )
-        values[name] = payload[position:end].view(dtype)
-        position = end
-    if position != payload.numel():
-        raise WeightSyncError(
-            f"The update has {payload.numel():,} bytes of values, and its header tells of {position:,}."
-        )
-    return values
-
-
-def _is_sizes(value: Any, count: int) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and len(value) == count and all(type(size) is int and size >= 0 for size in value)
-
-
-def _json(text: str, what: str) -> dict[str, Any]:
-    try:
-        return _mapping(json.loads(text), what)
-    except (ValueError, RecursionError) as error:
-        raise WeightSyncError(f"The {what} of the update is not JSON: {error}") from error
-
-
-def _mapping(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise WeightSyncError(f"The {what} of the update is {type(value).__name__}, expected an object.")
-    return value
-
-
 def _number(fields: Mapping[str, Any], key: str) -> int:
-    text = str(fields.get(key))
-    if not (text.isascii() and text.isdecimal()) or len(text) > 18:
-        raise WeightSyncError(f"`{key}` is {text[:40]!r}, expected a number.")
-    return int(text)
+    value = fields.get(key)
+    if type(value) is not int or value < 0:
+        raise WeightSyncError(f"`{key}` is {reprlib.repr(value)}, expected a number >= 0.")
+    return value

@@ -99,11 +99,12 @@ class ValuesReceiver:
             replaced[name] = update.values[name].to(tensor.device, copy=True)
             subnet_kernels.swap(self._flat(name), bit_mask, replaced[name])
             found[name] = _fingerprint(tensor)
-            if found[name] != update.result[name]:
+            expected = update.entries[name].result
+            if found[name] != expected:
                 self._swap_back(replaced)
                 raise WeightSyncError(
                     f"With the values of version {update.version}, `{name}` has fingerprint {found[name]}, expected "
-                    f"{update.result[name]}: they were damaged on the way, or weights outside the mask differ from the "
+                    f"{expected}: they were damaged on the way, or weights outside the mask differ from the "
                     f"trainer's. Version {self.version} stands. Send again; if that fails, open the receiver again."
                 )
         try:
@@ -189,14 +190,19 @@ class ValuesReceiver:
                 f"Version {update.version}, which follows {update.follows}, does not follow version {self.version} of "
                 "the receiver. An older update came late, or the receiver was replaced; open it again in that case."
             )
-        expected = set(self._bit_masks)
-        for what, names in (("values", set(update.values)), ("fingerprints", set(update.result))):
-            if names != expected:
-                odd = min(names ^ expected)
+        base = self._opening.base
+        for name, tensor in self._opening.mask.tensors.items():
+            expected = (tensor.shape, base.dtypes[name], tensor.count, base.fingerprints[name])
+            entry = update.entries.get(name)
+            found = None if entry is None else (entry.shape, entry.dtype, entry.count, entry.base)
+            if found != expected:
                 raise WeightSyncError(
-                    f"The update {'lacks' if odd in expected else 'has unexpected'} {what} of `{odd}`; the mask trains "
-                    f"{len(expected)} tensors."
+                    f"The update says of `{name}`: {found or 'nothing'}; expected shape, dtype, count and base "
+                    f"{expected}. Send the opening again."
                 )
+        odd = update.entries.keys() ^ self.tensors.keys() | update.values.keys() ^ self._bit_masks.keys()
+        if odd:
+            raise WeightSyncError(f"The update and the mask differ in the tensor `{min(odd)}`. Send the opening again.")
         for name, bit_mask in self._bit_masks.items():
             values, dtype = update.values[name], self.tensors[name].dtype
             if values.shape != (bit_mask.count,) or values.dtype != dtype:

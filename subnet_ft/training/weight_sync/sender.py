@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from subnet_ft.deltas.header import TensorEntry
 from subnet_ft.errors import MaskMismatchError, WeightSyncError
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, by_canonical_name
 from subnet_ft.training.weight_sync.compact_values import CompactValues, record_fingerprints
@@ -57,7 +58,7 @@ class ValuesSender:
                     "the stored dtype. Train the model in that dtype, or pass `base`."
                 )
             base = known.fingerprints
-        record = ModelRecord(
+        self._base = ModelRecord(
             name="the policy" if known is None else known.name,
             revision=None if known is None else known.revision,
             dtypes=dtypes,
@@ -65,7 +66,7 @@ class ValuesSender:
         )
         self.stream = secrets.token_hex(8)
         source = {**mask.provenance.source, "stream": self.stream}
-        self.mask = SubnetMask(mask.tensors, Provenance(base=record, source=source))
+        self.mask = SubnetMask(mask.tensors, Provenance(base=self._base, source=source))
         self._mask_fingerprint = mask.fingerprint
         self._values = CompactValues(mask)
         self._issued = 0
@@ -94,12 +95,24 @@ class ValuesSender:
         result = record_fingerprints(trained)
         # Answers to older updates still count, because the receiver may have applied them.
         self._sent[self._issued] = digest(result)
+        base = self._base
+        entries = {
+            name: TensorEntry(
+                shape=tensor.shape,
+                dtype=base.dtypes[name],
+                count=tensor.count,
+                base=base.fingerprints[name],
+                result=result.get(name, base.fingerprints[name]),
+            )
+            for name, tensor in self.mask.tensors.items()
+        }
         return ValuesUpdate(
             stream=self.stream,
-            mask=self._mask_fingerprint,
             version=self._issued,
             follows=self.version,
-            result=result,
+            mask=self._mask_fingerprint,
+            base=base.name,
+            entries=entries,
             values=self._values.take(parameters),
         )
 

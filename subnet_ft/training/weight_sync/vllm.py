@@ -11,6 +11,7 @@ through the group that TRL's client has opened to the workers for its own, dense
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -43,9 +44,10 @@ class VLLMChannel:
 
     def update(self, update: ValuesUpdate) -> Acknowledgement:
         """Bring values over."""
-        header, payload = update.pack()
-        self.num_bytes += len(header.encode())
-        return self._send("subnet_update", payload, {"header": header})
+        start, payload = update.pack()
+        text = base64.b64encode(start).decode()
+        self.num_bytes += len(text)
+        return self._send("subnet_update", payload, {"start": text})
 
     def _send(self, method: str, payload: torch.Tensor, fields: dict[str, str]) -> Acknowledgement:
         group = self._client.communicator
@@ -93,19 +95,19 @@ class ValuesWorker:
         """Say that updates can be taken."""
         return {}
 
-    def subnet_open(self, num_bytes: str) -> dict[str, str]:
+    def subnet_open(self, num_bytes: str) -> dict[str, Any]:
         """Take the mask; the base is read from where the engine was loaded from."""
         payload = self._received(num_bytes)
         return answer(lambda: self._open(Opening.from_bytes(payload.cpu().numpy().tobytes())))
 
-    def subnet_update(self, num_bytes: str, header: str) -> dict[str, str]:
+    def subnet_update(self, num_bytes: str, start: str) -> dict[str, Any]:
         """Take values."""
         payload = self._received(num_bytes)
 
         def take() -> Acknowledgement:
             if self._receiver is None:
                 raise WeightSyncError("The worker was not opened, so it has no mask. Send the opening first.")
-            return self._receiver.update(ValuesUpdate.unpack(header, payload))
+            return self._receiver.update(ValuesUpdate.unpack(base64.b64decode(start), payload))
 
         return answer(take)
 
