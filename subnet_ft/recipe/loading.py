@@ -90,7 +90,8 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 def shipped_recipes() -> list[tuple[str, str]]:
     """Return name and first comment paragraph of every recipe that comes with the package, sorted by name."""
     folder = recipes_folder()
-    paths = sorted(folder.rglob("*.yaml")) if folder.is_dir() else []
+    found = sorted(folder.rglob("*.yaml")) if folder.is_dir() else []
+    paths = [path for path in found if path.relative_to(folder).parts[0] != LAUNCHES]
     return [
         (path.relative_to(folder).with_suffix("").as_posix(), _first_paragraph(path.read_text(encoding="utf-8")))
         for path in paths
@@ -123,6 +124,9 @@ def find_recipe(path: str | Path) -> Path:
         str(path), [f"no such file, and no shipped recipe has this name.{hint} Shipped: {', '.join(names) or 'none'}."]
     )
 
+
+LAUNCHES = "accelerate"
+"""Folder beside the recipes that holds files for `accelerate launch --config_file`."""
 
 _READ_BY_MACHINE_CHECK = ("model", "methods", "reference", "subnet.optimizer", "teacher", "training")
 
