@@ -38,9 +38,14 @@ _MODULES: dict[str, dict[str, Any]] = {
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make TRL's trainers find the stand-in as `vllm`, import what they need of it, and sync to a CPU."""
-    for name in _ENVIRONMENT:  # TRL sets them in colocate mode; taken back when the test ends
+def install(monkeypatch: pytest.MonkeyPatch, *, is_launched: bool = False) -> None:
+    """Make TRL's trainers find the stand-in as `vllm`, import what they need of it, and sync to a CPU.
+
+    Args:
+        monkeypatch: Takes everything back.
+        is_launched: This is one of several processes, and the launcher's environment stays.
+    """
+    for name in () if is_launched else _ENVIRONMENT:  # TRL sets them in colocate mode; taken back when the test ends
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, content in _MODULES.items():

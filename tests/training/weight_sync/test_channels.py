@@ -1,15 +1,11 @@
-"""Ways to a receiver in another process: bytes over HTTP, and broadcasts in a process group, also of sharded models."""
+"""Ways to a receiver in another process: bytes over HTTP, and broadcasts in a process group."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +15,6 @@ from training.weight_sync.small_syncs import Pair, tensors_of
 from subnet_ft.errors import WeightSyncError
 from subnet_ft.training.weight_sync import HTTPChannel, ValuesReceiver, respond
 from subnet_ft.training.weight_sync.channels import answered
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 class Service:
@@ -112,25 +106,6 @@ def test_answered_refuses_what_is_no_answer() -> None:
         answered([])
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What either of two processes wrote."""
-    folder = tmp_path_factory.mktemp("group")
-    worker = Path(__file__).with_name("group_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    paths = os.pathsep.join(str(ROOT / part) for part in ("tests", "kernels", "."))
-    finished = subprocess.run(
-        [*command, str(folder)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in (0, 1)]
-
-
 def test_group_brings_mask_and_values_over(ranks: list[dict[str, Any]]) -> None:
     sent, received = (rank["group"] for rank in ranks)
     assert sent["weights"] == received["weights"]
@@ -148,15 +123,3 @@ def test_group_sends_two_bytes_per_trained_weight(ranks: list[dict[str, Any]]) -
     sent = ranks[0]["group"]
     values = 2 * sent["num_trainable"]
     assert values < sent["update_bytes"] < values + 400 * sent["num_tensors"] + 1000
-
-
-def test_sharded_parameters_give_the_messages_of_whole_ones(ranks: list[dict[str, Any]]) -> None:
-    """FSDP2 over two processes, a tensor of fewer rows than processes and uneven parts among them."""
-    for rank in ranks:
-        assert rank["sharded"] == rank["whole"]
-    assert ranks[0]["whole"] == ranks[1]["whole"]
-
-
-def test_sharded_parameters_are_never_gathered_dense(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
-        assert rank["gathered"] < 0.5 * rank["dense"]

@@ -11,6 +11,7 @@ import pytest
 from helpers import random_mask, same_bits
 from training.every_trainer import base_model, build
 from training.masked_runs import third_of, weights_of
+from two_processes import results_of
 from vllm_stand_in import install as stand_in
 from vllm_stand_in.server import Server
 
@@ -226,3 +227,15 @@ def test_sync_values_only_refuses_trainers_that_it_cannot_serve(tmp_path: Path) 
         sync_values_only(restrict(plain, third_of(model)))
     with pytest.raises(WeightSyncError, match="a `ValuesReceiver`, not a HTTPChannel"):
         sync_values_only(grpo(tmp_path, "colocate"), HTTPChannel("http://127.0.0.1:1"))
+
+
+def test_sync_values_only_under_ddp_ends_the_same_way_in_both_processes(tmp_path: Path) -> None:
+    worker = Path(__file__).with_name("ddp_worker.py")
+    main, other = results_of(worker, tmp_path, str(free_port()))
+    assert main["versions"] == other["versions"] == [1, 2, 3]
+    assert main["same"] == [True] * STEPS
+    assert main["digests"] == other["digests"]
+    assert len(set(main["digests"])) == STEPS
+    assert "does not follow version 103 of the receiver" in main["refused"]
+    assert "did not take the weights of the main process" in other["refused"]
+    assert main["version"] == other["version"] == 3
