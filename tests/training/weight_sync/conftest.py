@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from two_processes import results_of
+from launching import torchrun
 
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What either process of `group_worker.py` wrote."""
-    return results_of(Path(__file__).with_name("group_worker.py"), tmp_path_factory.mktemp("group"))
+    folder = tmp_path_factory.mktemp("group")
+    torchrun(Path(__file__).with_name("group_worker.py"), folder, processes=2)
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in (0, 1)]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers import random_mask
+from odd_model import OddModel, odd_mask
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from training.weight_sync.small_syncs import tensors_of, train
@@ -82,14 +83,6 @@ def messages(model: torch.nn.Module, mask: Any) -> list[str]:
     return [json.dumps(opening.base.fingerprints), json.dumps(results), digest_of(update.values)]
 
 
-def odd_model() -> torch.nn.Module:
-    """Build a model whose tensors do not divide by two: 13 rows, one row, and an odd count on the mask."""
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(11, 13), torch.nn.Linear(13, 1), torch.nn.Linear(1, 40)).to(
-        torch.bfloat16
-    )
-
-
 class CountedGathers:
     """Counts the bytes that each process contributes to all-gathers."""
 
@@ -106,8 +99,7 @@ def main() -> None:
     """Write what came out in this process."""
     dist.init_process_group("gloo")
     result: dict[str, Any] = {"group": group()}
-    whole, sharded = odd_model(), odd_model()
-    mask = random_mask(whole, 0.2)
+    whole, sharded, mask = OddModel(torch.bfloat16), OddModel(torch.bfloat16), odd_mask()
     result["whole"] = messages(whole, mask)
     fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
     counted = CountedGathers()

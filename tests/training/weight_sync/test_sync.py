@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import pytest
 from helpers import random_mask, same_bits
+from launching import torchrun
 from training.every_trainer import base_model, build
 from training.masked_runs import third_of, weights_of
-from two_processes import results_of
 from vllm_stand_in import install as stand_in
 from vllm_stand_in.server import Server
 
@@ -230,8 +231,8 @@ def test_sync_values_only_refuses_trainers_that_it_cannot_serve(tmp_path: Path) 
 
 
 def test_sync_values_only_under_ddp_ends_the_same_way_in_both_processes(tmp_path: Path) -> None:
-    worker = Path(__file__).with_name("ddp_worker.py")
-    main, other = results_of(worker, tmp_path, str(free_port()))
+    torchrun(Path(__file__).with_name("ddp_worker.py"), tmp_path, free_port(), processes=2)
+    main, other = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
     assert main["versions"] == other["versions"] == [1, 2, 3]
     assert main["same"] == [True] * STEPS
     assert main["digests"] == other["digests"]
