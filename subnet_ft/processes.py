@@ -266,22 +266,27 @@ def check_shared(folder: Path) -> None:
         _launched().check_shared(folder)
 
 
-def fail(error: BaseException) -> None:
-    """Tell the other processes of this launch, if there are some, that this one ends with an error."""
-    if num_processes() > 1:
-        with contextlib.suppress(LaunchError):
-            _launched().fail(error)
+def fail(error: BaseException) -> bool:
+    """Tell the other processes, if this one has talked to them, that it ends with an error; say whether it has."""
+    if not _is_joined():
+        return False
+    _launched().fail(error)
+    return True
 
 
 def leave() -> None:
-    """End together with the other processes of this launch, if there are some."""
-    if num_processes() == 1:
+    """End together with the other processes, if this one has talked to them."""
+    if not _is_joined():
         return
     _launched().leave()
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _is_joined() -> bool:
+    return _launched.cache_info().currsize > 0
 
 
 @functools.cache

@@ -248,7 +248,7 @@ def test_ctrl_c_promises_to_go_on_only_where_it_does(
 
 
 @pytest.mark.parametrize("command", ["run", "train"])
-def test_run_and_train_refuse_several_processes_and_several_gpus(
+def test_run_and_train_refuse_processes_without_a_launcher_and_several_gpus(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [command, "tiny/grpo", f"output={tmp_path / 'run'}"]

@@ -181,10 +181,23 @@ def undo_upcasts(model: PreTrainedModel, *, dtype: str) -> None:
             parameter.data = narrow
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save model and tokenizer in `folder`."""
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Save model and tokenizer in `folder`.
+
+    Args:
+        model: Whose weights.
+        tokenizer: Its tokenizer.
+        folder: Gets the files.
+        state_dict: The weights, where the model itself holds only parts of them.
+    """
     with _without_bars():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
 
 

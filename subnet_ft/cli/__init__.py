@@ -37,15 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_quiet = options.quiet or not processes.is_first()
     logging.getLogger("subnet_ft").setLevel(logging.WARNING if is_quiet else logging.INFO)
     code, error = _run(options, who)
-    if processes.num_processes() == 1:
-        return code
     if error is None:
         processes.leave()
-        return code
-    processes.fail(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    elif processes.fail(error):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _run(options: argparse.Namespace, who: str) -> tuple[int, BaseException | None]:

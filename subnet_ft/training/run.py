@@ -24,11 +24,13 @@ from subnet_ft.methods.adapters import adapter_mask, attach
 from subnet_ft.methods.masks import method_mask
 from subnet_ft.methods.saved import save_adapter
 from subnet_ft.optim import memory_ledger
+from subnet_ft.processes import first_alone, gathered, is_first
 from subnet_ft.recipe.methods import METHODS, Method, training_of
 from subnet_ft.recipe.schema import MethodSpec
 from subnet_ft.training.adapters import index_nbytes, left_as_built, prompt_texts
 from subnet_ft.training.algorithms import ALGORITHMS, Algorithm, run_config
 from subnet_ft.training.dynamics import DYNAMICS, TrainingDynamics
+from subnet_ft.training.launch_check import check_trainer_joined
 from subnet_ft.training.peak_memory import PeakMemory
 from subnet_ft.training.reference import hold_quantized
 from subnet_ft.training.restrict import restrict
@@ -59,7 +61,8 @@ class TrainingRun:
         seconds: Wall time of training; a resumed run counts only its last part.
         resumed_from: The trainer checkpoint it continued from, if any.
         memory: Bytes by component: weights, gradients, moments, masters, mask, the trainer's reference model if it
-            holds one, what it trains beside the policy, and `peak_rss` or `peak_device`.
+            holds one, what it trains beside the policy, and `peak_rss` or `peak_device`. Of several processes each
+            component is that of the one that holds most of it.
         num_steps: Optimizer steps taken in all.
         num_trainable: Weights that train: of the mask, or of the adapter.
         num_parameters: Weights of the model, those of an adapter included.
@@ -96,7 +99,8 @@ def train(
 ) -> TrainingRun:
     """Train from `base`, and save in `folder` an ordinary checkpoint, or the adapter of a method that trains one.
 
-    An interrupted run continues from its newest trainer checkpoint in `folder/trainer`.
+    An interrupted run continues from its newest trainer checkpoint in `folder/trainer`. The processes of a launch train
+    together, and the first writes.
 
     Args:
         recipe: Algorithm, hyper-parameters, optimizer and seed.
@@ -118,7 +122,7 @@ def train(
         TrainerError: There is less data than one batch, or than `stop_after` steps.
     """
     from subnet_ft.training.progress import show_progress
-    from subnet_ft.training.resume import NoSaveAtTheEnd, StopAfter, newest_complete, remove_checkpoints
+    from subnet_ft.training.resume import NoSaveAtTheEnd, StopAfter, remove_checkpoints
     from subnet_ft.training.step_times import StepTimes
 
     spec = recipe.model
@@ -142,12 +146,13 @@ def train(
     elif mask is None:
         mask = full_mask(model) if METHODS[method].config is None else _mask_of(recipe, method, base)
     trainer = _build_trainer(recipe, METHODS[method], model, tokenizer, base, folder, dataset, task, teacher)
+    check_trainer_joined(trainer)
     if stop_after is None:
         trainer.add_callback(NoSaveAtTheEnd())
     else:
         trainer.add_callback(StopAfter(stop_after))
         # A run that was killed after its last save would go on beyond it.
-        remove_checkpoints(folder / TRAINER, since=stop_after)
+        first_alone("steps beyond the probe", lambda: remove_checkpoints(folder / TRAINER, since=stop_after))
     times = StepTimes()
     trainer.add_callback(times)
     every = recipe.evidence.dynamics_steps
@@ -166,7 +171,7 @@ def train(
         log_norms=recipe.subnet.log_norms,
     )
 
-    last = newest_complete(folder / TRAINER)
+    last = _resumes_from(folder / TRAINER)
     if last is not None:
         logger.info("resuming from %s", last)
     with PeakMemory() as peak:
@@ -183,12 +188,14 @@ def train(
             f"Training ended after {trainer.state.global_step} steps, and its first {stop_after} were asked for. Ask "
             "for fewer (`subnet.source.steps`), or train for longer (`training.max_steps`, `task.num_train`)."
         )
-    if is_adapter:
-        save_adapter(model, tokenizer, folder, method=method, base=base, base_name=spec.name)
-    else:
-        save_model(model, tokenizer, folder)
+    weights = _gathered_weights(trainer)
     log_history = list(trainer.state.log_history)
-    (folder / LOG).write_text(json.dumps(log_history, indent=1) + "\n")
+    if is_first():
+        if is_adapter:
+            save_adapter(model, tokenizer, folder, method=method, base=base, base_name=spec.name)
+        else:
+            save_model(model, tokenizer, folder, state_dict=weights)
+        (folder / LOG).write_text(json.dumps(log_history, indent=1) + "\n")
     memory = memory_ledger(model, trainer.masked_optimizer)
     if is_adapter:
         memory["weights"] = weight_bytes(model)
@@ -197,16 +204,38 @@ def train(
         log_history=log_history,
         seconds=seconds,
         resumed_from=None if last is None else last.name,
-        memory={
-            **memory,
-            **_memory_beside(trainer, ALGORITHMS[recipe.algorithm]),
-            **peak.measured,
-        },
+        memory=_largest({**memory, **_memory_beside(trainer, ALGORITHMS[recipe.algorithm]), **peak.measured}),
         num_steps=trainer.state.global_step,
         num_trainable=mask.num_trainable,
         num_parameters=_num_parameters(base, mask) if is_adapter else mask.num_parameters,
         step_seconds=times.median,
     )
+
+
+def _resumes_from(folder: Path) -> Path | None:
+    """Return the newest whole trainer checkpoint, which the first process looks for; all take the same."""
+    from subnet_ft.training.resume import newest_complete
+
+    def find() -> str | None:
+        found = newest_complete(folder)
+        return None if found is None else found.name
+
+    name = first_alone("checkpoint to resume from", find)
+    return None if name is None else folder / name
+
+
+def _gathered_weights(trainer: Any) -> dict[str, torch.Tensor] | None:
+    """Return all weights of a model that lies in parts on several processes, in the first; `None` where it is whole."""
+    if not trainer.is_fsdp_enabled:
+        return None
+    state: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return state
+
+
+def _largest(memory: dict[str, int]) -> dict[str, int]:
+    """Return each component as the process has it that holds most of it."""
+    found = gathered("memory", memory)
+    return {name: max(of_one.get(name, 0) for of_one in found) for name in memory}
 
 
 def _num_parameters(base: Path, mask: SubnetMask) -> int:
