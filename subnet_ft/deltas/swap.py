@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import subnet_kernels
 from subnet_ft.checkpoints.listing import listing
-from subnet_ft.errors import SwapError
+from subnet_ft.errors import DeltaError, SwapError
 from subnet_ft.masks import SubnetMask, TensorMask
 from subnet_ft.masks.slices import count_before, slice_bits
 from subnet_ft.optim.shards import local, local_flat, part_of
@@ -47,6 +47,9 @@ class WeightSwap:
         mask: Which weights; its names and shapes are those of `parameters`.
         values: Returns the (K,) values of a whole tensor by its name, in the parameter's dtype; they are copied.
         name: What the values are, for messages.
+
+    Raises:
+        DeltaError: Values are missing, or have another dtype.
     """
 
     def __init__(
@@ -66,6 +69,11 @@ class WeightSwap:
             if mask.tensors[tensor].count:
                 bits, start = _mask_of(tensor, parameter, mask.tensors[tensor])
                 held = values(tensor)[start : start + bits.count].to(bits.device, copy=True)
+                if held.numel() != bits.count or held.dtype != parameter.dtype:
+                    raise DeltaError(
+                        f"{name} has {held.numel():,} values of {held.dtype} for the {bits.count:,} weights of "
+                        f"`{tensor}` that its bits set, which are {parameter.dtype}."
+                    )
                 self._parts.append(_Part(tensor, parameter, bits, held))
         self._counters: _Counters | None = None
 

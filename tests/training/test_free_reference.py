@@ -1,4 +1,4 @@
-"""A free reference gives the losses of a second model to the last bit, leaves the policy alone, and refuses the rest."""
+"""A free reference gives the losses of a second model to the last bit, leaves the policy alone, refuses the rest."""
 
 from __future__ import annotations
 

@@ -1,0 +1,122 @@
+"""`HotSwap`: any of many deltas of one base, in the model one at a time, and the base again, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deltas.random_deltas import delta_of, weights_of
+from deltas.test_applied import check_same
+from helpers import small_model
+
+from subnet_ft.deltas import HotSwap
+from subnet_ft.errors import DeltaMismatchError, SwapError
+
+
+def test_hot_swap_switches_between_deltas_and_the_base() -> None:
+    model = small_model(torch.bfloat16)
+    base = weights_of(model)
+    bank = HotSwap(model)
+    tuned = {}
+    for seed, name in enumerate("abc"):
+        delta, tuned[name] = delta_of(model, seed=seed)
+        bank.add(name, delta)
+    assert bank.names == ["a", "b", "c"]
+    for name in (None, "a", "b", "b", "c", None, "a", None):
+        if name is None:
+            bank.deactivate()
+            check_same(weights_of(model), base)
+        else:
+            bank.activate(name)
+            check_same(weights_of(model), tuned[name])
+        assert bank.active == name
+
+
+def test_hot_swap_using_goes_back_to_what_was_active() -> None:
+    model = small_model(torch.bfloat16)
+    base = weights_of(model)
+    bank = HotSwap(model)
+    (first, with_first), (second, with_second) = delta_of(model, seed=1), delta_of(model, seed=2)
+    bank.add("first", first)
+    bank.activate("first")
+    bank.add("second", second)  # while another is active
+    with bank.using("second"):
+        check_same(weights_of(model), with_second)
+        with bank.using(None):
+            check_same(weights_of(model), base)
+        check_same(weights_of(model), with_second)
+    check_same(weights_of(model), with_first)
+    with pytest.raises(KeyError), bank.using("second"):
+        raise KeyError
+    assert bank.active == "first"
+    bank.remove("first")
+    check_same(weights_of(model), base)
+    assert bank.names == ["second"]
+
+
+def test_hot_swap_holds_the_values_and_masks_of_its_deltas_alone() -> None:
+    model = small_model(torch.bfloat16)
+    bank = HotSwap(model)
+    delta, _ = delta_of(model)
+    bank.add("a", delta)
+    masks = bank.nbytes - 2 * delta.num_changed
+    assert 0 < masks < 0.2 * delta.num_parameters + 16 * len(delta.tensors) + 16
+    bank.activate("a")
+    assert bank.nbytes == 2 * delta.num_changed + masks
+
+
+def test_hot_swap_refuses_unknown_names_and_names_that_are_taken() -> None:
+    model = small_model(torch.bfloat16)
+    bank = HotSwap(model)
+    bank.add("a", delta_of(model)[0])
+    with pytest.raises(SwapError, match="no delta `b`; there are `a`"):
+        bank.activate("b")
+    with pytest.raises(SwapError, match="There is a delta `a` already"):
+        bank.add("a", delta_of(model)[0])
+
+
+def test_hot_swap_refuses_a_model_that_is_not_the_base() -> None:
+    model = small_model(torch.bfloat16)
+    delta, _ = delta_of(model, without="0.weight")
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    with pytest.raises(DeltaMismatchError, match="`0.weight` are not those of `a base`"):
+        HotSwap(model).add("a", delta)  # which changes nothing of that tensor
+
+
+def test_hot_swap_refuses_a_delta_of_another_base() -> None:
+    model, other = small_model(torch.bfloat16), small_model(torch.bfloat16)
+    with torch.no_grad():
+        other[0].bias.add_(1.0)
+    bank = HotSwap(model)
+    bank.add("a", delta_of(model)[0])
+    with pytest.raises(DeltaMismatchError, match=r"The delta `b` was made for .*: `0.bias` has fingerprint"):
+        bank.add("b", delta_of(other)[0])
+
+
+def test_hot_swap_notices_weights_that_were_written_while_nothing_was_active() -> None:
+    model = small_model(torch.bfloat16)
+    bank = HotSwap(model)
+    delta, tuned = delta_of(model)
+    bank.add("a", delta)
+    same = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.copy_(same)  # torch says written, and the bits are the base's
+    with bank.using("a"):
+        check_same(weights_of(model), tuned)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    with pytest.raises(DeltaMismatchError, match="`0.weight` are not those of `a base`"):
+        bank.activate("a")
+    assert bank.active is None
+
+
+def test_hot_swap_notices_weights_that_were_written_while_a_delta_was_active() -> None:
+    model = small_model(torch.bfloat16)
+    bank = HotSwap(model)
+    bank.add("a", delta_of(model)[0])
+    bank.activate("a")
+    with torch.no_grad():
+        model[2].weight.add_(1.0)
+    with pytest.raises(SwapError, match=r"Somebody wrote to 1 tensors while the delta `a` .* `2.weight`"):
+        bank.deactivate()
+    assert bank.active is None
