@@ -140,28 +140,6 @@ def _refuse_other_kind(folder: Path, kind: Kind) -> None:
         raise CheckpointError(f"`{folder}` is a classifier of {labels} labels. A reward model has one output.")
 
 
-def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Overwrite the parameters of a model in memory by those of a checkpoint, whatever names they have on disk.
-
-    Args:
-        model: In-out; keeps its parameter objects, their dtypes and devices. Buffers are left alone.
-        folder: A checkpoint of the same architecture.
-
-    Raises:
-        CheckpointError: The checkpoint lacks a parameter, or cannot be read.
-    """
-    import torch
-
-    from subnet_ft.checkpoints import open_checkpoint
-
-    stored = dict(open_checkpoint(str(folder)).tensors())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in stored:
-                raise CheckpointError(f"`{folder}` has no weights for `{name}` of this model.")
-            parameter.copy_(stored[name])
-
-
 def undo_upcasts(model: PreTrainedModel, *, dtype: str) -> None:
     """Cast every weight that is wider than `dtype` to `dtype`, where that changes none of its values.
 

@@ -7,13 +7,13 @@ from typing import TypeVar
 
 from subnet_ft.errors import MaskError
 
-_WRAPPER_PARTS = ("module", "_orig_mod", "_fsdp_wrapped_module")
+_WRAPPER_PARTS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 Value = TypeVar("Value")
 
 
 def canonical_name(name: str) -> str:
-    """Strip what DDP, `torch.compile` and FSDP put into a parameter's name.
+    """Strip what DDP, `torch.compile`, FSDP and activation checkpointing put into a parameter's name.
 
     Example:
         `module._orig_mod.model.norm.weight` becomes `model.norm.weight`.

@@ -30,28 +30,39 @@ class CompactRange:
     group: dist.ProcessGroup | None
 
 
-class CompactShard:
+class CompactShard(torch.Tensor):
     """A range of the compact values (K,) of a tensor, as a part of a saved state.
 
     torch takes plain tensors of one name for replicas and keeps one of them; this one is saved at its offset, and
-    loaded into whatever ranges another number of processes has. Ranges without values are not saved.
-
-    Args:
-        values: (K_local,) what this process holds; loading writes into it.
-        start: Where they begin among the K values.
-        count: K.
+    loaded into whatever ranges another number of processes has. Ranges without values are not saved. It is a tensor,
+    because torch asks no other object for its parts; what is computed with it is a plain one.
     """
 
-    def __init__(self, values: torch.Tensor, start: int, count: int) -> None:
-        self.values = values
-        self.start = start
-        self.count = count
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self) -> str:
+    start: int
+    """Where the values of this process begin among the K."""
+
+    count: int
+    """K."""
+
+    @classmethod
+    def of(cls, values: torch.Tensor, start: int, count: int) -> CompactShard:
+        """Mark (K_local,) values, of which `count` in all, as those from `start` on; the storage is shared."""
+        shard = values.detach().as_subclass(cls)
+        shard.start, shard.count = start, count
+        return shard
+
+    @property
+    def values(self) -> torch.Tensor:  # type: ignore[override]  # of sparse tensors, which this one never is
+        """(K_local,) what this process holds; loading writes into it."""
+        return self.as_subclass(torch.Tensor)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"CompactShard({self.values.numel()} of {self.count} values from {self.start} on)"
 
-    def size(self) -> torch.Size:
-        """Return the shape of the whole, as torch compares it."""
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape of the whole, as `torch.distributed.checkpoint` compares it."""
         return torch.Size([self.count])
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:

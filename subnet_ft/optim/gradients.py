@@ -15,8 +15,8 @@ from subnet_ft.optim.binding import Binding
 from subnet_ft.optim.clipping import sum_of_squares
 from subnet_ft.optim.owners import claim, disclaim
 from subnet_ft.optim.processes import num_processes
-from subnet_ft.optim.reduction import Reduction, reduction_of, refuse_many_processes
-from subnet_ft.optim.shards import is_sharded, local
+from subnet_ft.optim.reduction import Reduction, check_reduced, reduction_of
+from subnet_ft.optim.shards import local
 from subnet_kernels import BitMask
 
 
@@ -33,8 +33,8 @@ class CompactGradients:
             never there to be measured, so each tensor may then get one gradient per step, in one process.
 
     Raises:
-        GradientError: Another masked optimizer that is still alive was built on one of the parameters, or several
-            processes train together in a way that nobody would reduce these gradients.
+        GradientError: Another masked optimizer that is still alive was built on one of the parameters, or the whole
+            gradient of several processes is asked for.
     """
 
     keeps_squares = True
@@ -42,13 +42,8 @@ class CompactGradients:
     def __init__(self, binding: Binding, *, measure_full: bool) -> None:
         self._binding = binding
         self._names = binding.names
-        self._reduction: Reduction | None = reduction_of(binding)
-        if measure_full and num_processes() > 1:
-            raise GradientError(
-                f"The norm of the whole gradient needs the dense gradient of all {num_processes()} processes, which "
-                "compaction never holds. Clip on the masked norm, or build the optimizer with `compact_grads=False`."
-            )
         self._measure_full = measure_full
+        self._reduction = self._shared()
         self._buffers: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._squares: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._full_squares: dict[torch.nn.Parameter, torch.Tensor] = {}
@@ -71,6 +66,8 @@ class CompactGradients:
         """Add a parameter's dense gradient on the mask to its buffer and free the dense one."""
         if parameter.grad is None:
             return
+        if self._reduction is None:
+            check_reduced(parameter, self._names[parameter])
         mask = self._binding.trained(parameter)
         grad = flat_grad(parameter, self._names[parameter])
         if self._measure_full:
@@ -151,24 +148,24 @@ class CompactGradients:
         self.clear()
         disclaim(self._names, self)
 
-    def check_processes(self, parameter: torch.nn.Parameter) -> None:
-        """Refuse a gradient that other processes would have to be averaged with, where nobody does.
-
-        Raises:
-            GradientError: Several processes train together since this optimizer was built.
-        """
-        if self._reduction is None and num_processes() > 1 and not is_sharded(parameter):
-            refuse_many_processes()
-
     def share(self) -> None:
         """Reduce gradients across processes from now on, if `prepare_ddp` has prepared all parameters."""
-        self._reduction = reduction_of(self._binding)
+        self._reduction = self._shared()
         self.forget_masks()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def _shared(self) -> Reduction | None:
+        reduction = reduction_of(self._binding)
+        if reduction is not None and self._measure_full and num_processes() > 1:
+            raise GradientError(
+                f"The norm of the whole gradient needs the dense gradients of all {num_processes()} processes, which "
+                "compaction never holds. Clip on the masked norm, or build the optimizer with `compact_grads=False`."
+            )
+        return reduction
 
     def _buffer(self, parameter: torch.nn.Parameter, mask: BitMask, device: torch.device) -> torch.Tensor:
         buffer = self._buffers.get(parameter)
@@ -206,7 +203,6 @@ def _hook(reference: weakref.ref[CompactGradients]) -> Callable[[torch.Tensor], 
         owner = reference()
         if owner is not None:
             assert isinstance(parameter, torch.nn.Parameter)
-            owner.check_processes(parameter)
             with torch.no_grad():
                 owner.add(parameter)
 

@@ -112,34 +112,27 @@ class Reduction:
 
 
 def reduction_of(binding: Binding) -> Reduction | None:
-    """Return what takes the mean over processes; `None` in one process, and where FSDP2 does.
-
-    Raises:
-        GradientError: Several processes train together, and nobody would.
-    """
+    """Return what takes the mean over processes, if `prepare_ddp` prepared all parameters."""
     replicas = {parameter: replica_of(parameter) for parameter in binding.names}
     kept = [p for p, replica in replicas.items() if replica is not None and replica.is_kept]
-    if len(kept) == 1 and all(replicas.values()):
-        found = replicas[kept[0]]
-        assert found is not None
-        return Reduction(binding, found.group, kept[0])
-    sharded = [is_sharded(parameter) for parameter in binding.names]
-    if all(sharded) or num_processes() == 1:
+    if len(kept) != 1 or not all(replicas.values()):
         return None
-    if any(sharded):
-        whole = next(name for p, name in binding.names.items() if not is_sharded(p))
-        raise GradientError(
-            f"`{whole}` is whole in every process while other parameters are sharded, so nobody reduces its gradient. "
-            "Call `fully_shard` on the whole model too, last."
-        )
-    refuse_many_processes()
-    return None
+    found = replicas[kept[0]]
+    assert found is not None
+    return Reduction(binding, found.group, kept[0])
 
 
-def refuse_many_processes() -> None:
-    """Raise GradientError: DDP reduces dense gradients after the hooks have run."""
+def check_reduced(parameter: torch.nn.Parameter, name: str) -> None:
+    """Refuse a gradient that other processes would have to be averaged with, and nobody does.
+
+    Raises:
+        GradientError: Several processes train together, and the parameter is whole in each.
+    """
+    if num_processes() == 1 or is_sharded(parameter):
+        return
     raise GradientError(
-        f"{num_processes()} processes train together, and DDP reduces dense gradients only after the hooks that "
-        "compact them. Call `prepare_ddp(model)` before DDP wraps the model, so that the optimizer reduces the compact "
-        "ones, or build the optimizer with `compact_grads=False`."
+        f"{num_processes()} processes train together, and `{name}` is whole in each of them. DDP reduces dense "
+        "gradients only after the hooks that compact them: call `prepare_ddp(model)` before DDP wraps the model, so "
+        "that the optimizer reduces the compact ones, or build the optimizer with `compact_grads=False`. Under FSDP2 "
+        "call `fully_shard` on the whole model, last, and build the optimizer afterwards, or `rebind` it."
     )

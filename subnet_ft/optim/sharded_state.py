@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from subnet_ft.errors import OptimizerError, OptimizerStateError
 from subnet_ft.masks import by_canonical_name
 from subnet_ft.optim.compact_shard import CompactShard
+from subnet_ft.optim.processes import num_processes
 
 if TYPE_CHECKING:
     from subnet_ft.optim.base import MaskedBase
@@ -47,21 +50,22 @@ def save_sharded(model: torch.nn.Module, optimizer: MaskedBase, folder: Path) ->
     facts: dict[str, Any] = {"param_groups": saved["param_groups"], "state": {}}
     for name, values in saved["state"].items():
         entries = {
-            key: CompactShard(value, 0, value.numel())
-            if isinstance(value, torch.Tensor) and optimizer.is_compact(groups[name], key, value)
+            key: CompactShard.of(value, 0, value.numel())
+            if type(value) is torch.Tensor and optimizer.is_compact(groups[name], key, value)
             else value
             for key, value in values.items()
         }
         facts["state"][name] = {key: _described(name, key, entry) for key, entry in entries.items()}
         tensors.update({f"{_STATE}{name}.{k}": v for k, v in entries.items() if isinstance(v, CompactShard)})
     folder.mkdir(parents=True, exist_ok=True)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if num_processes() == 1 or dist.get_rank() == 0:
         (folder / FACTS).write_text(json.dumps(facts) + "\n")
-    save(
-        tensors,
-        storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-        no_dist=not dist.is_initialized(),
-    )
+    with _alone_or_not() as no_dist:
+        save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            no_dist=no_dist,
+        )
 
 
 def load_sharded(model: torch.nn.Module, optimizer: MaskedBase, folder: Path) -> None:
@@ -72,25 +76,25 @@ def load_sharded(model: torch.nn.Module, optimizer: MaskedBase, folder: Path) ->
             model was not touched unless its weights were loaded already.
     """
     facts = read_facts(folder)
+    optimizer.check_saved_groups(facts["param_groups"])
     state = {
         name: {key: _empty(optimizer, name, key, fact) for key, fact in entries.items()}
         for name, entries in facts["state"].items()
     }
-    optimizer.check_saved_groups(facts["param_groups"])
     tensors: dict[str, Any] = {_WEIGHTS + name: p.detach() for name, p in _parameters(model)}
     for name, values in state.items():
         tensors.update({f"{_STATE}{name}.{k}": v for k, v in values.items() if isinstance(v, CompactShard)})
-    try:
-        load(
-            tensors,
-            storage_reader=HuggingFaceStorageReader(str(folder)),
-            no_dist=not dist.is_initialized(),
-        )
-    except (RuntimeError, ValueError, KeyError, CheckpointException) as error:
-        raise OptimizerStateError(
-            f"`{folder}` cannot be loaded: {' '.join(str(error).split())}. Resume from another checkpoint."
-        ) from error
+    _read(tensors, folder)
     optimizer.load_state_dict({"state": state, "param_groups": facts["param_groups"]})
+
+
+def load_sharded_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Load the weights alone that `save_sharded` saved in any number of processes; all processes call it.
+
+    Raises:
+        OptimizerStateError: Files or tensors are missing, or of other shapes.
+    """
+    _read({_WEIGHTS + name: p.detach() for name, p in _parameters(model)}, folder)
 
 
 def full_state_dict(optimizer: MaskedBase) -> dict[str, Any]:
@@ -125,6 +129,25 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+@contextlib.contextmanager
+def _alone_or_not() -> Iterator[bool]:
+    """Give torch's `no_dist`: one process is meant to be alone, and need not be told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield not (dist.is_available() and dist.is_initialized())
+
+
+def _read(tensors: dict[str, Any], folder: Path) -> None:
+    """Read into tensors and shards, in place."""
+    try:
+        with _alone_or_not() as no_dist:
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
+    except (RuntimeError, ValueError, KeyError, OSError, CheckpointException) as error:
+        raise OptimizerStateError(
+            f"`{folder}` cannot be loaded: {' '.join(str(error).split())}. Resume from another checkpoint."
+        ) from error
+
+
 def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     yield from by_canonical_name(model.named_parameters()).items()
 
@@ -155,7 +178,7 @@ def _empty(optimizer: MaskedBase, name: str, key: str, fact: Mapping[str, Any]) 
             "it. Resume with the mask that the run was started with."
         )
     values = torch.empty(held.length, dtype=_dtype(fact["dtype"]), device=held.device)
-    return CompactShard(values, held.start, held.count)
+    return CompactShard.of(values, held.start, held.count)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -50,7 +50,7 @@ def mark_parts(optimizer: SavedState, saved: Mapping[str, Any]) -> None:
             continue
         for key, value in values.items():
             if isinstance(value, torch.Tensor) and optimizer.is_compact(groups[name], key, value):
-                values[key] = CompactShard(value, held.start, held.count)
+                values[key] = CompactShard.of(value, held.start, held.count)
 
 
 def own_parts(values: Mapping[str, Any], held: CompactRange, name: str) -> dict[str, Any]:

@@ -7,9 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from subnet_ft.optim import MaskedBase
+from subnet_ft.masks import by_canonical_name
+from subnet_ft.optim import MaskedBase, check_replicas
+from subnet_ft.optim.shards import is_sharded
 from subnet_ft.training.resume import read_manifest
 from subnet_ft.training.saving import MANIFEST
 from subnet_ft.training.unwrap import unwrapped
@@ -20,8 +23,9 @@ logger = logging.getLogger(__name__)
 class FrozenWeightAudit(TrainerCallback):
     """Compares the weights outside the mask with those at the start, every `steps` steps and at the end.
 
-    A weight that changed stops the run with the name of its tensor. An audit is one pass over the weights of the model;
-    what they cost so far is in `num_audits` and `seconds`.
+    A weight that changed stops the run with the name of its tensor. Where processes hold replicas, all weights of all
+    processes are compared as well. An audit is one pass over the weights of the model, two with replicas; what they
+    cost so far is in `num_audits` and `seconds`.
 
     Args:
         steps: Steps from one audit to the next, >= 1.
@@ -39,12 +43,12 @@ class FrozenWeightAudit(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the fingerprints that every later audit compares with; a resumed run has those of its start."""
-        self._audit(unwrapped(kwargs["optimizer"]), state.global_step)
+        self._audit(unwrapped(kwargs["optimizer"]), state.global_step, kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Audit every `steps` steps and after the last, before anything of that step is saved."""
         if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
-            self._audit(unwrapped(kwargs["optimizer"]), state.global_step)
+            self._audit(unwrapped(kwargs["optimizer"]), state.global_step, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,12 +57,15 @@ class FrozenWeightAudit(TrainerCallback):
         optimizer = unwrapped(kwargs["optimizer"])
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if (best is not None or self._last != state.global_step) and _fits(best, optimizer):
-            self._audit(optimizer, state.global_step)
+            self._audit(optimizer, state.global_step, kwargs["model"])
         logger.info("%d audits of the weights outside the mask passed in %.2f s", self.num_audits, self.seconds)
 
-    def _audit(self, optimizer: MaskedBase, step: int) -> None:
+    def _audit(self, optimizer: MaskedBase, step: int, model: torch.nn.Module) -> None:
         start = time.perf_counter()
         optimizer.audit()
+        parameters = by_canonical_name(model.named_parameters())
+        if not any(map(is_sharded, parameters.values())):
+            check_replicas(parameters)
         self.seconds += time.perf_counter() - start
         self.num_audits += 1
         self._last = step

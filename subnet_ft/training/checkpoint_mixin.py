@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from subnet_ft.checkpoints.models import load_weights
 from subnet_ft.errors import CheckpointError, OptimizerStateError, TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedBase
 from subnet_ft.optim.frozen import frozen_fingerprints, weights_digest
 from subnet_ft.training.mask_schedule import MaskSchedule
-from subnet_ft.training.options import Stateful, SubnetOptions
+from subnet_ft.training.options import Stateful, SubnetOptions, loads_later
 from subnet_ft.training.resume import newest_complete, problems, read_manifest, replayed, trained_epochs
 from subnet_ft.training.saving import clear_staging, publish, rotate, staging_folder
+from subnet_ft.training.sharded_checkpoints import is_in_parts, load_model_weights, load_optimizer, save_optimizer
 from subnet_ft.training.sidecar import load_extras, load_rollouts, load_start, save_extras, save_rollouts, save_start
 
 if TYPE_CHECKING:
@@ -122,23 +122,35 @@ class CheckpointMixin(_Base):
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+        # Where processes hold parts of the weights, all of them have to look.
+        facts = self._facts() if self.args.should_save or self.is_fsdp_enabled else {}
         if self.args.should_save:
             save_extras(self._extras(), written)
             if self.state.best_model_checkpoint == str(written):
                 self.state.best_model_checkpoint = str(run_folder / name)
                 self.state.save_to_json(str(written / "trainer_state.json"))
-            publish(written, run_folder / name, self._facts())
+            publish(written, run_folder / name, facts)
             rotate(run_folder, limit=self.args.save_total_limit, best=self.state.best_model_checkpoint)
             clear_staging(run_folder)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(run_folder / name))
         self.accelerator.wait_for_everyone()
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            save_optimizer(self, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             step = self.state.global_step
             self.masked_optimizer.start_over(self._mask_at(step), earlier=[self._trained_so_far(step)])
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (self.is_fsdp_enabled or is_in_parts(Path(checkpoint))):
+            load_optimizer(self, Path(checkpoint))
+            self._complete_weights(Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_rollouts(self, Path(checkpoint))
             load_extras(self._extras(), Path(checkpoint))
@@ -191,6 +203,8 @@ class CheckpointMixin(_Base):
         # Weights that this process trained under later masks are no longer the base's.
         if self._masked is not None and self._masked.mask.fingerprint != mask.fingerprint:
             return
+        if loads_later(self):  # only one process has the weights so far; the optimizer's state is checked with them
+            return
         now = frozen_fingerprints(self._own_model, self._trained_so_far(step))
         other = [name for name, found in now.items() if manifest["base_fingerprints"].get(name) != found]
         if other:
@@ -201,13 +215,23 @@ class CheckpointMixin(_Base):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        self._complete_weights(Path(resume_from_checkpoint))
+        checkpoint = Path(resume_from_checkpoint)
+        if is_in_parts(checkpoint):  # loaded with the optimizer's state
+            return
+        if self.is_fsdp_enabled:
+            load_model_weights(self._own_model, checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        self._complete_weights(checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.state.best_model_checkpoint is not None:
-            self._complete_weights(Path(self.state.best_model_checkpoint))
+        best = self.state.best_model_checkpoint
+        if best is not None and (self.is_fsdp_enabled or is_in_parts(Path(best))):
+            load_model_weights(self._own_model, Path(best))
+        else:
+            super()._load_best_model()
+        if best is not None:
+            self._complete_weights(Path(best))
 
     def _complete_weights(self, checkpoint: Path) -> None:
         """See to it that the model has the weights that it had when the checkpoint was written.
@@ -223,7 +247,7 @@ class CheckpointMixin(_Base):
             "`save_pretrained` leaves some of them out; restrict the trainer to a mask of those that it saves."
         )
         try:
-            load_weights(self._own_model, checkpoint)
+            load_model_weights(self._own_model, checkpoint)
         except CheckpointError as error:
             raise lost from error
         if weights_digest(self._own_model) != expected:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from subnet_ft.checkpoints.listing import listing
 from subnet_ft.errors import TrainerError
-from subnet_ft.masks import SubnetMask
+from subnet_ft.masks import SubnetMask, by_canonical_name
+from subnet_ft.optim import prepare_ddp
+from subnet_ft.optim.parameters import check_base_weights
+from subnet_ft.optim.shards import is_sharded
 from subnet_ft.training.audit import FrozenWeightAudit
 from subnet_ft.training.build_optimizer import build_optimizer
 from subnet_ft.training.checkpoint_mixin import CheckpointMixin
-from subnet_ft.training.options import SubnetOptions, check
+from subnet_ft.training.options import SubnetOptions, check, compacts, is_replicated, loads_later
+from subnet_ft.training.processes_check import check_wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +83,8 @@ class SubnetTrainerMixin(CheckpointMixin):
             if self._masked is not None:
                 self._masked.release()  # the trainer dropped it, as a retry with smaller batches does
             target: Any = self._own_model if model is None else model
+            if is_replicated(self) and compacts(self, self.subnet_options):
+                prepare_ddp(target)
             self._masked = build_optimizer(self, target, self.subnet_mask, self.subnet_options)
             self.optimizer = self._masked
         # A second `train()` finds the optimizer of the first in the wrapper that accelerate put around it.
@@ -88,6 +94,11 @@ class SubnetTrainerMixin(CheckpointMixin):
                 "own. Do not set `trainer.optimizer`."
             )
         return self.optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the schedule; by now the model is sharded, and the optimizer takes the parameters that will train."""
+        self._meet_parameters()
+        return super().create_scheduler(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the trainer does, with both norms if asked for, steps left out, and what the audits cost."""
@@ -100,11 +111,28 @@ class SubnetTrainerMixin(CheckpointMixin):
                 logs = {**logs, "audits": audit.num_audits, "audit_seconds": round(audit.seconds, 3)}
         super().log(logs, *args, **kwargs)
 
+    def _meet_parameters(self) -> None:
+        if self._masked is None or self.state.global_step:
+            return
+        parameters = by_canonical_name(self._own_model.named_parameters())
+        sharded = [name for name, parameter in parameters.items() if is_sharded(parameter)]
+        if self.is_fsdp_enabled and not sharded:
+            raise TrainerError(
+                "FSDP2 has sharded nothing of the model that the trainer was restricted with. Restrict the trainer "
+                "last, and let it shard the model itself."
+            )
+        if sharded and not any(self._masked.state.values()):
+            self._masked.rebind(parameters.items())
+            if loads_later(self):
+                check_base_weights(parameters, self.subnet_mask)
+
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         return self.masked_optimizer.clip_grad_norm_(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
         optimizer = self.masked_optimizer
+        if not optimizer.state:
+            check_wrapped(self)
         missing, total = (
             optimizer.names_without_gradient(),
             sum(len(group["params"]) for group in optimizer.param_groups),

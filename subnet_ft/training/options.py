@@ -15,6 +15,7 @@ from subnet_ft.optim import MaskedAdamW, MaskedBase, MaskedSGD
 from subnet_ft.optim.clipping import CLIP_NORMS, NONFINITE
 from subnet_ft.optim.elementwise import check_elementwise
 from subnet_ft.optim.masters import check_master
+from subnet_ft.training.processes_check import check_one_mask, check_processes
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -42,7 +43,7 @@ class SubnetOptions:
     """How fp32 master weights are kept: `fp32`, `remainder`, `stochastic` or `none` (see `MaskedAdamW`)."""
 
     compact_grads: bool | None = None
-    """Compact every gradient as soon as autograd has it. `None`: yes in one process, no under DDP."""
+    """Compact every gradient as soon as autograd has it. `None`: yes, unless DDP must reduce dense ones for a norm."""
 
     clip_norm: str = "masked"
     """What `max_grad_norm` clips on: the norm of the `masked` gradient, or of the `full` one, as a full run does."""
@@ -70,8 +71,12 @@ def check(trainer: Trainer, mask: SubnetMask, options: SubnetOptions) -> None:
     """
     _check_trainer(trainer)
     _check_options(trainer, options)
+    check_one_mask(mask)
     model: Any = trainer.model
-    mask.check(model)
+    if loads_later(trainer):
+        mask.check_shapes({name: tuple(p.shape) for name, p in by_canonical_name(model.named_parameters()).items()})
+    else:
+        mask.check(model)
     if is_peft_model(model):
         frozen = [name for name, p in by_canonical_name(model.named_parameters()).items() if not p.requires_grad]
         lost = [name for name in frozen if mask.tensors[name].count]
@@ -97,9 +102,13 @@ def _check_options(trainer: Trainer, options: SubnetOptions) -> None:
             f"for `{optimizer_cls.__name__}`, which is wrapped around fp32 masters. Leave `master` at `fp32`."
         )
     args = trainer.args
-    wants_full = options.clip_norm == "full" or options.log_norms
-    if wants_full and compacts(trainer, options) and args.gradient_accumulation_steps > 1:
-        asked = "`clip_norm='full'`" if options.clip_norm == "full" else "`log_norms=True`"
+    asked = "`clip_norm='full'`" if options.clip_norm == "full" else "`log_norms=True`"
+    if _wants_full(options) and options.compact_grads and is_replicated(trainer) and args.world_size > 1:
+        raise TrainerError(
+            f"{asked} needs the dense gradients of all {args.world_size} processes, which exchange compact ones. Leave "
+            "`compact_grads` at None, or set it to False."
+        )
+    if _wants_full(options) and compacts(trainer, options) and args.gradient_accumulation_steps > 1:
         raise TrainerError(
             f"{asked} needs the dense gradient of the whole step, and with compact gradients only that of one "
             f"micro-batch ever stands whole; `gradient_accumulation_steps` is {args.gradient_accumulation_steps}. Pass "
@@ -118,9 +127,25 @@ def kernel_of(optimizer_cls: type, keywords: Mapping[str, Any]) -> type[MaskedAd
 
 def compacts(trainer: Trainer, options: SubnetOptions) -> bool:
     """Say whether gradients are compacted as soon as autograd has them."""
-    # A launcher of several processes wraps the model in DDP, also when it started only one.
-    is_alone = str(getattr(trainer.args.parallel_mode, "value", "")) != "distributed"
-    return is_alone if options.compact_grads is None else options.compact_grads
+    if options.compact_grads is not None:
+        return options.compact_grads
+    return not (_wants_full(options) and is_replicated(trainer))
+
+
+def is_replicated(trainer: Trainer) -> bool:
+    """Say whether DDP will wrap the model; a launcher of several processes does so also when it started only one."""
+    is_launched = str(getattr(trainer.args.parallel_mode, "value", "")) == "distributed"
+    return is_launched and not trainer.is_fsdp_enabled
+
+
+def loads_later(trainer: Trainer) -> bool:
+    """Say whether only one process holds the weights until FSDP2 has sharded the model."""
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return bool(trainer.is_fsdp_enabled and plugin.cpu_ram_efficient_loading)
+
+
+def _wants_full(options: SubnetOptions) -> bool:
+    return options.clip_norm == "full" or options.log_norms
 
 
 def _check_trainer(trainer: Trainer) -> None:
@@ -139,11 +164,7 @@ def _check_trainer(trainer: Trainer) -> None:
         raise TrainerError(
             "`fp16=True` scales gradients behind the optimizer's back. Load the model in bfloat16 instead."
         )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise TrainerError(
-            "This release restricts trainers on one process or under DDP; DeepSpeed flattens parameters, and sharded "
-            "parameters need sharded masks."
-        )
+    check_processes(trainer)
     for method in _REPLACED:
         own = _own_method(type(trainer), method)
         if own is not None:

@@ -40,8 +40,8 @@ def restrict(
         trainer: A `transformers.Trainer`, or a trainer of TRL; docs/trainers.md lists those that are tested.
         mask: Which weights to train; must have been made for the model that the trainer holds.
         master: How fp32 master weights are kept: `fp32`, `remainder`, `stochastic` or `none` (see `MaskedAdamW`).
-        compact_grads: Compact every gradient as soon as autograd has it. `None`: yes in one process; no under DDP,
-            which reduces dense gradients.
+        compact_grads: Compact every gradient as soon as autograd has it; under DDP the processes then exchange compact
+            gradients. `None`: yes, but under DDP not where `clip_norm` or `log_norms` need the whole gradient.
         clip_norm: `masked`: `max_grad_norm` clips on the norm of the gradient on the mask. `full`: on that of the whole
             gradient, as a full run does; with compact gradients one micro-batch per step is needed then.
         log_norms: Log `grad_norm_masked` and `grad_norm_full` beside `grad_norm`, under the same condition.

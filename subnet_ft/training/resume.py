@@ -12,7 +12,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subnet_ft.errors import CheckpointError
+from subnet_ft.optim.sharded_state import FACTS
 from subnet_ft.training.saving import FORMAT, MANIFEST, digests, remove
+from subnet_ft.training.sharded_checkpoints import OPTIMIZER, SCHEDULER, SHARDED, is_in_parts
 from subnet_ft.training.snapshots import SNAPSHOTS, Snapshots
 
 logger = logging.getLogger(__name__)
@@ -156,6 +158,7 @@ def _problem(path: Path) -> str | None:
     if changed:
         name = changed[0]
         return f"`{name}` is not as it was written (SHA-256 {found[name][:16]}, then {expected[name][:16]})"
-    needed = {"optimizer.pt", "scheduler.pt", _STATE}
+    optimizer = f"{SHARDED}/{FACTS}" if is_in_parts(path) else OPTIMIZER
+    needed = {optimizer, SCHEDULER, _STATE}
     missing = sorted(needed - expected.keys())
     return f"it was saved without `{missing[0]}` (`save_only_model`)" if missing else None

@@ -12,6 +12,7 @@ from subnet_ft.masks import SubnetMask, by_canonical_name, canonical_name
 def test_canonical_name_strips_wrappers_only() -> None:
     assert canonical_name("module._orig_mod.model.norm.weight") == "model.norm.weight"
     assert canonical_name("_fsdp_wrapped_module.a.module.b") == "a.b"
+    assert canonical_name("layers.0._checkpoint_wrapped_module.mlp.weight") == "layers.0.mlp.weight"
     assert canonical_name("model.modules_to_save.w") == "model.modules_to_save.w"
 
 

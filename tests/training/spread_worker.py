@@ -1,0 +1,197 @@
+"""One of 1, 2 or 4 processes of `test_spread_trainers.py`: DPO and GRPO on one global batch, under DDP and FSDP2.
+
+GRPO replays its completions: what is sampled differs from process to process, and would be other data for each number
+of processes. The runs of more processes come first; those of fewer resume what they saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import fsdp_on_cpu  # noqa: F401  # before anything of accelerate runs
+import torch
+import torch.distributed as dist
+from helpers import QUIET, random_mask
+from safetensors.torch import save_file
+from training.every_trainer import TRAINERS, letters
+from transformers import TrainerCallback
+
+from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
+from subnet_ft.errors import MaskMismatchError, OptimizerStateError, TrainerError
+from subnet_ft.masks import by_canonical_name
+from subnet_ft.optim.frozen import weights_digest
+from subnet_ft.training import restrict
+from subnet_ft.training.algorithms import Algorithm, build_config
+
+GLOBAL_BATCH = 4
+SHARDING: dict[str, Any] = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+PARTS = {**SHARDING, "state_dict_type": "SHARDED_STATE_DICT"}
+RUNS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any]]] = {
+    "DPO, ddp": ("DPO", None, {}),
+    "DPO, fsdp": ("DPO", SHARDING, {}),
+    "DPO, fsdp, in parts": ("DPO", PARTS, {"optim": "adamw_torch", "learning_rate": 1e-3}),
+    "GRPO, ddp": ("GRPO", None, {}),
+    "GRPO, fsdp": ("GRPO", SHARDING, {}),
+}
+"""Name to the trainer, FSDP2's settings, and fields of its config."""
+
+
+def replayed(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Return completions that depend on their prompt and their number in its group alone."""
+    tokenizer = tiny_tokenizer()
+    seen: dict[str, int] = {}
+    completions = []
+    for prompt in prompts:
+        # Groups of two lie in one process or next to each other in two; which half is which, their place says.
+        place = dist.get_rank() * len(prompts) + len(completions) if dist.is_initialized() else len(completions)
+        seen[prompt] = place % 2
+        digits = hashlib.sha256(f"{prompt}{seen[prompt]}".encode()).hexdigest()[:4]
+        completions.append(tokenizer(digits, add_special_tokens=False)["input_ids"])
+    return {
+        "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": completions,
+        "logprobs": [[0.0] * len(ids) for ids in completions],
+    }
+
+
+def trainer(folder: Path, run: str, **options: Any) -> Any:
+    """Build a restricted trainer in float32, whose processes share a batch of four."""
+    name, sharding, fields = RUNS[run]
+    size = int(os.environ["WORLD_SIZE"])
+    kind = TRAINERS[name]
+    known: dict[str, Any] = {
+        "output_dir": str(folder / run),
+        "per_device_train_batch_size": GLOBAL_BATCH // size,
+        "max_steps": 4,
+        "learning_rate": 1e-1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.1,
+        "bf16": False,
+        "activation_checkpointing": False,
+        **QUIET,
+        **kind.options,
+        **fields,
+        **options,
+    }
+    arguments = kind.arguments()
+    model = tiny_model("llama", dtype=torch.float32)
+    if name == "GRPO":
+        known.update({"num_generations": 2, "beta": 0.0})
+        arguments.update({"rollout_func": replayed, "reward_funcs": letters})
+    if sharding is not None:
+        known.update({"fsdp": True, "fsdp_config": dict(sharding)})
+    algorithm = Algorithm(name, kind.trainer, kind.config)
+    args = build_config(algorithm, known)
+    built = algorithm.trainer_class(model=model, args=args, train_dataset=kind.data(), **arguments)
+    return restrict(built, random_mask(built.model, 0.3), audit_steps=2)
+
+
+def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return whole weights, whoever holds them."""
+    named = by_canonical_name(model.named_parameters()).items()
+    full = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in named}
+    return {name: value.detach().clone() for name, value in full.items()}
+
+
+class Digests(TrainerCallback):
+    """Notes a digest of all weights at the end of every step."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, str] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take it; processes that hold parts take it together."""
+        self.found[state.global_step] = weights_digest(kwargs["model"])
+
+
+def train(folder: Path, run: str) -> dict[str, Any]:
+    """Train, save after two steps, and write the weights of the end."""
+    size = int(os.environ["WORLD_SIZE"])
+    built = trainer(folder / str(size), run, save_strategy="steps", save_steps=2)
+    start = {name: p.detach().clone() for name, p in built.model.named_parameters()}
+    notes = Digests()
+    built.add_callback(notes)
+    built.train()
+    weights, mask = whole(built.model), built.subnet_mask
+    if dist.get_rank() == 0:
+        save_file(weights, folder / f"{run}-{size}.safetensors")
+    norms = [entry["grad_norm"] for entry in built.state.log_history if "grad_norm" in entry]
+    return {
+        "digests": notes.found,
+        "norms": norms,
+        "off_mask": [n for n, w in weights.items() if not torch.equal(w[~mask[n]], start[n][~mask[n]])],
+        "moved": int(sum(((w != start[n]) & mask[n]).sum() for n, w in weights.items())),
+        "trainable": mask.num_trainable,
+        "compact": built.masked_optimizer.compact_grads,
+        "held": sum(buffer.numel() for buffer in built.masked_optimizer.gradient_buffers()),
+        "files": sorted(str(p.relative_to(folder)) for p in (folder / str(size) / run).glob("checkpoint-2/**/*")),
+    }
+
+
+def resume(folder: Path, run: str, saved_by: int) -> dict[str, Any]:
+    """Go on from what another number of processes saved after two steps."""
+    built = trainer(folder / f"from-{saved_by}", run)
+    notes = Digests()
+    built.add_callback(notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built.train(resume_from_checkpoint=str(folder / str(saved_by) / run / "checkpoint-2"))
+    weights = whole(built.model)
+    if dist.get_rank() == 0:
+        save_file(weights, folder / f"{run}-{saved_by}-then-{os.environ['WORLD_SIZE']}.safetensors")
+    return {"digests": notes.found}
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """Return what every process says of a foreign mask, in one of them or in all."""
+    found = {}
+    built = trainer(folder / "refused", "DPO, ddp", max_steps=1)
+    base = built.model
+    del built
+    kind = TRAINERS["Trainer"]
+    args = build_config(Algorithm("Trainer", kind.trainer, kind.config), {"output_dir": str(folder / "r"), **QUIET})
+    plain = Algorithm("Trainer", kind.trainer, kind.config).trainer_class(model=base, args=args)
+    try:
+        restrict(plain, random_mask(base, 0.3, seed=dist.get_rank()))
+    except MaskMismatchError as error:
+        found["different masks"] = str(error)
+    other = trainer(folder / "refused", "DPO, fsdp, in parts", max_steps=3)
+    other.subnet_mask = random_mask(base, 0.3, seed=77)
+    try:
+        other.train(resume_from_checkpoint=str(folder / "4" / "DPO, fsdp, in parts" / "checkpoint-2"))
+    except OptimizerStateError as error:
+        found["foreign mask"] = str(error)
+    for mixed in ({"bf16": True}, {}):
+        version = {"fsdp_config": {"version": 2 if mixed else 1, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+        with contextlib.suppress(Exception):
+            try:
+                trainer(folder / "refused", "DPO, fsdp", **mixed, fsdp=True, **version)
+            except TrainerError as error:
+                found["mixed precision" if mixed else "fsdp1"] = str(error)
+    return found
+
+
+def main() -> None:
+    """Train, and resume what more processes saved."""
+    folder, size = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+    result: dict[str, Any] = {"runs": {run: train(folder, run) for run in RUNS}}
+    if size < 4:
+        ways = ("DPO, ddp", "DPO, fsdp", "DPO, fsdp, in parts")
+        result["resumed"] = {run: resume(folder, run, saved_by=4) for run in ways}
+    else:
+        result["refusals"] = refusals(folder)
+    (folder / f"result-{size}-{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.barrier()
+    os._exit(0)  # gloo now and then waits for ever when the group is taken down
+
+
+if __name__ == "__main__":
+    main()
