@@ -79,7 +79,7 @@ def test_hot_swap_refuses_a_model_that_is_not_the_base() -> None:
     delta, _ = delta_of(model, without="0.weight")
     with torch.no_grad():
         model[0].weight.add_(1.0)
-    with pytest.raises(DeltaMismatchError, match="`0.weight` are not those of `a base`"):
+    with pytest.raises(DeltaMismatchError, match=r"`0.weight` are not those of `a base`"):
         HotSwap(model).add("a", delta)  # which changes nothing of that tensor
 
 
@@ -105,7 +105,7 @@ def test_hot_swap_notices_weights_that_were_written_while_nothing_was_active() -
         check_same(weights_of(model), tuned)
     with torch.no_grad():
         model[0].weight.add_(1.0)
-    with pytest.raises(DeltaMismatchError, match="`0.weight` are not those of `a base`"):
+    with pytest.raises(DeltaMismatchError, match=r"`0.weight` are not those of `a base`"):
         bank.activate("a")
     assert bank.active is None
 
