@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -16,6 +19,8 @@ from subnet_ft.checkpoints.shards import StoredTensor
 from subnet_ft.errors import DeltaError
 
 _BLOCK = 1 << 22
+_WAITING = 8
+"""Pieces in memory that wait for the disk, while the next ones are read and checked."""
 
 
 class ShardWriter:
@@ -36,6 +41,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self._descriptors: dict[Path, int] = {}
+        self._pending: deque[Future[None]] = deque()
         with contextlib.ExitStack() as stack:
             for base, target in self._files.items():
                 descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -48,6 +54,7 @@ class ShardWriter:
                 stored = self._stored[key]
                 if stored.file in self._descriptors:
                     _copy_range(stored.file, self._descriptors[stored.file], stored.offset, self._end(stored))
+            self._thread = stack.enter_context(ThreadPoolExecutor(1))  # leaving waits for it
             self._stack = stack.pop_all()
         return self
 
@@ -56,6 +63,7 @@ class ShardWriter:
     ) -> None:
         with self._stack:
             if error is None:
+                self._wait(0)
                 for descriptor in self._descriptors.values():
                     os.fsync(descriptor)
 
@@ -70,7 +78,14 @@ class ShardWriter:
         stored = self._stored[key]
         descriptor = self._descriptors.get(stored.file)
         if descriptor is not None:
-            _write_all(descriptor, memoryview(data.numpy().data), stored.offset + offset)
+            self._wait(_WAITING - 1)
+            block: Any = data.numpy().copy().data
+            self._pending.append(self._thread.submit(_write_all, descriptor, block, stored.offset + offset))
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most so many pieces are still to be written; an error of writing is raised here."""
+        while len(self._pending) > most:
+            self._pending.popleft().result()
 
     def _of(self, file: Path) -> list[StoredTensor]:
         return [stored for stored in self._stored.values() if stored.file == file]

@@ -41,7 +41,8 @@ class TensorPatch:
         self._tensors = [delta.tensor(name) for delta in deltas]
         self._used = [0] * len(deltas)
         self._sums = [(0, 0)] * (len(deltas) + 1)
-        self._kept: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if keep else None
+        self._bits = self._union() if keep else None  # of all weights that get a new value
+        self._kept: list[torch.Tensor] = []
 
     def apply(self, piece: torch.Tensor, start: int) -> None:
         """Change one flat piece in place.
@@ -52,18 +53,16 @@ class TensorPatch:
         """
         sums = subnet_kernels.fingerprint(piece, offset=start)
         self._sums[0] = added(self._sums[0], sums)
-        old = piece.clone() if self._kept is not None else piece
+        if self._bits is not None:
+            bits = self._bits[start // 8 : (start + piece.numel() + 7) // 8]
+            mask = BitMask.from_bits(bits, piece.numel())
+            self._kept.append(subnet_kernels.gather(piece, mask, dtype=piece.dtype))
         for position, tensor in enumerate(self._tensors):
             count = tensor.write(piece, start, self._used[position])
             self._used[position] += count
             if count:
                 sums = subnet_kernels.fingerprint(piece, offset=start)
             self._sums[position + 1] = added(self._sums[position + 1], sums)
-        if self._kept is not None:
-            bits, count = subnet_kernels.changed_bits(piece, old)
-            mask = BitMask.from_bits(bits, piece.numel())
-            values = subnet_kernels.gather(old, mask, dtype=old.dtype) if count else old[:0].clone()
-            self._kept.append((bits, values))
 
     def problem(self) -> DeltaError | None:
         """Say what is wrong, after the last piece: the base is another one, or a delta does not give its result."""
@@ -86,13 +85,18 @@ class TensorPatch:
 
     def replaced(self) -> tuple[TensorEntry, TensorDelta]:
         """Return what changes the parameter back; only with `keep`, after the last piece."""
-        assert self._kept is not None
+        assert self._bits is not None
         entry = self._deltas[0].entries[self.name]
-        values = torch.cat([values for _, values in self._kept])
-        bits = torch.cat([bits for bits, _ in self._kept])
+        values = torch.cat(self._kept) if self._kept else self._tensors[0].values
         result = self._deltas[-1].entries[self.name].result
         back = TensorEntry(entry.shape, entry.dtype, values.numel(), base=result, result=entry.base)
-        return back, TensorDelta.build(bits, values, entry.shape)
+        return back, TensorDelta.build(self._bits, values, entry.shape)
+
+    def _union(self) -> torch.Tensor:
+        bits = self._tensors[0].full_bits()
+        for tensor in self._tensors[1:]:
+            bits = bits | tensor.full_bits()
+        return bits
 
 
 class Patch:
