@@ -28,11 +28,12 @@ from subnet_ft.processes import first_alone, gathered, is_first
 from subnet_ft.recipe.methods import METHODS, Method, training_of
 from subnet_ft.recipe.schema import MethodSpec
 from subnet_ft.training.adapters import index_nbytes, left_as_built, prompt_texts
-from subnet_ft.training.algorithms import ALGORITHMS, Algorithm, run_config
+from subnet_ft.training.algorithms import ALGORITHMS, run_config
 from subnet_ft.training.dynamics import DYNAMICS, TrainingDynamics
+from subnet_ft.training.free_reference import take_reference_from_policy
 from subnet_ft.training.launch_check import check_trainer_joined
 from subnet_ft.training.peak_memory import PeakMemory
-from subnet_ft.training.reference import hold_quantized
+from subnet_ft.training.reference import hold_quantized, memory_beside, references
 from subnet_ft.training.restrict import restrict
 
 if TYPE_CHECKING:
@@ -160,6 +161,9 @@ def train(
         # The bitmaps go with the checkpoints: until then the run may have to resume.
         trainer.add_callback(TrainingDynamics(base, every, file=folder / DYNAMICS, keep_bitmaps=True))
     show_progress(trainer, progress=progress)
+    if recipe.reference.source == "policy" and mask.density < 1.0:
+        # A full run has nothing to spare: every weight would be held. Its losses are the same either way.
+        take_reference_from_policy(trainer, mask)
     restrict(
         trainer,
         mask,
@@ -204,7 +208,7 @@ def train(
         log_history=log_history,
         seconds=seconds,
         resumed_from=None if last is None else last.name,
-        memory=_largest({**memory, **_memory_beside(trainer, ALGORITHMS[recipe.algorithm]), **peak.measured}),
+        memory=_largest({**memory, **memory_beside(trainer, ALGORITHMS[recipe.algorithm]), **peak.measured}),
         num_steps=trainer.state.global_step,
         num_trainable=mask.num_trainable,
         num_parameters=_num_parameters(base, mask) if is_adapter else mask.num_parameters,
@@ -229,7 +233,8 @@ def _gathered_weights(trainer: Any) -> dict[str, torch.Tensor] | None:
     if not trainer.is_fsdp_enabled:
         return None
     state: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return state
+    once, all_names = ({name for name, _ in trainer.model.named_parameters(remove_duplicate=d)} for d in (True, False))
+    return {name: weight for name, weight in state.items() if name not in all_names - once}  # a tied weight once
 
 
 def _largest(memory: dict[str, int]) -> dict[str, int]:
@@ -298,7 +303,7 @@ def _build_trainer(
         trainer = algorithm.trainer_class(
             model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options
         )
-    for reference in _references(trainer, algorithm):
+    for reference in references(trainer, algorithm):
         # The reference is the base as the policy started from it; TRL before 1.16 loads it in float32.
         if reference.dtype != model.dtype:
             reference.to(model.dtype)
@@ -327,23 +332,3 @@ def _without_bos(tokenizer: Any, dataset: Dataset) -> Any:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.bos_token = None
     return tokenizer
-
-
-def _references(trainer: Any, algorithm: Algorithm) -> list[Any]:
-    # What computes with the policy's own base, adapter off, holds no weights.
-    models = [getattr(trainer, name) for name in algorithm.references]
-    return [model for model in models if isinstance(model, torch.nn.Module)]
-
-
-def _memory_beside(trainer: Any, algorithm: Algorithm) -> dict[str, int]:
-    """Count the bytes of reference models, of a teacher, and of what is trained beside the policy."""
-    references = _references(trainer, algorithm)
-    memory = {"reference_model": sum(weight_bytes(model) for model in references)}
-    teacher = getattr(trainer, "teacher_model", None)
-    if teacher is not None:
-        memory["teacher_model"] = sum(p.nbytes for p in teacher.parameters())
-    for name, part in getattr(trainer, "checkpoint_extras", dict)().items():
-        memory[name] = (
-            sum(p.nbytes for p in part.parameters()) if hasattr(part, "parameters") else sum(part.memory().values())
-        )
-    return {name: size for name, size in memory.items() if size}
