@@ -209,7 +209,7 @@ class RunInputs:
             "algorithm": recipe.algorithm,
             "training": _in_one_process({key: value for key, value in training.items() if key not in _NOT_COMPUTED}),
             "optimizer": asdict(recipe.subnet.optimizer),
-            "reference": asdict(recipe.reference),
+            "reference": {"quantization": recipe.reference.quantization},  # its source changes no bit
             "seed": recipe.seed,
             "mask": None if mask is None else mask.fingerprint,
             **own,

@@ -79,6 +79,8 @@ def _optimizer(recipe: Recipe) -> Problems:
 
 def _reference(recipe: Recipe) -> Problems:
     known, kind = ALGORITHMS.get(recipe.algorithm), recipe.reference.quantization
+    if recipe.reference.source == "policy":
+        yield from _free_reference(recipe)
     if known is None or kind is None:
         return
     key = "reference.quantization"
@@ -89,6 +91,22 @@ def _reference(recipe: Recipe) -> Problems:
         yield key, f"a model in {kind} stays as it is, and `training.sync_ref_model` moves it; set one of the two"
     if recipe.training.get("precompute_ref_log_probs"):
         yield key, "not used with `training.precompute_ref_log_probs`, which asks the base once; remove one of them"
+
+
+def _free_reference(recipe: Recipe) -> Problems:
+    known, key = ALGORITHMS.get(recipe.algorithm), "reference.source"
+    if known is not None and not known.references:
+        others = ", ".join(f"`{name}`" for name, other in ALGORITHMS.items() if other.references)
+        yield key, f"not used by `{known.name}`, which has no reference model, only by {others}; remove it"
+    if recipe.reference.quantization is not None:
+        yield key, "`policy` holds the base as it is, and `reference.quantization` rounds it; set one of the two"
+    for field, why in (
+        ("sync_ref_model", "moves the reference model"),
+        ("precompute_ref_log_probs", "asks the base once"),
+        ("torch_compile", "compiles the policy, which may then compute differently without gradients"),
+    ):
+        if recipe.training.get(field):
+            yield key, f"`policy` does not go with `training.{field}`, which {why}; remove one of them"
 
 
 def _whole_norm(recipe: Recipe) -> Problems:

@@ -75,6 +75,10 @@ class SubnetSpec:
 class ReferenceSpec:
     """The frozen reference model, for algorithms that hold one."""
 
+    source: Literal["model", "policy"] = "model"
+    """`model`: a second model. `policy`: in runs that leave weights out, the policy itself with the base's values of
+    its mask swapped in, which alone are kept; the same losses to the last bit."""
+
     quantization: Literal["int8", "nf4"] | None = None
     """Hold its linear layers in 8 bits (LLM.int8) or 4 bits (NF4) by bitsandbytes; `None`: as the base is stored. Its
     log-probabilities, and so the loss, are then those of the rounded model."""

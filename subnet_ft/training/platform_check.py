@@ -87,15 +87,17 @@ def _quantized(key: str, purpose: str, kind: Quantization) -> Problems:
 
 
 def _reference(recipe: Recipe, methods: Sequence[str]) -> Problems:
-    kind = recipe.reference.quantization
+    kind, is_free = recipe.reference.quantization, recipe.reference.source == "policy"
     known = ALGORITHMS.get(recipe.algorithm)
-    if kind is None or known is None:
+    if known is None or not (kind or is_free):
         return
-    key = "reference.quantization"
-    yield from _quantized(key, f"the reference model cannot be held in {kind}", kind)
+    key = "reference.source" if is_free else "reference.quantization"
+    reset = "set it to `model`" if is_free else "set it to null"
+    if kind is not None:
+        yield from _quantized("reference.quantization", f"the reference model cannot be held in {kind}", kind)
     for name in trained_methods(recipe, methods):
         if name in METHODS and METHODS[name].trains == "adapter":
-            yield key, f"`{name}` has no reference model of its own: the base under its adapter is one; set it to null"
+            yield key, f"`{name}` has no reference model of its own: the base under its adapter is one; {reset}"
     weight = known.reference_weight
     if weight is not None:
         defaults = {field.name: field.default for field in dataclasses.fields(known.config_class)}

@@ -1,17 +1,21 @@
-"""A reference model whose linear layers are held in 8 or 4 bits."""
+"""What stands beside the policy: reference models, also those held in 8 or 4 bits, and the bytes of it all."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from subnet_ft.checkpoints.models import load_model
-from subnet_ft.checkpoints.quantized import quantized_layers
+from subnet_ft.checkpoints.quantized import quantized_layers, weight_bytes
+from subnet_ft.training.free_reference import FreeReference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from subnet_ft.recipe import Recipe
+    from subnet_ft.recipe.algorithms import Algorithm
 
 
 def hold_quantized(reference: PreTrainedModel, base: Path, recipe: Recipe) -> None:
@@ -39,3 +43,27 @@ def hold_quantized(reference: PreTrainedModel, base: Path, recipe: Recipe) -> No
     for name, layer in quantized_layers(held).items():
         parent, _, child = name.rpartition(".")
         reference.get_submodule(parent).register_module(child, layer)
+
+
+def references(trainer: Any, algorithm: Algorithm) -> list[Any]:
+    """Return the reference models that a trainer holds."""
+    # What computes with the policy's own base, adapter off, holds no weights.
+    models = [getattr(trainer, name) for name in algorithm.references]
+    return [model for model in models if isinstance(model, torch.nn.Module)]
+
+
+def memory_beside(trainer: Any, algorithm: Algorithm) -> dict[str, int]:
+    """Count the bytes of reference models, of a teacher, and of what is trained beside the policy."""
+    held = [
+        model.nbytes if isinstance(model, FreeReference) else weight_bytes(model)
+        for model in references(trainer, algorithm)
+    ]
+    memory = {"reference_model": sum(held)}
+    teacher = getattr(trainer, "teacher_model", None)
+    if teacher is not None:
+        memory["teacher_model"] = sum(p.nbytes for p in teacher.parameters())
+    for name, part in getattr(trainer, "checkpoint_extras", dict)().items():
+        memory[name] = (
+            sum(p.nbytes for p in part.parameters()) if hasattr(part, "parameters") else sum(part.memory().values())
+        )
+    return {name: size for name, size in memory.items() if size}

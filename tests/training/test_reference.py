@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from helpers import same_bits
+from helpers import random_mask, same_bits
 from recipe_texts import DPO, GRPO, problems_of
 
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.models import load_model
 from subnet_ft.checkpoints.quantized import Quantization, quantized_layers, weight_bytes
 from subnet_ft.checkpoints.tiny import save_tiny
+from subnet_ft.masks import SubnetMask
 from subnet_ft.pipeline import load_checked_recipe
 from subnet_ft.tasks import load_recipe_data, prompt_dataset
 from subnet_ft.training import ALGORITHMS, TrainingRun
 from subnet_ft.training import run as training_run
+from subnet_ft.training.free_reference import FreeReference
 
 KINDS: tuple[Quantization, ...] = ("int8", "nf4")
 PAIRS = Dataset.from_list([{"prompt": f"{a} + 1 = ", "chosen": f"{a + 1}", "rejected": "?"} for a in range(8)])
@@ -39,9 +41,14 @@ def test_all_algorithms_with_references_are_tested() -> None:
 
 
 def trained(
-    name: str, base: Path, folder: Path, *overrides: str, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    base: Path,
+    folder: Path,
+    *overrides: str,
+    monkeypatch: pytest.MonkeyPatch,
+    mask: SubnetMask | None = None,
 ) -> tuple[TrainingRun, Any]:
-    """Train a step; return what it measured, and the trainer."""
+    """Train a step, in full or under a mask; return what it measured, and the trainer."""
     kept: list[Any] = []
     restrict = training_run.restrict
 
@@ -57,7 +64,7 @@ def trained(
         task = load_recipe_data(recipe).task
         assert task is not None
         data = prompt_dataset(task)
-    run = training_run.train(recipe, base=base, folder=folder / "full", mask=None, dataset=data, task=task)
+    run = training_run.train(recipe, base=base, folder=folder / "full", mask=mask, dataset=data, task=task)
     (trainer,) = kept
     return run, trainer
 
@@ -129,3 +136,44 @@ def test_load_recipe_refuses_a_quantized_reference_where_there_is_none(tmp_path:
     assert "`training.precompute_ref_log_probs`" in problem
     (problem,) = problems_of(tmp_path, GRPO, f"{key}=int4")
     assert problem.startswith(f"{key}: must be ")
+
+
+@pytest.mark.parametrize("name", HOLDS_ONE)
+def test_train_takes_the_reference_from_the_policy_where_a_mask_leaves_weights_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    mask = random_mask(load_model(base, dtype="bfloat16")[0], 0.3)
+    runs = {}
+    for source in ("model", "policy"):
+        options = (f"reference.source={source}", "training.max_steps=3", "training.learning_rate=1e-2")
+        runs[source] = trained(name, base, tmp_path / source, *options, monkeypatch=monkeypatch, mask=mask)
+        monkeypatch.undo()
+    (second, _), (free, trainer) = runs["model"], runs["policy"]
+    assert isinstance(trainer.ref_model, FreeReference)
+    assert free.memory["reference_model"] == trainer.ref_model.nbytes < 0.5 * second.memory["reference_model"]
+    losses = [[entry.get("loss") for entry in run.log_history] for run in (second, free)]
+    assert losses[0] == losses[1]
+
+
+def test_train_in_full_keeps_its_second_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    run, trainer = trained("dpo", base, tmp_path / "run", "reference.source=policy", monkeypatch=monkeypatch)
+    assert not isinstance(trainer.ref_model, FreeReference)
+    assert run.memory["reference_model"] == weight_bytes(trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("algorithm=orpo", "not used by `orpo`, which has no reference model, only by `dpo`, `kto`"),
+        ("reference.quantization=nf4", "`reference.quantization` rounds it; set one of the two"),
+        ("training.sync_ref_model=true", "`training.sync_ref_model`, which moves the reference model"),
+        ("training.precompute_ref_log_probs=true", "`training.precompute_ref_log_probs`, which asks the base once"),
+        ("training.torch_compile=true", "`training.torch_compile`, which compiles the policy"),
+    ],
+)
+def test_load_recipe_refuses_a_free_reference_where_it_cannot_be(change: str, message: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, DPO, "reference.source=policy", change)
+    assert problem.startswith("reference.source: ")
+    assert message in problem
