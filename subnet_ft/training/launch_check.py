@@ -94,7 +94,8 @@ def _check_sharded(recipe: Recipe, methods: Sequence[str]) -> None:
     if _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise LaunchError(
             "The launcher asks for `fsdp_cpu_ram_efficient_loading`, under which all processes but one start with "
-            "empty weights, and no mask can be checked against them. Set it to false, as recipes/accelerate/fsdp2.yaml does."
+            "empty weights, and no mask can be checked against them. Set it to false, as recipes/accelerate/fsdp2.yaml "
+            "does."
         )
     known = (METHODS[name] for name in trained_methods(recipe, methods) if name in METHODS)
     asked = [f"`{method.name}` trains an adapter" for method in known if method.trains == "adapter"]
