@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path)
     parser.add_argument("--tuned", type=Path)
     parser.add_argument("--density", type=float, default=0.174)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="of DPO; 0 for none")
     parser.add_argument("--reference", choices=("second", "free"), help=argparse.SUPPRESS)
     parser.add_argument("--mask", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -53,8 +53,8 @@ def main() -> None:
         base = args.base or open_checkpoint(DEMO).folder
         delta = delta_between(base, args.tuned or save_tuned(base, folder / "tuned", args.density), folder)
         time_switches(base, delta)
-        mask = delta.mask.save(folder / "mask.subnet.safetensors")
-        compare_references(base, mask, args.steps)
+        if args.steps:
+            compare_references(base, delta.mask.save(folder / "mask.subnet.safetensors"), args.steps)
 
 
 def save_tuned(base: Path, folder: Path, density: float) -> Path:
