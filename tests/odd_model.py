@@ -1,4 +1,4 @@
-"""A small model whose rows no number of processes divides: tied weights, a norm, a branch, three rows for four processes."""
+"""A small model whose rows no number of processes divides: tied weights, a norm, a branch, three rows for four."""
 
 from __future__ import annotations
 

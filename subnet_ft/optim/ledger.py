@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from subnet_ft.optim.shards import local
 from subnet_kernels import BitMask
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def memory_ledger(model: torch.nn.Module, optimizer: MaskedBase) -> dict[str, int]:
-    """Count the bytes that live from one step to the next, from the tensors themselves.
+    """Count the bytes that live in this process from one step to the next, from the tensors themselves.
 
     Args:
         model: The model in training.
@@ -25,9 +26,9 @@ def memory_ledger(model: torch.nn.Module, optimizer: MaskedBase) -> dict[str, in
         with a trainable weight, as autograd allocates them), `moments`, `masters` and `mask` (bits, and where every
         tile starts).
     """
-    ledger = {"weights": sum(parameter.nbytes for parameter in model.parameters()), **optimizer.memory()}
+    ledger = {"weights": sum(local(parameter).nbytes for parameter in model.parameters()), **optimizer.memory()}
     if not optimizer.compact_grads:
-        ledger["gradients"] += sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        ledger["gradients"] += sum(local(p).nbytes for p in model.parameters() if p.requires_grad)
     return ledger
 
 

@@ -112,7 +112,7 @@ class SubnetTrainerMixin(CheckpointMixin):
         super().log(logs, *args, **kwargs)
 
     def _meet_parameters(self) -> None:
-        if self._masked is None or self.state.global_step:
+        if self._masked is None:
             return
         parameters = by_canonical_name(self._own_model.named_parameters())
         sharded = [name for name, parameter in parameters.items() if is_sharded(parameter)]

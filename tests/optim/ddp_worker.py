@@ -101,7 +101,10 @@ def train(way: Way, data: Sequence[torch.Tensor], *, is_together: bool) -> Train
     # A large eps makes an update nearly proportional to the gradient: Adam would turn the rounding noise of a gradient
     # that is almost zero into a full step.
     known = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-2, "max_grad_norm": 1.0, "compact_grads": False}
-    optimizer = MaskedAdamW(wrapped.named_parameters(), masks[way.masks.get(0, "all")], **{**known, **way.options})
+    options = {**known, **way.options}
+    if not is_together:
+        options["compact_grads"] = False  # two processes exist, and this one's gradients are nobody else's
+    optimizer = MaskedAdamW(wrapped.named_parameters(), masks[way.masks.get(0, "all")], **options)
     trained = Trained(model, [], [], 0)
     for step, tokens in enumerate(data):
         if step and step in way.masks:

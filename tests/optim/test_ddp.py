@@ -14,7 +14,12 @@ from odd_model import OddModel, odd_mask
 from subnet_ft.errors import GradientError
 from subnet_ft.optim import MaskedSGD, prepare_ddp
 
-COMPACT = ("compact", "compact, a tensor leaves and comes back", "compact, micro-batches", "compact, NaN in one process")
+COMPACT = (
+    "compact",
+    "compact, a tensor leaves and comes back",
+    "compact, micro-batches",
+    "compact, NaN in one process",
+)
 WAYS = (
     *COMPACT,
     "as it comes",

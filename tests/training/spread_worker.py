@@ -6,7 +6,6 @@ of processes. The runs of more processes come first; those of fewer resume what 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +14,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import fsdp_on_cpu  # noqa: F401  # before anything of accelerate runs
 import torch
 import torch.distributed as dist
 from helpers import QUIET, random_mask
@@ -86,8 +84,10 @@ def trainer(folder: Path, run: str, **options: Any) -> Any:
     if name == "GRPO":
         known.update({"num_generations": 2, "beta": 0.0})
         arguments.update({"rollout_func": replayed, "reward_funcs": letters})
-    if sharding is not None:
-        known.update({"fsdp": True, "fsdp_config": dict(sharding)})
+    if sharding is None:
+        known.update({"ddp_backend": "gloo"})
+    else:
+        known = {"fsdp": True, "fsdp_config": dict(sharding), **known}
     algorithm = Algorithm(name, kind.trainer, kind.config)
     args = build_config(algorithm, known)
     built = algorithm.trainer_class(model=model, args=args, train_dataset=kind.data(), **arguments)
@@ -150,45 +150,51 @@ def resume(folder: Path, run: str, saved_by: int) -> dict[str, Any]:
     return {"digests": notes.found}
 
 
-def refusals(folder: Path) -> dict[str, str]:
-    """Return what every process says of a foreign mask, in one of them or in all."""
-    found = {}
-    built = trainer(folder / "refused", "DPO, ddp", max_steps=1)
-    base = built.model
-    del built
+def different_masks(folder: Path) -> str:
+    """Return what every process says where each has another mask."""
     kind = TRAINERS["Trainer"]
-    args = build_config(Algorithm("Trainer", kind.trainer, kind.config), {"output_dir": str(folder / "r"), **QUIET})
-    plain = Algorithm("Trainer", kind.trainer, kind.config).trainer_class(model=base, args=args)
+    algorithm = Algorithm("Trainer", kind.trainer, kind.config)
+    args = build_config(algorithm, {"output_dir": str(folder / "different"), "ddp_backend": "gloo", **QUIET})
+    plain = algorithm.trainer_class(model=tiny_model("llama", dtype=torch.float32), args=args)
     try:
-        restrict(plain, random_mask(base, 0.3, seed=dist.get_rank()))
+        restrict(plain, random_mask(plain.model, 0.3, seed=dist.get_rank()))
     except MaskMismatchError as error:
-        found["different masks"] = str(error)
-    other = trainer(folder / "refused", "DPO, fsdp, in parts", max_steps=3)
-    other.subnet_mask = random_mask(base, 0.3, seed=77)
+        return str(error)
+    return ""
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """Return what every process says of a foreign mask, and of mixed precision."""
+    found = {}
+    run = "DPO, fsdp, in parts"
+    other = trainer(folder / "refused", run, max_steps=3)
+    other.subnet_mask = random_mask(tiny_model("llama"), 0.3, seed=77)
     try:
-        other.train(resume_from_checkpoint=str(folder / "4" / "DPO, fsdp, in parts" / "checkpoint-2"))
+        other.train(resume_from_checkpoint=str(folder / os.environ["WORLD_SIZE"] / run / "checkpoint-2"))
     except OptimizerStateError as error:
         found["foreign mask"] = str(error)
-    for mixed in ({"bf16": True}, {}):
-        version = {"fsdp_config": {"version": 2 if mixed else 1, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
-        with contextlib.suppress(Exception):
-            try:
-                trainer(folder / "refused", "DPO, fsdp", **mixed, fsdp=True, **version)
-            except TrainerError as error:
-                found["mixed precision" if mixed else "fsdp1"] = str(error)
+    try:
+        trainer(folder / "refused", "DPO, fsdp", bf16=True)
+    except TrainerError as error:
+        found["mixed precision"] = str(error)
     return found
 
 
 def main() -> None:
     """Train, and resume what more processes saved."""
-    folder, size = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
-    result: dict[str, Any] = {"runs": {run: train(folder, run) for run in RUNS}}
-    if size < 4:
-        ways = ("DPO, ddp", "DPO, fsdp", "DPO, fsdp, in parts")
-        result["resumed"] = {run: resume(folder, run, saved_by=4) for run in ways}
-    else:
+    folder, engine, most, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(os.environ["WORLD_SIZE"])
+    if engine == "fsdp":
+        import fsdp_on_cpu  # noqa: F401  # before anything of accelerate runs
+    dist.init_process_group("gloo")
+    runs = [run for run in RUNS if engine in run]
+    result: dict[str, Any] = {"runs": {run: train(folder, run) for run in runs}}
+    if size < most:
+        result["resumed"] = {run: resume(folder, run, saved_by=most) for run in runs if "DPO" in run}
+    elif engine == "fsdp":
         result["refusals"] = refusals(folder)
-    (folder / f"result-{size}-{dist.get_rank()}.json").write_text(json.dumps(result))
+    else:
+        result["different masks"] = different_masks(folder)
+    (folder / f"result-{engine}-{size}-{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()
     os._exit(0)  # gloo now and then waits for ever when the group is taken down
 

@@ -215,11 +215,3 @@ def test_restrict_forgets_the_gradients_of_a_run_that_was_broken_off(tmp_path: P
         trainer.train()
         weights.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
     assert all(same_bits(a, b) for a, b in zip(*weights, strict=True))
-
-
-@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_restrict_refuses_sharded_training(tmp_path: Path, sharding: str) -> None:
-    trainer = build(tmp_path)
-    setattr(trainer, sharding, True)
-    with pytest.raises(TrainerError, match="one process or under DDP"):
-        restrict(trainer, half_mask(trainer.model))
