@@ -5,13 +5,14 @@ Usage: scripts/measure_delta.py [MODEL] [--density 0.17] [--repeats 3] [--folder
 
 MODEL is a checkpoint, or `synthetic:GB` for random weights of a small Llama in several files; without it, the demo's
 model. Its tuned checkpoint is synthetic, and said to be: of the smallest weights, which training in bfloat16 changes
-first, each moves to a neighbour with a probability that gives the density. Times are medians; `cp` is followed by
-`sync`, as every file that `apply` writes is. Nothing empties the page cache, for neither side.
+first, each moves to a neighbour with a probability that gives the density. The jobs take turns; `cp` is
+followed by `sync`, as every file that `apply` writes is. Nothing empties the page cache, for neither side.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import shutil
 import statistics
@@ -52,19 +53,17 @@ def measure(folder: Path, base: Path, tuned: Path, repeats: int) -> None:
     files = sorted(base.glob("*.safetensors"))
     dense = sum(file.stat().st_size for file in files)
     raw, packed = folder / "raw.delta.safetensors", folder / "zstd.delta.safetensors"
-    rows = [("cp, sync", median(repeats, lambda: copy(files, folder / "copy"), folder / "copy"))]
-    rows.append(("export", median(repeats, lambda: export_delta(base, tuned, raw))))
-    rows.append(("export --zstd", median(repeats, lambda: export_delta(base, tuned, packed, zstd=True))))
-    rows.append(("apply -o", median(repeats, lambda: apply_delta(base, raw, folder / "out"), folder / "out")))
-    rows.append(("apply -o, zstd", median(repeats, lambda: apply_delta(base, packed, folder / "out"), folder / "out")))
-    back: list[float] = []
-    for _ in range(repeats):
-        rows_in_place = timed(lambda: apply_delta(base, raw, in_place=True))
-        back.append(rows_in_place)
-        last_revert = timed(lambda: revert_delta(base))
-    rows += [("apply --in-place", statistics.median(back)), ("revert", last_revert)]
-    rows.append(("verify", median(repeats, lambda: verify_delta(base, raw))))
-    rows.append(("cp, sync", median(repeats, lambda: copy(files, folder / "copy"), folder / "copy")))
+    jobs: dict[str, Callable[[], object]] = {
+        "cp, sync": lambda: copy(files, folder / "copy"),
+        "export": lambda: export_delta(base, tuned, raw),
+        "export --zstd": lambda: export_delta(base, tuned, packed, zstd=True),
+        "apply -o": lambda: apply_delta(base, raw, folder / "out"),
+        "apply -o, zstd": lambda: apply_delta(base, packed, folder / "out"),
+        "apply --in-place": lambda: apply_delta(base, raw, in_place=True),
+        "revert": lambda: revert_delta(base),
+        "verify": lambda: verify_delta(base, raw),
+    }
+    seconds = in_turns(repeats, jobs, [folder / "copy", folder / "out"])
     delta = export_delta(base, tuned, raw)
     changed = sum(entry.count for entry in delta.entries.values())
     total = sum(entry.num_elements for entry in delta.entries.values())
@@ -72,10 +71,13 @@ def measure(folder: Path, base: Path, tuned: Path, repeats: int) -> None:
     print(f"\n{total:,} weights in {len(files)} files of {dense:,} bytes, {changed:,} changed: density {density:.4f}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"{torch.get_num_threads()} threads, peak {peak} MiB resident, pages mapped from files included\n")
-    print("| job | seconds | GB of weights per second |")
-    print("|---|---|---|")
-    for job, seconds in rows:
-        print(f"| {job} | {seconds:.2f} | {dense / seconds / 1e9:.2f} |")
+    print("| job | median seconds | least | of the speed of cp (medians, least) |")
+    print("|---|---|---|---|")
+    reference = seconds["cp, sync"]
+    for job, times in seconds.items():
+        speeds = (statistics.median(reference) / statistics.median(times), min(reference) / min(times))
+        shown = ", ".join(f"{speed:.2f}" for speed in speeds)
+        print(f"| {job} | {statistics.median(times):.2f} | {min(times):.2f} | {shown} |")
     print("\n| file | bytes | per weight | of the dense checkpoint |")
     print("|---|---|---|---|")
     bound = round((2 * density + 0.13) * total)
@@ -133,20 +135,21 @@ def copy(files: list[Path], folder: Path) -> None:
     subprocess.run(["sync", *map(str, sorted(folder.iterdir()))], check=True)
 
 
-def timed(job: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
+def in_turns(repeats: int, jobs: dict[str, Callable[[], object]], made: list[Path]) -> dict[str, list[float]]:
+    """Run all jobs one after another, several times, so that a disk that slows down slows all; return their seconds.
 
-
-def median(repeats: int, job: Callable[[], object], made: Path | None = None) -> float:
-    """Run a job several times and return its median seconds; what it made is removed after each, untimed."""
-    seconds = []
+    Before each job everything is written to the disk, and what it made is removed after it, both untimed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(repeats):
-        seconds.append(timed(job))
-        if made is not None:
-            shutil.rmtree(made)
-    return statistics.median(seconds)
+        for name, job in jobs.items():
+            os.sync()
+            start = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - start)
+            for folder in made:
+                shutil.rmtree(folder, ignore_errors=True)
+    return seconds
 
 
 def xor_zstd(base: Path, tuned: Path) -> int:

@@ -180,6 +180,7 @@ def _finish(folder: Path, journal: Journal) -> None:
 
 def _discard(folder: Path, journal: Journal | None) -> None:
     """Throw away what was prepared; no weight file was touched."""
+    (folder / (JOURNAL + STAGED)).unlink(missing_ok=True)  # of a process that was killed before it began
     if journal is None:
         return
     for name in journal.files:

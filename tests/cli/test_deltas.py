@@ -1,0 +1,128 @@
+"""`subnet-ft delta`: every command with its JSON and exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from delta_checkpoints import contents, save_pair, weights
+
+from subnet_ft.cli import main
+from subnet_ft.masks import extract
+
+SUFFIX = ".delta.safetensors"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """A base, two checkpoints tuned from it, and paths for their deltas."""
+    base, first = save_pair(tmp_path / "1", seed=1, density=0.3)
+    second = save_pair(tmp_path / "2", seed=2, density=0.3)[1]
+    names = {name: str(tmp_path / f"{name}{SUFFIX}") for name in ("a", "b", "c")}
+    return {"base": str(base), "first": str(first), "second": str(second), "out": str(tmp_path / "out"), **names}
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert main(["delta", *arguments, "--json", "-q"]) == code
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    found: dict[str, Any] = json.loads(out)
+    assert "version" in found
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["delta", *arguments, "-q"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_delta_commands_from_export_to_revert(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    made = printed(capsys, "export", files["base"], files["first"], "-o", files["a"])
+    assert made == printed(capsys, "info", files["a"])
+    assert made["bytes"] == Path(files["a"]).stat().st_size
+    assert 0.25 < made["density"] == made["num_changed"] / made["num_parameters"] < 0.35
+    packed = printed(capsys, "export", files["base"], files["second"], "-o", files["b"], "--zstd")
+    assert packed["encoding"] == "zstd"
+    assert packed["base_digest"] == made["base_digest"]
+
+    printed(capsys, "apply", files["base"], files["a"], "-o", files["out"])
+    assert weights(Path(files["out"])) == weights(Path(files["first"]))
+    assert printed(capsys, "verify", files["base"], files["a"], files["out"])["fine"]
+    wrong = printed(capsys, "verify", files["base"], files["a"], files["second"], code=1)
+    assert wrong["wrong_base"] == wrong["wrong_result"] == []
+    assert wrong["wrong_tuned"]
+    assert printed(capsys, "verify", files["second"], files["a"], code=1)["wrong_base"]
+
+    before = contents(Path(files["base"]))
+    assert printed(capsys, "apply", files["base"], files["b"], "--in-place")["in_place"]
+    assert weights(Path(files["base"])) == weights(Path(files["second"]))
+    printed(capsys, "revert", files["base"])
+    assert contents(Path(files["base"])) == before
+
+
+def test_delta_diff_and_compose(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    one = printed(capsys, "export", files["base"], files["first"], "-o", files["a"])
+    two = printed(capsys, "export", files["base"], files["second"], "-o", files["b"])
+    found = printed(capsys, "diff", files["a"], files["b"])
+    assert (found["first"], found["second"]) == (one["num_changed"], two["num_changed"])
+    assert 0 < found["shared"] < found["first"]
+    assert found["equal"] < found["shared"]
+    assert "--on-conflict" in refused(capsys, "compose", files["a"], files["b"], "-o", files["c"])
+    union = found["first"] + found["second"] - found["shared"]
+    for policy, winner in (("first", "a"), ("second", "b")):
+        made = printed(capsys, "compose", files["a"], files["b"], "-o", files["c"], "--on-conflict", policy)
+        assert made["num_changed"] == union
+        kept = printed(capsys, "diff", files[winner], files["c"])
+        assert kept["first"] == kept["shared"] == kept["equal"]
+        assert printed(capsys, "verify", files["base"], files["c"])["fine"]
+    printed(capsys, "export", files["first"], files["second"], "-o", files["b"])
+    printed(capsys, "compose", files["a"], files["b"], "-o", files["c"])
+    assert printed(capsys, "verify", files["base"], files["c"], files["second"])["fine"]
+    assert "different bases" in refused(capsys, "diff", files["a"], files["b"])
+
+
+def test_delta_export_with_a_mask_leaves_nothing_out(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = str(extract(files["base"], files["first"]).save(tmp_path / "m.subnet.safetensors"))
+    both = ["--mask", mask, "--mask-reference"]
+    assert "needs that mask" in refused(
+        capsys, "export", files["base"], files["first"], "-o", files["a"], "--mask-reference"
+    )
+    assert "changed outside the mask" in refused(
+        capsys, "export", files["base"], files["second"], "-o", files["a"], *both
+    )
+    assert not Path(files["a"]).exists()
+    full = printed(capsys, "export", files["base"], files["first"], "-o", files["b"], "--mask", mask)
+    made = printed(capsys, "export", files["base"], files["first"], "-o", files["a"], *both)
+    assert made["mask"] is not None
+    assert made["bytes"] < full["bytes"]
+    assert "--mask" in refused(capsys, "apply", files["base"], files["a"], "-o", files["out"])
+    printed(capsys, "apply", files["base"], files["a"], "-o", files["out"], "--mask", mask)
+    assert weights(Path(files["out"])) == weights(Path(files["first"]))
+
+
+def test_delta_prints_lines_for_people(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, line in (
+        (("export", files["base"], files["first"], "-o", files["a"]), "SHA-256"),
+        (("info", files["a"]), "bytes, "),
+        (("diff", files["a"], files["a"]), "100.0% of those"),
+        (("verify", files["base"], files["a"], files["first"]), "every fingerprint as recorded"),
+        (("apply", files["base"], files["a"], "--in-place"), "undo with `subnet-ft delta revert"),
+        (("revert", files["base"]), "as before"),
+    ):
+        assert main(["delta", *arguments, "-q"]) == 0
+        assert line in capsys.readouterr().out
+
+
+def test_delta_refuses_wrong_input(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no delta file at" in refused(capsys, "info", files["a"])
+    assert "does not end in" in refused(capsys, "export", files["base"], files["first"], "-o", "x.safetensors")
+    with pytest.raises(SystemExit) as stopped:
+        main(["delta", "apply", files["base"], files["a"]])
+    assert stopped.value.code == 2

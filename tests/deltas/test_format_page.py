@@ -1,0 +1,88 @@
+"""docs/delta_format.md: its example is the file byte by byte, and its reader reads real files."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from delta_checkpoints import record, save_pair
+
+from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.deltas import Delta, TensorDelta, export_delta
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "delta_format.md").read_text(encoding="utf-8")
+SUFFIX = ".delta.safetensors"
+
+
+@pytest.fixture(scope="module")
+def reader() -> dict[str, Any]:
+    """The names that the page's own program defines."""
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(program.splitlines()) <= 60
+    imported = {name for node in ast.walk(ast.parse(program)) for name in getattr(node, "names", ())}
+    assert {alias.name for alias in imported} == {"hashlib", "json", "struct", "numpy", "zstandard"}
+    names: dict[str, Any] = {}
+    exec(compile(program, "docs/delta_format.md", "exec"), names)
+    return names
+
+
+def test_page_has_the_bytes_of_its_example(tmp_path: Path) -> None:
+    base = {"w": torch.arange(1, 11).bfloat16().view(2, 5), "norm": torch.tensor([0.5]).bfloat16()}
+    tuned = {"w": base["w"].clone(), "norm": base["norm"]}
+    tuned["w"].view(-1)[1], tuned["w"].view(-1)[8] = 2.5, -1.0
+    tensors = {
+        "w": TensorDelta(torch.tensor([2, 1], dtype=torch.uint8), tuned["w"].view(-1)[[1, 8]], (2, 5)),
+        "norm": TensorDelta(torch.empty(0, dtype=torch.uint8), base["norm"][:0], (1,)),
+    }
+    delta = Delta(tensors, record(base, "tiny"), record(tuned).fingerprints, {"kind": "example"})
+    rows = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+)", PAGE, flags=re.MULTILINE)
+    assert bytes.fromhex("".join(rows)) == delta.save(tmp_path / f"d{SUFFIX}").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["raw", "zstd", "mask"])
+def test_page_reader_makes_the_tuned_weights(form: str, reader: dict[str, Any], tmp_path: Path) -> None:
+    base, tuned = save_pair(tmp_path, "mixtral")
+    delta = export_delta(base, tuned, tmp_path / f"d{SUFFIX}", zstd=form == "zstd")
+    mask_bits = None
+    if form == "mask":
+        mask = delta.delta().mask
+        mask_bits = {name: tensor.bits.numpy().tobytes() for name, tensor in mask.tensors.items()}
+        export_delta(base, tuned, delta.path, mask=mask, mask_reference=True)
+    weights = {name: bits_of(tensor).copy() for name, tensor in open_checkpoint(base).tensors()}
+    reader["apply"](weights, reader["read_delta"](delta.path, mask_bits))
+    for name, tensor in open_checkpoint(tuned).tensors():
+        assert np.array_equal(weights[name], bits_of(tensor)), name
+
+
+def test_page_reader_refuses_a_flipped_bit(reader: dict[str, Any], tmp_path: Path) -> None:
+    path = export_delta(*save_pair(tmp_path), tmp_path / f"d{SUFFIX}").path
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        reader["read_delta"](path)
+
+
+def bits_of(tensor: torch.Tensor) -> np.ndarray:
+    found: np.ndarray = tensor.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(-1)
+    return found
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.17, 1.0])
+def test_size_is_two_bytes_per_new_value_and_a_bit_per_weight(density: float, tmp_path: Path) -> None:
+    count = 1_000_003
+    chosen = torch.rand(count, generator=torch.Generator().manual_seed(0)) < density
+    base = {"w": torch.zeros(count, dtype=torch.bfloat16)}
+    tuned = {"w": chosen.bfloat16()}
+    mask_bits = np.packbits(chosen.numpy(), bitorder="little")
+    tensor = TensorDelta.build(torch.from_numpy(mask_bits), tuned["w"][chosen], (count,))
+    path = Delta({"w": tensor}, record(base), record(tuned).fingerprints).save(tmp_path / f"d{SUFFIX}")
+    real = float(chosen.float().mean())
+    assert path.stat().st_size <= 1.01 * (2 * real + 0.13) * count + 1000
+    if density:
+        assert path.stat().st_size >= 0.99 * (2 * real + 0.125) * count

@@ -1,0 +1,249 @@
+"""Changing a folder in place: killed at every step, it holds whole files and can be finished or undone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from delta_checkpoints import contents, save_pair, weights
+
+from subnet_ft.checkpoints.tiny import save_tiny
+from subnet_ft.deltas import apply_delta, export_delta, revert_delta
+from subnet_ft.deltas.in_place import JOURNAL, STAGED, read_journal
+from subnet_ft.errors import DeltaError, DeltaMismatchError
+
+SUFFIX = ".delta.safetensors"
+STEPS = ("replace", "fsync", "unlink", "pwrite", "open", "truncate")
+"""What changes a folder, as functions of `os`; each call is a step at which a process may be killed."""
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Folders of a base and a tuned checkpoint of three files, and their delta."""
+    base, tuned = save_pair(tmp_path, shard="20KB")
+    assert len(list(base.glob("*.safetensors"))) == 3
+    return base, tuned, export_delta(base, tuned, tmp_path / f"d{SUFFIX}").path
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing after it runs but what a test cannot prevent."""
+
+
+def count_steps(monkeypatch: pytest.MonkeyPatch, job: Callable[[], object]) -> int:
+    """Run a job and count its steps."""
+    return run_until(monkeypatch, job, sys.maxsize)
+
+
+def run_until(monkeypatch: pytest.MonkeyPatch, job: Callable[[], object], last: int) -> int:
+    """Run a job whose every step from number `last` on fails, also those of its own cleaning up; return its steps."""
+    done = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any, **settings: Any) -> Any:
+            nonlocal done
+            if done >= last:
+                raise Killed
+            done += 1
+            return function(*arguments, **settings)
+
+        return step
+
+    with monkeypatch.context() as context:
+        for name in STEPS:
+            context.setattr(os, name, counted(getattr(os, name)))
+        job()
+    return done
+
+
+def test_apply_in_place_stopped_at_every_step_is_finished_or_undone(
+    pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned, delta = pair
+    old, new = contents(base), weights(tuned)
+    steps = count_steps(monkeypatch, lambda: apply_delta(base, delta, in_place=True))
+    assert steps > 30
+    revert_delta(base)
+    undone = 0
+    for last in range(steps):
+        with pytest.raises(Killed):
+            run_until(monkeypatch, lambda: apply_delta(base, delta, in_place=True), last)
+        for name, data in weights(base).items():
+            assert data in (old[name], new[name]), (last, name)
+        if last % 2:
+            apply_delta(base, delta, in_place=True)
+            assert weights(base) == new, last
+            revert_delta(base)
+        elif (base / JOURNAL).exists() or weights(base) == new:
+            revert_delta(base)
+            undone += 1
+        left = contents(base)
+        left.pop(JOURNAL + STAGED, None)  # stopped before its first rename: the next call removes it
+        assert left == old, last
+    assert undone > 10
+
+
+def test_revert_stopped_at_every_step_is_finished(
+    pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned, delta = pair
+    old, new = contents(base), weights(tuned)
+    apply_delta(base, delta, in_place=True)
+    steps = count_steps(monkeypatch, lambda: revert_delta(base))
+    for last in range(steps):
+        apply_delta(base, delta, in_place=True)
+        with pytest.raises(Killed):
+            run_until(monkeypatch, lambda: revert_delta(base), last)
+        for name, data in weights(base).items():
+            assert data in (old[name], new[name]), (last, name)
+        if (base / JOURNAL).exists() or weights(base) == new:
+            revert_delta(base)
+        left = contents(base)
+        left.pop(JOURNAL + STAGED, None)
+        assert left == old, last
+
+
+KILLED = """
+import os, signal, sys
+from subnet_ft.deltas import apply_delta, export_delta, revert_delta
+import transformers.models.llama.modeling_llama
+
+STEPS, base, delta = sys.argv[1].split(","), sys.argv[2], sys.argv[3]
+
+def armed(function, last):
+    def step(*arguments, **settings):
+        global done
+        if done == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        return function(*arguments, **settings)
+    return step
+
+last = 0
+while True:
+    child = os.fork()
+    if not child:
+        done = 0
+        for name in STEPS:
+            setattr(os, name, armed(getattr(os, name), last))
+        apply_delta(base, delta, in_place=True)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(last, os.WTERMSIG(status) if os.WIFSIGNALED(status) else "done", flush=True)
+    if not os.WIFSIGNALED(status):
+        sys.exit(os.WEXITSTATUS(status))
+    if sys.stdin.readline() != "next\\n":
+        sys.exit(1)
+    last += 1
+"""
+
+
+def test_apply_in_place_killed_at_every_step_is_undone(pair: tuple[Path, Path, Path]) -> None:
+    base, tuned, delta = pair
+    old, new = contents(base), weights(tuned)
+    killed = 0
+    command = [sys.executable, "-c", KILLED, ",".join(STEPS), str(base), str(delta)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.split()[1] == "done":
+                break
+            assert line.split()[1] == str(int(signal.SIGKILL))
+            killed += 1
+            for name, data in weights(base).items():
+                assert data in (old[name], new[name]), (line, name)
+            if (base / JOURNAL).exists():
+                assert read_journal(base) is not None
+                revert_delta(base)
+            elif weights(base) == new:
+                revert_delta(base)
+            left = set(contents(base)) - set(old)
+            assert left <= {JOURNAL + STAGED}, line  # killed before its first rename: the next journal replaces it
+            assert {name: data for name, data in contents(base).items() if name in old} == old, line
+            process.stdin.write("next\n")
+            process.stdin.flush()
+    assert process.returncode == 0
+    assert killed > 30
+    assert weights(base) == new
+
+
+def test_revert_undoes_one_delta_after_the_other(tmp_path: Path) -> None:
+    first, second = save_pair(tmp_path / "1", seed=1)
+    third = save_pair(tmp_path / "2", seed=2)[1]
+    one = export_delta(first, second, tmp_path / f"1{SUFFIX}")
+    two = export_delta(second, third, tmp_path / f"2{SUFFIX}")
+    before = contents(first)
+    apply_delta(first, one, in_place=True)
+    apply_delta(first, two, in_place=True)
+    assert {path.name for path in first.glob(f"*{SUFFIX}")} == {f"undo-001{SUFFIX}", f"undo-002{SUFFIX}"}
+    revert_delta(first)
+    assert weights(first) == weights(second)
+    revert_delta(first)
+    assert contents(first) == before
+    with pytest.raises(DeltaError, match="no delta was applied to it in place"):
+        revert_delta(first)
+
+
+def test_revert_refuses_weights_that_changed_since(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, _, delta = pair
+    apply_delta(base, delta, in_place=True)
+    for name, data in weights(save_tiny("llama", tmp_path / "other", seed=3)).items():
+        (base / name).write_bytes(data)  # one file, which goes before the index
+    with pytest.raises(DeltaMismatchError, match="not those that the delta was made for"):
+        revert_delta(base)
+
+
+def test_apply_in_place_refuses_while_another_job_is_unfinished(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned, delta = pair
+    steps = count_steps(monkeypatch, lambda: apply_delta(base, delta, in_place=True))
+    revert_delta(base)
+    with pytest.raises(Killed):
+        run_until(monkeypatch, lambda: apply_delta(base, delta, in_place=True), steps - 4)
+    journal = read_journal(base)
+    assert journal is not None
+    assert journal.phase == "replacing"
+    back = export_delta(tuned, save_tiny("llama", tmp_path / "x"), tmp_path / f"back{SUFFIX}")
+    with pytest.raises(DeltaError, match="in the middle of another `apply`"):
+        apply_delta(base, back, in_place=True)
+    apply_delta(base, delta, in_place=True)
+    assert weights(base) == weights(tuned)
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        "no JSON",
+        "[1]",
+        json.dumps({"action": "apply"}),
+        json.dumps({"action": "apply", "phase": "replacing", "result": "", "undo": "../x", "files": []}),
+        json.dumps(
+            {"action": "apply", "phase": "replacing", "result": "", "undo": f"undo-001{SUFFIX}", "files": ["../x"]}
+        ),
+    ],
+)
+def test_revert_refuses_a_journal_that_lies(pair: tuple[Path, Path, Path], journal: str) -> None:
+    base, _, _ = pair
+    (base / JOURNAL).write_text(journal)
+    with pytest.raises(DeltaError, match=r"journal\.json` cannot be read"):
+        revert_delta(base)
+
+
+def test_apply_in_place_refuses_links_and_what_is_no_folder(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, _, delta = pair
+    with pytest.raises(DeltaError, match="is no folder"):
+        apply_delta("tiny:llama", delta, in_place=True)
+    file = next(base.glob("*.safetensors"))
+    file.rename(tmp_path / "blob")
+    file.symlink_to(tmp_path / "blob")
+    with pytest.raises(DeltaError, match="is a link"):
+        apply_delta(base, delta, in_place=True)
+    assert not (base / JOURNAL).exists()
