@@ -22,7 +22,7 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-smollm2  ## Run a whole recipe on a rea
 	HF_HUB_OFFLINE=1 $(VENV)/bin/subnet-ft run $(DEMO) $(OVERRIDES) || [ $$? -eq 1 ]  # 1: an honest "not recovered"
 
 test: $(VENV)/.stamp-dev  ## Run the tests that need neither minutes nor a pretrained model.
-	$(PYTEST) -m "not slow and not browser" -n $(WORKERS)
+	$(PYTEST) -m "not slow and not browser" -n $(WORKERS) --dist loadgroup
 
 browser-test: $(VENV)/.stamp-dev  ## Read a report in headless Chromium, and keep screenshots in build/screenshots.
 	scripts/install_chromium.sh

@@ -21,6 +21,7 @@ _EXPORTS = {
     "MaskedAdamW": "subnet_ft.optim",
     "MaskedOptimizer": "subnet_ft.optim",
     "MaskedSGD": "subnet_ft.optim",
+    "prepare_ddp": "subnet_ft.optim",
     "restrict": "subnet_ft.training",
     "revert_delta": "subnet_ft.deltas",
 }
@@ -37,6 +38,7 @@ __all__ = [
     "apply_delta",
     "export_delta",
     "extract",
+    "prepare_ddp",
     "restrict",
     "revert_delta",
 ]
@@ -44,7 +46,7 @@ __all__ = [
 if TYPE_CHECKING:
     from subnet_ft.deltas import apply_delta, export_delta, revert_delta
     from subnet_ft.masks import SubnetMask, extract
-    from subnet_ft.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
+    from subnet_ft.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD, prepare_ddp
     from subnet_ft.training import MaskSchedule, SubnetTrainerMixin, TrainingDynamics, restrict
 
 
