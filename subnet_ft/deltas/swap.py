@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
@@ -19,6 +20,7 @@ from subnet_ft.masks import SubnetMask, TensorMask
 from subnet_ft.masks.slices import count_before, slice_bits
 from subnet_ft.optim.shards import local, local_flat, part_of
 from subnet_kernels import BitMask
+from subnet_kernels.dispatch import choose
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -26,6 +28,9 @@ if dist.is_available():
 # What is in a model now, by parameter; nothing else may enter, so that no two are undone in the wrong order.
 _inside: MutableMapping[torch.Tensor, str] = WeakIdKeyDictionary()
 _lock = threading.Lock()
+
+_LARGE = 1 << 20
+"""Weights from which on a kernel for the CPU divides one tensor among threads."""
 
 _TRIES = 3
 """How often a tensor is tried that a signal interrupts."""
@@ -105,8 +110,7 @@ class WeightSwap:
                 part.check()
             counters = _Counters([local(part.parameter) for part in self._parts])
             try:
-                for part in self._parts:
-                    part.bring(inside=True)
+                self._side_by_side(lambda part: part.bring(inside=True))
                 counters.mark()
             except BaseException:
                 self._bring_out()
@@ -163,6 +167,13 @@ class WeightSwap:
         """Exchange what is in; what a signal raises in between is raised when everything is out."""
         failed: list[SwapError] = []
         interrupt: BaseException | None = None
+        try:
+            self._side_by_side(lambda part: part.bring(inside=False))
+        except SwapError:
+            pass  # the same one comes again
+        except BaseException as error:
+            interrupt = error
+        # One by one, whatever is not out yet.
         for part in self._parts:
             for _ in range(_TRIES):
                 try:
@@ -178,6 +189,27 @@ class WeightSwap:
             self._leave()
             raise interrupt
         return failed
+
+    def _side_by_side(self, action: Callable[[_Part], None]) -> None:
+        """Do something with every part; on the CPU those that no kernel divides among threads side by side."""
+        large = [part for part in self._parts if part.mask.num_elements >= _LARGE]
+        small = [part for part in self._parts if part.mask.num_elements < _LARGE]
+        for part in large:
+            action(part)
+
+        def in_turn(parts: list[_Part]) -> None:
+            for part in parts:
+                action(part)
+
+        device = torch.device("cpu")
+        on_cpu = all(part.mask.device == device for part in small)
+        if on_cpu and choose("swap", device).backend == "cpu":
+            from subnet_kernels.cpu.threads import num_threads, run
+
+            ways = min(num_threads(), os.cpu_count() or 1)
+            run(in_turn, [(small[way::ways],) for way in range(ways)])
+        else:
+            in_turn(small)
 
     def _enter(self) -> None:
         with _lock:

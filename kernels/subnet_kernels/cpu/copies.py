@@ -15,7 +15,7 @@ from subnet_kernels.cpu.threads import run, split
 from subnet_kernels.layout import TILE_SIZE, BitMask
 
 _BLOCK = 2 * TILE_SIZE  # elements whose positions stay in the first-level cache
-_SMALL = 1 << 15  # elements below which a second thread costs more than it saves
+_SMALL = 1 << 20  # elements below which a second thread costs more than it saves
 
 
 def gather(dense: torch.Tensor, mask: BitMask, *, dtype: torch.dtype) -> torch.Tensor:
