@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from subnet_ft.deltas import apply_delta, export_delta, revert_delta
     from subnet_ft.masks import SubnetMask, extract
     from subnet_ft.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD, prepare_ddp
-    from subnet_ft.training import MaskSchedule, SubnetTrainerMixin, TrainingDynamics, restrict
+    from subnet_ft.training import MaskSchedule, SubnetTrainerMixin, TrainingDynamics
+    from subnet_ft.training.restrict import restrict
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,15 @@ from subnet_ft.training.options import Stateful, SubnetOptions, loads_later
 from subnet_ft.training.resume import newest_complete, problems, read_manifest, replayed, trained_epochs
 from subnet_ft.training.saving import clear_staging, publish, rotate, staging_folder
 from subnet_ft.training.sharded_checkpoints import is_in_parts, load_model_weights, load_optimizer, save_optimizer
-from subnet_ft.training.sidecar import load_extras, load_rollouts, load_start, save_extras, save_rollouts, save_start
+from subnet_ft.training.sidecar import (
+    completions_are_used_up,
+    load_extras,
+    load_rollouts,
+    load_start,
+    save_extras,
+    save_rollouts,
+    save_start,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -152,7 +160,8 @@ class CheckpointMixin(_Base):
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_rollouts(self, Path(checkpoint))
+            wrote = read_manifest(Path(checkpoint), is_whole=True)["num_processes"]
+            load_rollouts(self, Path(checkpoint), same_processes=wrote == self.args.world_size)
             load_extras(self._extras(), Path(checkpoint))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -197,8 +206,11 @@ class CheckpointMixin(_Base):
             )
         if manifest["num_processes"] != self.args.world_size:
             counts = f"{manifest['num_processes']} processes wrote `{checkpoint}`, {self.args.world_size} would go on"
-            if hasattr(self, "_buffered_inputs"):
-                raise TrainerError(f"{counts}, and the completions in use belong to each. Start as many as before.")
+            if hasattr(self, "_buffered_inputs") and not completions_are_used_up(checkpoint):
+                raise TrainerError(
+                    f"{counts}, and the completions in use belong to each. Start as many as before, or resume from a "
+                    "checkpoint at whose step all completions are used up."
+                )
             logger.warning("%s: not with the bits of a run that was not interrupted", counts)
         # Weights that this process trained under later masks are no longer the base's.
         if self._masked is not None and self._masked.mask.fingerprint != mask.fingerprint:

@@ -33,12 +33,29 @@ def save_rollouts(trainer: Any, folder: Path) -> None:
             strange,
         )
         inputs = None
-    torch.save({"step": int(trainer._step), "inputs": inputs}, folder / _rollouts_name(trainer))
+    every = trainer.args.steps_per_generation * getattr(trainer, "num_iterations", 1)
+    state = {"step": int(trainer._step), "inputs": inputs, "are_used_up": int(trainer._step) % every == 0}
+    torch.save(state, folder / _rollouts_name(trainer))
 
 
-def load_rollouts(trainer: Any, folder: Path) -> None:
-    """Take the completions in use back."""
+def completions_are_used_up(folder: Path) -> bool:
+    """Whether the next step after a checkpoint samples anew, so that another number of processes may go on."""
+    saved = torch.load(folder / "subnet_rollouts_0.pt", map_location="cpu", weights_only=True)
+    return bool(saved.get("are_used_up", False))
+
+
+def load_rollouts(trainer: Any, folder: Path, *, same_processes: bool = True) -> None:
+    """Take the completions in use back.
+
+    Args:
+        trainer: The trainer. In-out.
+        folder: The checkpoint.
+        same_processes: As many processes go on as have written it; others sample anew, and count micro-batches anew.
+    """
     if not hasattr(trainer, "_buffered_inputs"):
+        return
+    if not same_processes:
+        trainer._step, trainer._buffered_inputs = 0, None
         return
     device = trainer.args.device
     path = folder / _rollouts_name(trainer)

@@ -189,7 +189,7 @@ def main() -> None:
     runs = [run for run in RUNS if engine in run]
     result: dict[str, Any] = {"runs": {run: train(folder, run) for run in runs}}
     if size < most:
-        result["resumed"] = {run: resume(folder, run, saved_by=most) for run in runs if "DPO" in run}
+        result["resumed"] = {run: resume(folder, run, saved_by=most) for run in runs}
     elif engine == "fsdp":
         result["refusals"] = refusals(folder)
     else:

@@ -25,7 +25,7 @@ from subnet_ft.training.sidecar import load_extras, load_rollouts, save_extras, 
 
 def sampling(inputs: Any, step: int = 5, process: int = 0) -> Any:
     """Stand for a trainer that samples: what it has in use, and where in it."""
-    args = SimpleNamespace(process_index=process, device=torch.device("cpu"))
+    args = SimpleNamespace(process_index=process, device=torch.device("cpu"), steps_per_generation=4)
     return SimpleNamespace(_buffered_inputs=inputs, _step=step, args=args)
 
 
@@ -115,12 +115,12 @@ def test_one_flipped_bit_of_the_completions_is_refused_by_name_and_passed_over(s
 @pytest.mark.parametrize("wrote", [2, 8])
 def test_completions_of_more_processes_than_go_on_are_refused(sampled: Any, tmp_path: Path, wrote: int) -> None:
     run = shutil.copytree(sampled.args.output_dir, tmp_path / "run")
-    manifest = json.loads((run / "checkpoint-2" / MANIFEST).read_text())
-    (run / "checkpoint-2" / MANIFEST).write_text(json.dumps({**manifest, "num_processes": wrote}))
+    manifest = json.loads((run / "checkpoint-1" / MANIFEST).read_text())
+    (run / "checkpoint-1" / MANIFEST).write_text(json.dumps({**manifest, "num_processes": wrote}))
     trainer = sampler(run)
     start = weights_of(trainer.model)
-    with pytest.raises(TrainerError, match=f"{wrote} processes wrote `{run / 'checkpoint-2'}`, 1 would go on, and the"):
-        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    with pytest.raises(TrainerError, match=f"{wrote} processes wrote `{run / 'checkpoint-1'}`, 1 would go on, and the"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
     same_weights(weights_of(trainer.model), start)
 
 
@@ -130,7 +130,20 @@ def test_completions_of_fewer_processes_than_go_on_are_refused(
     trainer = sampler(tmp_path)
     monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
     with pytest.raises(TrainerError, match=r"1 processes wrote .*, 2 would go on.*Start as many as before"):
-        trainer.train(resume_from_checkpoint=str(Path(sampled.args.output_dir) / "checkpoint-2"))
+        trainer.train(resume_from_checkpoint=str(Path(sampled.args.output_dir) / "checkpoint-1"))
+
+
+def test_where_completions_are_used_up_another_number_of_processes_samples_anew(
+    sampled: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = shutil.copytree(sampled.args.output_dir, tmp_path / "run")
+    manifest = json.loads((run / "checkpoint-2" / MANIFEST).read_text())
+    (run / "checkpoint-2" / MANIFEST).write_text(json.dumps({**manifest, "num_processes": 2}))
+    trainer = sampler(run)
+    steps = steps_of(trainer)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert steps == [3]
+    assert "not with the bits of a run that was not interrupted" in caplog.text
 
 
 class Value:

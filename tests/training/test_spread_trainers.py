@@ -115,7 +115,7 @@ def test_each_process_holds_its_part_of_the_compact_gradient(spread: Spread, nam
         assert max(held) < 1.1 / size * sum(held)
 
 
-@pytest.mark.parametrize("name", ["DPO, ddp", "DPO, fsdp", "DPO, fsdp, in parts"])
+@pytest.mark.parametrize("name", [*DDP, *FSDP])
 def test_fewer_processes_go_on_from_a_checkpoint_of_more(spread: Spread, name: str) -> None:
     """Within rounding: sums over other numbers of processes round elsewhere."""
     engine = "ddp" if name in DDP else "fsdp"
