@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import trl.generation.vllm_client
 import trl.generation.vllm_generation
-import trl.trainer.grpo_trainer
 from vllm_stand_in import engine, server
 
 VERSION = "0.30.0"
@@ -60,7 +59,9 @@ def install(monkeypatch: pytest.MonkeyPatch, *, is_launched: bool = False) -> No
         monkeypatch.setattr(trl.generation, name, getattr(trl.generation, name))
         monkeypatch.delitem(sys.modules, f"trl.generation.{name}")
     fresh = {name: importlib.import_module(f"trl.generation.{name}") for name in names}
-    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", fresh["vllm_generation"].VLLMGeneration)
+    for name in ("grpo", "rloo", "distillation"):
+        trainers = importlib.import_module(f"trl.trainer.{name}_trainer")
+        monkeypatch.setattr(trainers, "VLLMGeneration", fresh["vllm_generation"].VLLMGeneration)
     # The only thing that is said of the machine: the client refuses to sync from a device without NCCL.
     cuda = SimpleNamespace(device=lambda *_: SimpleNamespace(type="cuda", index=None))
     monkeypatch.setattr(fresh["vllm_client"], "torch", cuda)
