@@ -23,6 +23,7 @@ OPTIMIZER = "subnet_ft/optim/base.py"
 PRIME = "subnet_ft/training/prime/trainer.py"
 PPO = "subnet_ft/training/ppo/trainer.py"
 STEP_BY_STEP = "subnet_ft/training/step_by_step/trainer.py"
+SYNC = "subnet_ft/training/weight_sync/sync.py"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ TAKEN = [
     Taken("torch.optim:Optimizer.add_param_group", "self, param_group", OPTIMIZER),
     Taken("torch.autograd.graph:increment_version", "tensor", OPTIMIZER),
     Taken("torch:Tensor.register_post_accumulate_grad_hook", "self, hook", "subnet_ft/optim/gradients.py"),
+    Taken("trl.generation.vllm_generation:VLLMGeneration._iter_named_params", "self", SYNC),
+    Taken("trl.generation.vllm_client:VLLMClient.update_named_params", "self, metadata, named_params", SYNC),
     Taken("trl:GRPOTrainer._calculate_rewards", "self, inputs, prompts, completions, completion_ids_list", PRIME),
     Taken("trl:GRPOTrainer._generate_and_score_completions", "self, inputs", PRIME),
     Taken("trl.trainer.utils:create_model_from_path", "model_id, architecture=None, ...", PRIME),
