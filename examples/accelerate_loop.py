@@ -6,7 +6,7 @@ import torch
 from _shared import batches, copy_weights, random_mask, report
 from accelerate import Accelerator
 
-from subnet_ft import MaskedAdamW
+from subnet_ft import MaskedAdamW, prepare_ddp
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
 
 
@@ -18,13 +18,8 @@ def main() -> None:
     loader = torch.utils.data.DataLoader(rows, batch_size=2)
 
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
-    optimizer = MaskedAdamW(
-        model.named_parameters(),
-        mask,
-        lr=1e-2,
-        max_grad_norm=None,
-        compact_grads=accelerator.num_processes == 1,  # DDP reduces dense gradients
-    )
+    prepare_ddp(model)  # before `prepare` wraps it: under DDP the optimizer reduces compact gradients
+    optimizer = MaskedAdamW(model.named_parameters(), mask, lr=1e-2, max_grad_norm=None)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     norms = []

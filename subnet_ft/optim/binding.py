@@ -56,7 +56,8 @@ class Binding:
             if parameter not in self.names:
                 raise OptimizerError(
                     f"A parameter of shape {tuple(parameter.shape)} took the place of one that has a name and a mask. "
-                    "Build the optimizer after whatever replaces parameters."
+                    "Build the optimizer after whatever replaces parameters, or call its `rebind` with those of the "
+                    "sharded model."
                 )
 
     def bit_mask(self, parameter: torch.nn.Parameter) -> BitMask:

@@ -12,6 +12,7 @@ from subnet_ft.masks import SubnetMask
 from subnet_ft.optim.binding import Binding
 from subnet_ft.optim.parameters import check_base_weights, check_parameters
 from subnet_ft.optim.processes import num_processes
+from subnet_ft.optim.shards import is_sharded
 
 if TYPE_CHECKING:
     from subnet_ft.optim.base import MaskedBase
@@ -97,6 +98,11 @@ def _check_successor(
     check_base_weights({name: p for name, p in parameters.items() if name in untouched}, new)
     # Under DDP, a tensor that has left a mask keeps its gradient, and may come back.
     entering = [name for name, p in parameters.items() if new.tensors[name].count and not p.requires_grad]
+    if entering and is_sharded(parameters[entering[0]]):
+        raise GradientError(
+            f"`{entering[0]}` had no trainable weight so far, and FSDP2 settles at the first forward pass whose gradients "
+            "it reduces. Start with a mask that trains something in it."
+        )
     if entering and not compact_grads and num_processes() > 1:
         raise GradientError(
             f"`{entering[0]}` had no trainable weight so far, and DDP decides when it wraps a model which gradients "

@@ -15,6 +15,7 @@ from subnet_ft.optim.shards import is_sharded
 from subnet_ft.training.audit import FrozenWeightAudit
 from subnet_ft.training.build_optimizer import build_optimizer
 from subnet_ft.training.checkpoint_mixin import CheckpointMixin
+from subnet_ft.training.free_reference import take_reference_from_policy
 from subnet_ft.training.options import SubnetOptions, check, compacts, is_replicated, loads_later
 from subnet_ft.training.processes_check import check_wrapped
 
@@ -51,6 +52,8 @@ class SubnetTrainerMixin(CheckpointMixin):
         super().__init__(*args, **kwargs)
         options = SubnetOptions(**(subnet_options or {}))
         check(self, subnet_mask, options)
+        if options.free_reference:
+            take_reference_from_policy(self, subnet_mask)
         self._begin_subnet(subnet_mask, options)
 
     def _begin_subnet(self, mask: SubnetMask, options: SubnetOptions) -> None:

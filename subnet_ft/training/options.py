@@ -57,6 +57,9 @@ class SubnetOptions:
     audit_steps: int | None = None
     """Compare the weights outside the mask bit by bit every so many steps, and at the end; `None`: never."""
 
+    free_reference: bool = False
+    """Take the reference model from the policy with its base's values swapped in, instead of holding a second one."""
+
     extras: Mapping[str, Stateful] = field(default_factory=dict)
     """What else is trained beside the model, by name: saved with every checkpoint, and loaded again."""
 

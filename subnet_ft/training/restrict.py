@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from subnet_ft.errors import TrainerError
 from subnet_ft.masks import SubnetMask
+from subnet_ft.training.free_reference import take_reference_from_policy
 from subnet_ft.training.mixin import SubnetTrainerMixin
 from subnet_ft.training.options import Stateful, SubnetOptions, check
 
@@ -27,6 +28,7 @@ def restrict(
     log_norms: bool = False,
     nonfinite: str = "raise",
     audit_steps: int | None = None,
+    free_reference: bool = False,
     extras: Mapping[str, Stateful] | None = None,
 ) -> TrainerT:
     """Make `trainer.train()` train only the weights of `mask`; call it once, on a built trainer that has not started.
@@ -47,6 +49,8 @@ def restrict(
         log_norms: Log `grad_norm_masked` and `grad_norm_full` beside `grad_norm`, under the same condition.
         nonfinite: What a step does with a NaN or infinite gradient: `raise`, `skip` it whole, or `ignore`.
         audit_steps: Compare the weights outside the mask bit by bit every so many steps, and at the end.
+        free_reference: Let the policy with its base's values swapped in be the reference model of DPO, KTO, GRPO, RLOO,
+            PPO and PRIME, to the same bits; the second model that the trainer holds is dropped.
         extras: What else is trained beside the model (a value model, its optimizer), by name: anything with
             `state_dict` and `load_state_dict` that torch loads with `weights_only=True`. Part of every checkpoint.
 
@@ -71,9 +75,12 @@ def restrict(
         log_norms=log_norms,
         nonfinite=nonfinite,
         audit_steps=audit_steps,
+        free_reference=free_reference,
         extras=dict(extras or {}),
     )
     check(trainer, mask, options)
+    if free_reference:
+        take_reference_from_policy(trainer, mask)
     swapped: Any = trainer
     own_class: Any = type(trainer)
     swapped.__class__ = _subnet_class(own_class)

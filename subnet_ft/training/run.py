@@ -30,7 +30,6 @@ from subnet_ft.recipe.schema import MethodSpec
 from subnet_ft.training.adapters import index_nbytes, left_as_built, prompt_texts
 from subnet_ft.training.algorithms import ALGORITHMS, run_config
 from subnet_ft.training.dynamics import DYNAMICS, TrainingDynamics
-from subnet_ft.training.free_reference import take_reference_from_policy
 from subnet_ft.training.launch_check import check_trainer_joined
 from subnet_ft.training.peak_memory import PeakMemory
 from subnet_ft.training.reference import hold_quantized, memory_beside, references
@@ -161,9 +160,6 @@ def train(
         # The bitmaps go with the checkpoints: until then the run may have to resume.
         trainer.add_callback(TrainingDynamics(base, every, file=folder / DYNAMICS, keep_bitmaps=True))
     show_progress(trainer, progress=progress)
-    if recipe.reference.source == "policy" and mask.density < 1.0:
-        # A full run has nothing to spare: every weight would be held. Its losses are the same either way.
-        take_reference_from_policy(trainer, mask)
     restrict(
         trainer,
         mask,
@@ -173,6 +169,8 @@ def train(
         nonfinite=recipe.subnet.optimizer.nonfinite,
         audit_steps=recipe.subnet.audit_steps,
         log_norms=recipe.subnet.log_norms,
+        # A full run has nothing to spare: every weight would be held. Its losses are the same either way.
+        free_reference=recipe.reference.source == "policy" and mask.density < 1.0,
     )
 
     last = _resumes_from(folder / TRAINER)

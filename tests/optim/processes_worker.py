@@ -298,6 +298,27 @@ def load_and_go_on(folder: Path, kind: str, build: Build) -> dict[str, Any]:
     return {"state": same, "weights": same_weights, "from_whole": same_from_whole}
 
 
+def changed_mask() -> dict[str, Any]:
+    """Change the mask of sharded parameters in the middle of training; a frozen tensor may not enter."""
+    way, usual, found = Way("fsdp", build=MaskedAdamW), odd_mask(), {}
+    dense = {name: usual[name] for name in usual.names}
+    without = SubnetMask.from_dense({**dense, "wide.weight": torch.zeros_like(dense["wide.weight"])})
+    entering = SubnetMask.from_dense({**dense, "block.bias": torch.ones_like(dense["block.bias"])})
+    _, wrapped, optimizer = built(way, usual)
+    digests = []
+    for step, mask in enumerate((None, without, None, usual, None)):
+        if mask is not None:
+            optimizer.set_mask(mask)
+        train_step(way, wrapped, optimizer, step)
+        digests.append(weights(wrapped)["wide.weight"].tolist())
+    found["stands still"] = digests[0] == digests[1] == digests[2] != digests[3]
+    try:
+        optimizer.set_mask(entering)
+    except GradientError as error:
+        found["entering"] = str(error)
+    return found
+
+
 def foreign_mask(folder: Path) -> str:
     """Return what is said of another mask."""
     model, _, _ = built(Way("fsdp", build=MaskedAdamW), odd_mask())
@@ -322,6 +343,7 @@ def main() -> None:
     else:
         result["resumed"] = {kind: load_and_go_on(folder, kind, build) for kind, build in kinds.items()}
     result["foreign"] = foreign_mask(folder)
+    result["changed mask"] = changed_mask()
     if size > 1:
         result["refusals"] = refusals()
     (folder / f"result-{size}-{dist.get_rank()}.json").write_text(json.dumps(result))

@@ -35,6 +35,14 @@ def test_the_full_norm_of_sharded_gradients_is_that_of_one_process(runs: Any) ->
     assert min(expected) > 1.5 * max(runs.result(1)["ways"]["fsdp"]["norms"])
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_set_mask_of_sharded_parameters_lets_no_frozen_tensor_enter(runs: Any, size: int) -> None:
+    for rank in range(size):
+        found = runs.result(size, rank)["changed mask"]
+        assert found["stands still"]
+        assert "`block.bias` had no trainable weight so far, and FSDP2 settles" in found["entering"]
+
+
 def test_another_dimension_than_the_first_is_refused(runs: Any) -> None:
     for rank in range(2):
         said = runs.result(2, rank)["refusals"]["second dimension"]

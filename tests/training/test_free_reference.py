@@ -125,7 +125,7 @@ def test_free_reference_serves_evaluations(tmp_path: Path) -> None:
     same(*found)
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["before", "after", "option"])
 def test_take_reference_from_policy_drops_the_second_model(order: str, tmp_path: Path) -> None:
     trainer = trainer_with_reference("GRPO", tmp_path)
     mask = third_of(trainer.model)
@@ -135,7 +135,10 @@ def test_take_reference_from_policy_drops_the_second_model(order: str, tmp_path:
         restrict(trainer, mask)
     gc.disable()  # it does not wait for Python to find the cycle
     try:
-        free = take_reference_from_policy(trainer, mask)
+        if order == "option":
+            free = restrict(trainer, mask, free_reference=True).ref_model
+        else:
+            free = take_reference_from_policy(trainer, mask)
     finally:
         gc.enable()
     assert trainer.ref_model is free
