@@ -24,7 +24,7 @@ from subnet_ft.optim.parameters import NamedParameters, ParameterGroups, check_p
 from subnet_ft.optim.processes import num_processes
 from subnet_ft.optim.reduction import replica_of
 from subnet_ft.optim.saved_state import SavedState
-from subnet_ft.optim.shards import local
+from subnet_ft.optim.shards import is_sharded, local
 from subnet_kernels import BitMask
 
 
@@ -318,4 +318,4 @@ class MaskedBase(GradientNorms, SavedState):
         replica = replica_of(parameter)
         if replica is not None and self.compact_grads:
             return replica.is_kept
-        return self._is_built and num_processes() > 1
+        return self._is_built and (num_processes() > 1 or is_sharded(parameter))

@@ -100,8 +100,8 @@ def _check_successor(
     entering = [name for name, p in parameters.items() if new.tensors[name].count and not p.requires_grad]
     if entering and is_sharded(parameters[entering[0]]):
         raise GradientError(
-            f"`{entering[0]}` had no trainable weight so far, and FSDP2 settles at the first forward pass whose gradients "
-            "it reduces. Start with a mask that trains something in it."
+            f"`{entering[0]}` had no trainable weight so far, and FSDP2 settles at the first forward pass whose "
+            "gradients it reduces. Start with a mask that trains something in it."
         )
     if entering and not compact_grads and num_processes() > 1:
         raise GradientError(
