@@ -188,6 +188,7 @@ class Server:
 def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # an answer of two writes would wait 40 ms for the client's acknowledgement
 
         def do_GET(self) -> None:
             self._answer(lambda path: server.get(path), 0)
