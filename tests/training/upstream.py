@@ -46,6 +46,7 @@ OVERRIDDEN = {
     name: Taken(f"transformers:Trainer.{name}", takes, used_by)
     for name, takes, used_by in (
         ("create_optimizer", "self, model=None", MIXIN),
+        ("create_scheduler", "self, num_training_steps, optimizer=None", MIXIN),
         ("log", "self, logs, start_time=None", MIXIN),
         ("_clip_grad_norm", "self, model", MIXIN),
         ("_get_grad_norm", "self, model, grad_norm=None", MIXIN),
@@ -54,6 +55,7 @@ OVERRIDDEN = {
         ("_get_output_dir", "self, trial", CHECKPOINTS),
         ("_push_from_checkpoint", "self, checkpoint_folder", CHECKPOINTS),
         ("_save_checkpoint", "self, model, trial", CHECKPOINTS),
+        ("_save_optimizer_and_scheduler", "self, output_dir", CHECKPOINTS),
         ("_load_optimizer_and_scheduler", "self, checkpoint", CHECKPOINTS),
         ("_load_from_checkpoint", "self, resume_from_checkpoint, model=None", CHECKPOINTS),
         ("_load_best_model", "self", CHECKPOINTS),
