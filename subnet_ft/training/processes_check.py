@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import is_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
 from subnet_ft.errors import MaskMismatchError, TrainerError
@@ -103,6 +104,15 @@ def _check_fsdp(trainer: Trainer) -> None:
         raise TrainerError(
             "FSDP1 flattens parameters, so no mask finds them. Use FSDP2: `fsdp_version: 2` in accelerate's config, or "
             "`fsdp_config={'version': 2}` in the trainer's arguments."
+        )
+    if trainer.args.save_only_model and "FULL" not in str(plugin.state_dict_type):
+        raise TrainerError(
+            "`save_only_model` with `state_dict_type: SHARDED_STATE_DICT` would save checkpoints without weights. Choose "
+            "FULL_STATE_DICT, or save the optimizer, too."
+        )
+    if is_peft_model(trainer.model):
+        raise TrainerError(
+            "Adapters of PEFT under FSDP2 are not saved as adapters here. Their state is small: train them under DDP."
         )
     policy = plugin.mixed_precision_policy
     wanted = trainer.accelerator.mixed_precision

@@ -17,6 +17,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from small_runs import plain
 
+from subnet_ft.checkpoints.tiny import tiny_model
 from subnet_ft.errors import TrainerError
 from subnet_ft.training import restrict
 from subnet_ft.training.saving import MANIFEST
@@ -147,7 +148,12 @@ def test_foreign_masks_and_mixed_precision_are_refused_in_every_process(spread: 
 
 def stand_in(**changes: Any) -> SimpleNamespace:
     """Return an accelerator in a state that this machine cannot bring about."""
-    plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=None, cpu_ram_efficient_loading=False)
+    plugin = SimpleNamespace(
+        fsdp_version=2,
+        mixed_precision_policy=None,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="StateDictType.FULL_STATE_DICT",
+    )
     state = SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=SimpleNamespace(zero_stage=3))
     known = {"state": state, "mixed_precision": "no", "parallelism_config": None, "distributed_type": "MULTI_CPU"}
     return SimpleNamespace(**{**known, **changes})
@@ -184,6 +190,26 @@ def test_restrict_refuses_fsdp1_and_parallelism_beside_fsdp2(tmp_path: Path) -> 
     trainer.accelerator = stand_in(parallelism_config=SimpleNamespace(tp_size=2, cp_size=1, sp_size=1))
     with pytest.raises(TrainerError, match="`tp_size` is 2"):
         restrict(trainer, mask)
+
+
+def test_restrict_refuses_checkpoints_in_parts_without_weights(tmp_path: Path) -> None:
+    trainer: Any = plain(tmp_path, save_only_model=True)
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator = stand_in()
+    trainer.accelerator.state.fsdp_plugin.state_dict_type = "StateDictType.SHARDED_STATE_DICT"
+    with pytest.raises(TrainerError, match="`save_only_model` with `state_dict_type: SHARDED_STATE_DICT`"):
+        restrict(trainer, random_mask(trainer.model, 0.3))
+
+
+def test_restrict_refuses_adapters_under_fsdp2(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    trainer: Any = plain(tmp_path, model=model)
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator = stand_in()
+    with pytest.raises(TrainerError, match="train them under DDP"):
+        restrict(trainer, random_mask(trainer.model, 0.3))
 
 
 def test_restrict_refuses_a_launcher_whose_fsdp_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
