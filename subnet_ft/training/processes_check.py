@@ -107,8 +107,8 @@ def _check_fsdp(trainer: Trainer) -> None:
         )
     if trainer.args.save_only_model and "FULL" not in str(plugin.state_dict_type):
         raise TrainerError(
-            "`save_only_model` with `state_dict_type: SHARDED_STATE_DICT` would save checkpoints without weights. Choose "
-            "FULL_STATE_DICT, or save the optimizer, too."
+            "`save_only_model` with `state_dict_type: SHARDED_STATE_DICT` would save checkpoints without weights. "
+            "Choose FULL_STATE_DICT, or save the optimizer, too."
         )
     if is_peft_model(trainer.model):
         raise TrainerError(
