@@ -123,6 +123,19 @@ def verify(options: argparse.Namespace, emit: Emit) -> int:
     return FINE if found.is_fine else VERIFICATION_FAILED
 
 
+def to_shira(options: argparse.Namespace, emit: Emit) -> int:
+    """Write a delta as a SHiRA adapter for PEFT."""
+    from subnet_ft.deltas import export_shira
+
+    check_folder(Path(options.output).absolute().parent)
+    folder = export_shira(options.base, options.delta, options.output, mask=_mask(options), pad=options.pad)
+    if options.json:
+        emit(json.dumps({"version": __version__, "folder": str(folder)}))
+    else:
+        emit(f"{folder}: `PeftModel.from_pretrained(base, {str(folder)!r})` loads it")
+    return FINE
+
+
 def _check_output(options: argparse.Namespace) -> None:
     from subnet_ft.deltas.writing import check_writable
 

@@ -226,7 +226,15 @@ def _delta_commands(commands: Any) -> None:
     verify.add_argument("delta", help="a NAME.delta.safetensors file")
     verify.add_argument("tuned", nargs="?", help="what base and delta should make")
     verify.add_argument("--mask", help="the mask file, for a delta without positions")
-    for command in (export, apply, revert, info, diff, compose, verify):
+    shira = _command(
+        delta_commands, deltas.to_shira, "to-shira", "make a SHiRA adapter for PEFT (docs/delta_format.md, Interchange)"
+    )
+    shira.add_argument("base", help="the base that the delta was made for")
+    shira.add_argument("delta", help="a NAME.delta.safetensors file")
+    shira.add_argument("-o", "--output", required=True, metavar="DIR", help="the new folder")
+    shira.add_argument("--pad", action="store_true", help="fill layers up to r (in + out) with unchanged weights")
+    shira.add_argument("--mask", help="the mask file, for a delta without positions")
+    for command in (export, apply, revert, info, diff, compose, verify, shira):
         command.add_argument("--json", action="store_true", help="print one JSON object")
 
 

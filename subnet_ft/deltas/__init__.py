@@ -8,6 +8,7 @@ from subnet_ft.deltas.export import export_delta, masked_delta
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.hot_swap import HotSwap
 from subnet_ft.deltas.in_place import revert_delta
+from subnet_ft.deltas.shira import export_shira
 from subnet_ft.deltas.verify import verify_delta
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "compose_deltas",
     "diff_deltas",
     "export_delta",
+    "export_shira",
     "masked_delta",
     "revert_delta",
     "verify_delta",
