@@ -22,6 +22,7 @@
     ├── TaskError                   (ValueError)    data or rewards that cannot be used
     ├── StageError                  (RuntimeError)  a run folder that cannot be continued
     ├── LaunchError                 (RuntimeError)  processes that cannot work together
+    ├── PlanError                   (ValueError)    a plan that cannot be made as it was asked for
     └── MissingDependencyError      (ImportError)   an optional package that is not installed
 
 A message names the thing, the values and the next step. The command line prints it without a traceback.
@@ -125,6 +126,10 @@ class TaskError(SubnetError, ValueError):
 
 class StageError(SubnetError, RuntimeError):
     """A run folder holds something that the recipe at hand cannot continue."""
+
+
+class PlanError(SubnetError, ValueError):
+    """A plan is asked for with values that it cannot have."""
 
 
 class LaunchError(SubnetError, RuntimeError):

@@ -124,6 +124,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline",
     },
     "bench": {*_WEIGHTS, "training", "environment", "subnet_kernels"},
+    "plan": {*_WEIGHTS, "methods", "tasks", "recipe", "training", "bench", "subnet_kernels"},
     "cli": {
         *_WEIGHTS,
         "processes",
@@ -141,6 +142,7 @@ ARROWS: dict[str, set[str]] = {
         "comparison",
         "studies",
         "bench",
+        "plan",
     },
     "__main__": {"cli"},
     "benchmarks": {"subnet_kernels"},  # kernels/benchmarks, which is not packaged

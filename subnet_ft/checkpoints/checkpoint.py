@@ -45,7 +45,7 @@ class Checkpoint:
 
     def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
         self.name, self.folder, self.revision = name, folder, revision
-        self.config = _load_config(folder)
+        self.config = load_config(folder)
         self._reader = ShardReader(folder)
         self._plan = plan_conversion(self.config, self._reader, folder)
         self.specs = self._plan.specs
@@ -176,7 +176,12 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpo
     return Checkpoint(str(name), folder, commit)
 
 
-def _load_config(folder: Path) -> PretrainedConfig:
+def load_config(folder: Path) -> PretrainedConfig:
+    """Read the config.json of a checkpoint folder, whose weights need not be there.
+
+    Raises:
+        CheckpointError: There is none, it cannot be read, or the model is quantized.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(_without_config(folder))
     from transformers import AutoConfig

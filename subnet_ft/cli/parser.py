@@ -14,6 +14,7 @@ from subnet_ft.cli.machine import bench, densities, env, recipes
 from subnet_ft.cli.making import KINDS, RULES, combine_masks, make_mask
 from subnet_ft.cli.masks import extract_mask, mask_info
 from subnet_ft.cli.overlapping import mask_overlap
+from subnet_ft.cli.planning import add_plan, plan
 from subnet_ft.cli.studying import study
 from subnet_ft.cli.training import run, train
 
@@ -119,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify_command.add_argument("--json", action="store_true", help="print one JSON object")
 
+    add_plan(_command(commands, plan, "plan", "memory, traffic and what fits, from configs alone; no weight is read"))
+
     bench_command = _command(
         commands, bench, "bench", "times and bytes of our kernels beside torch's own, in one table"
     )
@@ -214,7 +217,7 @@ def _delta_commands(commands: Any) -> None:
             "second", help="another one of the same base" + (", or of the first's result" * (both is compose))
         )
     _delta_output(compose)
-    compose.add_argument("--base", help="their base, if not the one that the first names")
+    compose.add_argument("--base", help="their base, if not the folder that the first names")
     compose.add_argument(
         "--on-conflict", choices=["error", "first", "second"], default="error", help="whose value counts"
     )
