@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +57,35 @@ def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
 def weights(folder: Path) -> dict[str, bytes]:
     """Return the weight files and their index, not what waits beside them."""
     return contents(folder, "model*.safetensors") | contents(folder, "model*.json")
+
+
+@contextlib.contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """Check that the block changes, adds and removes no file or folder below `folder`."""
+    before = _tree(folder)
+    yield
+    after = _tree(folder)
+    assert sorted(before) == sorted(after)
+    assert before == after
+
+
+def _tree(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def split(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the outer header of a delta file, and the bytes behind it."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def rewrite(path: Path, header: dict[str, Any] | bytes, payload: bytes) -> None:
+    """Write a file whose SHA-256 is right, whatever else is wrong with it."""
+    text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    digits = json.loads(text)["__metadata__"]["sha256"].encode()
+    zeroed = struct.pack("<Q", len(text)) + text.replace(digits, b"0" * 64) + payload
+    path.write_bytes(zeroed.replace(b"0" * 64, hashlib.sha256(zeroed).hexdigest().encode(), 1))
 
 
 def random_case(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Delta]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from subnet_ft import processes
 from subnet_ft.cli.parser import parse
-from subnet_ft.cli.results import UNEXPECTED, WRONG_INPUT, stdout_for_results
+from subnet_ft.cli.results import UNEXPECTED, WRONG_INPUT, printable, stdout_for_results
 from subnet_ft.cli.studying import study
 from subnet_ft.cli.training import run, train
 from subnet_ft.errors import SubnetError
@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace, who: str) -> tuple[int, BaseException | No
         with stdout_for_results() as emit:
             return options.command(options, emit if processes.is_first() else _drop), None
     except SubnetError as error:
-        sys.stderr.write(f"{who}{error}\n")
+        sys.stderr.write(who + printable(str(error), keep="\n\t") + "\n")
         return WRONG_INPUT, error
     except OSError as error:
         named = f"{error.strerror}: `{error.filename}`" if error.strerror and error.filename else str(error)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subnet_ft import __version__
-from subnet_ft.cli.results import FINE, VERIFICATION_FAILED, Emit, check_folder
+from subnet_ft.cli.results import FINE, VERIFICATION_FAILED, Emit, check_folder, printable
 
 if TYPE_CHECKING:
     from subnet_ft.deltas import DeltaFile
@@ -118,7 +118,8 @@ def verify(options: argparse.Namespace, emit: Emit) -> int:
         }
         for what, wrong in parts.items():
             if wrong is not None:
-                shown = ", ".join(wrong[:_SHOWN]) + (f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")
+                names = printable(", ".join(wrong[:_SHOWN]))
+                shown = names + (f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")
                 emit(f"{what}: {f'{len(wrong)} tensors differ: {shown}' if wrong else 'every fingerprint as recorded'}")
     return FINE if found.is_fine else VERIFICATION_FAILED
 
@@ -159,7 +160,7 @@ def _emit_file(delta: DeltaFile, options: argparse.Namespace, emit: Emit) -> Non
     emit(f"  {nbytes:,} bytes, {figures['bytes_per_parameter']:.3f} per parameter, {figures['encoding']}")
     if figures["mask"] is not None:
         emit(f"  positions in the mask {figures['mask']}")
-    emit(f"  base   {figures['base_digest'][:16]}  {_printable(figures['base'])}")
+    emit(f"  base   {figures['base_digest'][:16]}  {printable(figures['base'])}")
     emit(f"  result {figures['result_digest'][:16]}")
     emit(f"  SHA-256 {figures['sha256']}")
 
@@ -193,8 +194,3 @@ def delta_figures(delta: DeltaFile) -> dict[str, Any]:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "none"
-
-
-def _printable(text: str) -> str:
-    """Keep a stranger's text from steering the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)

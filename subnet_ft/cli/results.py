@@ -32,6 +32,11 @@ def stdout_for_results() -> Iterator[Emit]:
         yield emit
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """Keep a stranger's text, such as the name of a tensor, from steering the terminal; `keep` is left as it is."""
+    return "".join(character if character.isprintable() or character in keep else "?" for character in text)
+
+
 def check_folder(path: Path) -> None:
     """Check that files can be made in a folder, which may not exist yet, before the work whose results it will hold."""
     existing = path.absolute()

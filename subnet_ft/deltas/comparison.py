@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,7 +70,8 @@ def compose_deltas(
     Args:
         first, second: The deltas. Of a chain, the one that belongs to the other's result is the second.
         path: `NAME.delta.safetensors`.
-        base: Their base; the fingerprints of the result come from it. Where `first` says it is when `None`.
+        base: Their base; the fingerprints of the result come from it. When `None`, the folder of the name that `first`
+            gives its base; any other name is a stranger's word, and neither fetched nor imported.
         on_conflict: What happens where both give a weight different values: refuse, or take the value of `first` or
             `second`. In a chain it is always the second's.
         zstd: Compress.
@@ -79,7 +81,7 @@ def compose_deltas(
 
     Raises:
         DeltaMismatchError: The deltas belong to different bases, conflict, or `base` is another model.
-        DeltaError: `on_conflict` is unknown.
+        DeltaError: `on_conflict` is unknown, or `base` is missing.
     """
     if on_conflict not in CONFLICT_POLICIES:
         raise DeltaError(f"`on_conflict` must be one of {', '.join(CONFLICT_POLICIES)}, got {on_conflict!r}.")
@@ -87,7 +89,7 @@ def compose_deltas(
     is_chain = _is_chain(left, right)
     if not is_chain:
         check_one_base(left, right)
-    checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(base or left.base.name)
+    checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(base or _named_folder(left))
     check_fits(left, checkpoint)
     source = {"kind": "compose", "of": [left.base.name, right.base.name], "on_conflict": on_conflict}
     record = ModelRecord(left.base.name, left.base.revision)
@@ -119,6 +121,16 @@ def compose_deltas(
             result = format_fingerprint(after)
             writer.add(name, TensorEntry(entry.shape, entry.dtype, composed.count, entry.base, result), composed)
     return DeltaFile(path)
+
+
+def _named_folder(delta: AnyDelta) -> str:
+    name = delta.base.name
+    if not os.path.isdir(name):
+        raise DeltaError(
+            f"The delta calls its base {name!r}, which is no folder here, and what a delta says is never fetched. Name "
+            "its base (`--base`)."
+        )
+    return name
 
 
 def _is_chain(left: AnyDelta, right: AnyDelta) -> bool:

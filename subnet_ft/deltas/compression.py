@@ -7,6 +7,8 @@ import importlib.util
 from subnet_ft.errors import MissingDependencyError
 
 _LEVEL = 3
+_MOST_PER_BYTE = 1 << 15
+"""What a byte of a frame can stand for: the densest block has 4 bytes, for 2^17 times one byte (RFC 8878, 3.1.1.2)."""
 
 
 def check_zstd(purpose: str) -> None:
@@ -28,10 +30,12 @@ def compress(data: bytes | memoryview) -> bytes:
 
 
 def decompress(frame: bytes, nbytes: int) -> bytearray:
-    """Decode exactly one frame of exactly `nbytes` bytes; nothing is allocated for a frame that states another size.
+    """Decode exactly one frame of exactly `nbytes` bytes.
+
+    Nothing is allocated for a frame that states another size, or more than its own bytes could ever stand for.
 
     Raises:
-        ValueError: The frame is damaged, states another size, or is followed by something.
+        ValueError: The frame is damaged, states another size, is followed by something, or memory does not hold it.
     """
     import zstandard
 
@@ -39,9 +43,13 @@ def decompress(frame: bytes, nbytes: int) -> bytearray:
         stated = zstandard.get_frame_parameters(frame).content_size
         if stated != nbytes:
             raise ValueError(f"it states a size of {stated:,} bytes, expected {nbytes:,}")
+        if nbytes > _MOST_PER_BYTE * len(frame):
+            raise ValueError(f"it states a size of {stated:,} bytes, and its {len(frame):,} cannot stand for as many")
         decoded = zstandard.ZstdDecompressor().decompress(frame, max_output_size=nbytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
+    except MemoryError as error:
+        raise ValueError(f"its {nbytes:,} bytes do not fit into memory") from error
     if len(decoded) != nbytes:
         raise ValueError(f"it holds {len(decoded):,} bytes, expected {nbytes:,}")
     return bytearray(decoded)

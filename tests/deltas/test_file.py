@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from delta_checkpoints import random_case
+from delta_checkpoints import random_case, rewrite, split
 from helpers import same_bits
 from safetensors.torch import load_file
 
@@ -34,20 +33,6 @@ def path(tmp_path: Path) -> Path:
     counts = {seed: [t.count for t in random_case(seed)[2].tensors.values()] for seed in range(100)}
     seed = next(s for s, found in counts.items() if 0 in found and all(count != 1 for count in found) and sum(found))
     return random_case(seed)[2].save(tmp_path / f"d{SUFFIX}")
-
-
-def split(path: Path) -> tuple[dict[str, Any], bytes]:
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def rewrite(path: Path, header: dict[str, Any] | bytes, payload: bytes) -> None:
-    """Write a file whose SHA-256 is right, whatever else is wrong with it."""
-    text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
-    digits = json.loads(text)["__metadata__"]["sha256"].encode()
-    zeroed = struct.pack("<Q", len(text)) + text.replace(digits, b"0" * 64) + payload
-    path.write_bytes(zeroed.replace(b"0" * 64, hashlib.sha256(zeroed).hexdigest().encode(), 1))
 
 
 def round_trip(seed: int, folder: Path) -> None:
