@@ -230,7 +230,8 @@ def _parse(path: Path, metadata: dict[str, str]) -> Header:
             f"`{path}` has version {metadata.get('version')!r}; this release reads version {VERSION}. Update subnet-ft."
         )
     positions, encoding = metadata.get("positions", ""), metadata.get("encoding")
-    if positions != BITMAP and not _SHA256.fullmatch(positions.removeprefix(BY_MASK)):
+    by_mask = positions.startswith(BY_MASK) and _SHA256.fullmatch(positions.removeprefix(BY_MASK))
+    if positions != BITMAP and not by_mask:
         raise DeltaFileError(f"`{path}`: positions {positions!r}; expected {BITMAP!r}, or {BY_MASK!r} and 64 digits.")
     if encoding not in ENCODINGS:
         raise DeltaFileError(f"`{path}`: encoding {encoding!r}; this release reads {' and '.join(ENCODINGS)}.")
