@@ -15,6 +15,7 @@ from subnet_ft.errors import CheckpointError, OptimizerStateError, TrainerError
 from subnet_ft.masks import SubnetMask
 from subnet_ft.optim import MaskedBase
 from subnet_ft.optim.frozen import frozen_fingerprints, weights_digest
+from subnet_ft.training.delta_checkpoints import DeltaCheckpoints, holds_delta
 from subnet_ft.training.mask_schedule import MaskSchedule
 from subnet_ft.training.options import Stateful, SubnetOptions, loads_later
 from subnet_ft.training.resume import newest_complete, problems, read_manifest, replayed, trained_epochs
@@ -53,6 +54,7 @@ class CheckpointMixin(_Base):
 
     _own_model: Any
     _masked: MaskedBase | None
+    _only_delta: DeltaCheckpoints | None
     _staging: Path | None = None
     _finished_epochs = 0
     _start: torch.Tensor
@@ -84,6 +86,11 @@ class CheckpointMixin(_Base):
             OptimizerStateError: It belongs to another mask or another base; the model was not touched.
         """
         self._finished_epochs = 0
+        if self._only_delta is not None and self._callbacks(MaskSchedule):
+            raise TrainerError(
+                "`save_only_delta=True` writes deltas of one mask, and a `MaskSchedule` changes it. Leave one of them "
+                "out."
+            )
         if not resume_from_checkpoint:
             self._start = torch.get_rng_state()
             self._warn_of_earlier_runs()
@@ -108,6 +115,17 @@ class CheckpointMixin(_Base):
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if self._only_delta is None or self._staging is None or output_dir is None:
+            super()._save(output_dir, *args, **kwargs)
+        elif self.args.should_save:
+            folder, model = Path(output_dir), self._own_model
+            folder.mkdir(parents=True, exist_ok=True)
+            self._only_delta.write(model, folder, step=self.state.global_step)
+            for part in (model.config, getattr(model, "generation_config", None), self.processing_class):
+                if part is not None:
+                    part.save_pretrained(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # pushed once it is in its place
@@ -138,7 +156,12 @@ class CheckpointMixin(_Base):
                 self.state.best_model_checkpoint = str(run_folder / name)
                 self.state.save_to_json(str(written / "trainer_state.json"))
             publish(written, run_folder / name, facts)
-            rotate(run_folder, limit=self.args.save_total_limit, best=self.state.best_model_checkpoint)
+            rotate(
+                run_folder,
+                limit=self.args.save_total_limit,
+                best=self.state.best_model_checkpoint,
+                max_bytes=self.subnet_options.save_total_bytes,
+            )
             clear_staging(run_folder)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(run_folder / name))
@@ -212,6 +235,8 @@ class CheckpointMixin(_Base):
                     "checkpoint at whose step all completions are used up."
                 )
             logger.warning("%s: not with the bits of a run that was not interrupted", counts)
+        if self._only_delta is not None and holds_delta(checkpoint):
+            self._only_delta.check_base(checkpoint)
         # Weights that this process trained under later masks are no longer the base's.
         if self._masked is not None and self._masked.mask.fingerprint != mask.fingerprint:
             return
@@ -230,7 +255,7 @@ class CheckpointMixin(_Base):
         checkpoint = Path(resume_from_checkpoint)
         if is_in_parts(checkpoint):  # loaded with the optimizer's state
             return
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or holds_delta(checkpoint):
             load_model_weights(self._own_model, checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
@@ -238,7 +263,7 @@ class CheckpointMixin(_Base):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if best is not None and (self.is_fsdp_enabled or is_in_parts(Path(best))):
+        if best is not None and (self.is_fsdp_enabled or is_in_parts(Path(best)) or holds_delta(Path(best))):
             load_model_weights(self._own_model, Path(best))
         else:
             super()._load_best_model()
@@ -254,6 +279,11 @@ class CheckpointMixin(_Base):
         expected = read_manifest(checkpoint, is_whole=True)["weights"]
         if weights_digest(self._own_model) == expected:
             return
+        if holds_delta(checkpoint):
+            raise CheckpointError(
+                f"The delta of `{checkpoint}` does not give back the weights that were saved: outside its values the "
+                "model is not the base that it was made from. Load that base before `restrict`."
+            )
         lost = CheckpointError(
             f"Loading `{checkpoint}` does not give back the weights that it was saved with. The model's "
             "`save_pretrained` leaves some of them out; restrict the trainer to a mask of those that it saves."

@@ -15,6 +15,7 @@ from subnet_ft.optim.shards import is_sharded
 from subnet_ft.training.audit import FrozenWeightAudit
 from subnet_ft.training.build_optimizer import build_optimizer
 from subnet_ft.training.checkpoint_mixin import CheckpointMixin
+from subnet_ft.training.delta_checkpoints import DeltaCheckpoints
 from subnet_ft.training.free_reference import take_reference_from_policy
 from subnet_ft.training.options import SubnetOptions, check, compacts, is_replicated, loads_later
 from subnet_ft.training.processes_check import check_wrapped
@@ -62,6 +63,7 @@ class SubnetTrainerMixin(CheckpointMixin):
         self.subnet_options = options
         self._own_model = self.model
         self._masked = None
+        self._only_delta = DeltaCheckpoints(self._own_model, mask) if options.save_only_delta else None
         if options.audit_steps is not None:
             self.add_callback(FrozenWeightAudit(options.audit_steps))
 

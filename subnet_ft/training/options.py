@@ -15,6 +15,7 @@ from subnet_ft.optim import MaskedAdamW, MaskedBase, MaskedSGD
 from subnet_ft.optim.clipping import CLIP_NORMS, NONFINITE
 from subnet_ft.optim.elementwise import check_elementwise
 from subnet_ft.optim.masters import check_master
+from subnet_ft.training.delta_checkpoints import check_only_delta
 from subnet_ft.training.processes_check import check_one_mask, check_processes
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ class SubnetOptions:
     free_reference: bool = False
     """Take the reference model from the policy with its base's values swapped in, instead of holding a second one."""
 
+    save_only_delta: bool = False
+    """Let checkpoints hold a delta of the base, `model.delta.safetensors`, instead of the dense weights."""
+
+    save_total_bytes: int | None = None
+    """Keep as many checkpoints as fit into so many bytes; the newest and the best one stay. `None`: do not look."""
+
     extras: Mapping[str, Stateful] = field(default_factory=dict)
     """What else is trained beside the model, by name: saved with every checkpoint, and loaded again."""
 
@@ -74,6 +81,8 @@ def check(trainer: Trainer, mask: SubnetMask, options: SubnetOptions) -> None:
     """
     _check_trainer(trainer)
     _check_options(trainer, options)
+    if options.save_only_delta:
+        check_only_delta(trainer)
     check_one_mask(mask)
     model: Any = trainer.model
     if loads_later(trainer):
@@ -98,6 +107,8 @@ def _check_options(trainer: Trainer, options: SubnetOptions) -> None:
         raise ValueError(f"`nonfinite` must be one of {', '.join(NONFINITE)}, got {options.nonfinite!r}")
     if options.audit_steps is not None and options.audit_steps < 1:
         raise ValueError(f"`audit_steps` must be >= 1, or None for no audits, got {options.audit_steps}")
+    if options.save_total_bytes is not None and options.save_total_bytes < 1:
+        raise ValueError(f"`save_total_bytes` must be >= 1, or None for no limit, got {options.save_total_bytes}")
     optimizer_cls, keywords = wanted_optimizer(trainer)
     if options.master != "fp32" and kernel_of(optimizer_cls, keywords) is None:
         raise TrainerError(

@@ -29,6 +29,8 @@ def restrict(
     nonfinite: str = "raise",
     audit_steps: int | None = None,
     free_reference: bool = False,
+    save_only_delta: bool = False,
+    save_total_bytes: int | None = None,
     extras: Mapping[str, Stateful] | None = None,
 ) -> TrainerT:
     """Make `trainer.train()` train only the weights of `mask`; call it once, on a built trainer that has not started.
@@ -51,6 +53,9 @@ def restrict(
         audit_steps: Compare the weights outside the mask bit by bit every so many steps, and at the end.
         free_reference: Let the policy with its base's values swapped in be the reference model of DPO, KTO, GRPO, RLOO,
             PPO and PRIME, to the same bits; the second model that the trainer holds is dropped.
+        save_only_delta: Let checkpoints hold `model.delta.safetensors`, a delta of the base, instead of dense weights.
+        save_total_bytes: Keep as many checkpoints as fit into so many bytes, beside `save_total_limit`: the oldest go
+            first, the newest and the best one stay.
         extras: What else is trained beside the model (a value model, its optimizer), by name: anything with
             `state_dict` and `load_state_dict` that torch loads with `weights_only=True`. Part of every checkpoint.
 
@@ -76,6 +81,8 @@ def restrict(
         nonfinite=nonfinite,
         audit_steps=audit_steps,
         free_reference=free_reference,
+        save_only_delta=save_only_delta,
+        save_total_bytes=save_total_bytes,
         extras=dict(extras or {}),
     )
     check(trainer, mask, options)

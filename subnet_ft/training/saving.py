@@ -85,17 +85,35 @@ def _set_aside(checkpoint: Path) -> Path:
     return discarded
 
 
-def rotate(run_folder: Path, *, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `save_total_limit`; the newest and the best one stay."""
+def rotate(run_folder: Path, *, limit: int | None, best: str | None, max_bytes: int | None = None) -> None:
+    """Remove the oldest checkpoints beyond `save_total_limit` and `save_total_bytes`; the newest and the best one stay.
+
+    Args:
+        run_folder: Where the checkpoints are.
+        limit: How many may stay; `None` and numbers below 1: all.
+        best: Path of the best one so far.
+        max_bytes: How many bytes all that stay may take.
+    """
     from transformers.trainer_utils import sort_checkpoints
 
-    if limit is None or limit <= 0:
+    limit = None if limit is None or limit <= 0 else limit
+    if limit is None and max_bytes is None:
         return
     checkpoints = [Path(path) for path in sort_checkpoints(str(run_folder), use_mtime=True)]
     kept = {*checkpoints[-1:], *([Path(best)] if best is not None else [])}
-    surplus = len(checkpoints) - max(limit, len(kept))
-    for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
+    sizes = {path: size_of(path) for path in checkpoints} if max_bytes is not None else {}
+    count, total = len(checkpoints), sum(sizes.values())
+    for checkpoint in [path for path in checkpoints if path not in kept]:
+        too_many = limit is not None and count > limit
+        if not too_many and (max_bytes is None or total <= max_bytes):
+            break
         remove(checkpoint)
+        count, total = count - 1, total - sizes.get(checkpoint, 0)
+
+
+def size_of(folder: Path) -> int:
+    """Return how many bytes the files of a folder have."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _sync(path: Path) -> None:

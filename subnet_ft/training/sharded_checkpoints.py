@@ -14,6 +14,7 @@ from subnet_ft.masks import by_canonical_name
 from subnet_ft.optim import full_state_dict, load_sharded, save_sharded
 from subnet_ft.optim.sharded_state import FACTS, load_sharded_weights
 from subnet_ft.optim.shards import is_sharded, local_flat, part_of
+from subnet_ft.training.delta_checkpoints import holds_delta, load_delta
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,9 @@ def load_model_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """
     if is_in_parts(checkpoint):
         load_sharded_weights(model, checkpoint / SHARDED)
+        return
+    if holds_delta(checkpoint):
+        load_delta(model, checkpoint)
         return
     parameters = by_canonical_name(model.named_parameters())
     left = set(parameters)
