@@ -6,12 +6,13 @@ Usage: scripts/measure_plan.py RECIPE [key=value ...] [--methods full,subnet,lor
 Persistent bytes come from the ledger of the run, which counts tensors. Temporaries are every storage that torch
 allocates during the second step, from the operation that makes it until it is freed: what TRL's head allocates is
 `logits`, what has the shape of a trained matrix is `dense gradients`, the rest is `activations`. Runs on the CPU. The
-mask is uniformly random.
+mask is uniformly random, and sequences are planned as long as those of the measured batch were.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -27,10 +28,12 @@ from subnet_ft.pipeline import Pipeline, load_checked_recipe
 from subnet_ft.plan.build import plan_row
 from subnet_ft.plan.rank import Phase
 from subnet_ft.plan.request import Request
+from subnet_ft.plan.setting import setting_of
 from subnet_ft.plan.temporaries import GRADIENT, owner_of
 
 _HEAD = ("trl.kernels.chunked_logprob",)
 _OURS = ("subnet_ft.optim", "subnet_kernels")
+_SAMPLER = ("transformers.generation",)
 LOGITS, OPTIMIZER, SAMPLING = "logits", "optimizer", "sampling"
 
 
@@ -63,16 +66,27 @@ def compare(recipe_name: str, overrides: Sequence[str], *, method: str, density:
             f"subnet.source={{kind: uniform, density: {density}}}", "training.logging_steps=1",
         ]  # fmt: skip
         recipe = load_checked_recipe(recipe_name, [*overrides, *fixed])
-        row = plan_row(recipe, Request(device="cpu", density=density), method, "none")
-        assert row.memory is not None
         measured, phases = _measure(recipe)
+    request = Request(device="cpu", density=density)
+    generation = setting_of(recipe, request, method).generation
+    planned_sequences = setting_of(recipe, request, method).sequences
+    if phases["sequences"] != planned_sequences:
+        raise SystemExit(
+            f"The measured batch has {phases['sequences']} sequences, and a whole one {planned_sequences}. Give the "
+            "recipe more data, such as task.pairs.num_prompts=200."
+        )
+    length = phases["tokens"] if generation is None else phases["tokens"] - generation.new
+    request = dataclasses.replace(request, **{"tokens" if generation is None else "prompt_tokens": length})
+    row = plan_row(recipe, request, method, "none")
+    assert row.memory is not None
     planned = {part.name: part.nbytes for part in row.memory.persistent}
     rows = [(name, planned.get(name, 0), measured.get(name.replace(" ", "_"), 0)) for name in planned]
     counted = [name.replace(" ", "_") for name in planned]
     rows.append(("persistent", sum(planned.values()), sum(measured.get(name, 0) for name in counted)))
     of = {phase.name: phase for phase in row.memory.phases}
+    if recipe.algorithm not in ("ppo", "prime"):  # these keep activations of a second model, too
+        rows.append(("activations kept for backward", _part(of["head"], "activations"), phases["saved"]))
     rows += [
-        ("activations kept for backward", _part(of["head"], "activations"), phases["saved"]),
         ("logits", _part(of["head"], "logits"), phases[LOGITS]),
         ("temporaries at the peak", max(of["head"].nbytes, of["backward"].nbytes), phases["peak"]),
     ]
@@ -113,6 +127,12 @@ def _watch(trainer: Any, found: dict[str, int]) -> None:
     prepare, compute, training_step = trainer._prepare_inputs, trainer.compute_loss, trainer.training_step
     steps = 0
 
+    def count_tokens(module: torch.nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            found["sequences"], found["tokens"] = args[0].shape
+
+    trainer.model.get_input_embeddings().register_forward_pre_hook(count_tokens)
+
     def tracked_step(*args: Any, **options: Any) -> Any:
         nonlocal steps
         steps += 1
@@ -134,7 +154,7 @@ def _watch(trainer: Any, found: dict[str, int]) -> None:
         with patched, tracker:
             loss = training_step(*args, **options)
         before, during = tracker.peaks()
-        found[SAMPLING] = before.total
+        found[SAMPLING] = before.highest.get(SAMPLING, 0)
         found[LOGITS] = during.highest.get(LOGITS, 0)
         found["peak"] = during.total
         return loss
@@ -151,6 +171,8 @@ def _where() -> str | None:
             return LOGITS
         if name.startswith(_OURS):
             return OPTIMIZER
+        if name.startswith(_SAMPLER):
+            return SAMPLING
     return None
 
 

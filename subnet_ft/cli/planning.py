@@ -33,6 +33,7 @@ def plan(options: argparse.Namespace, emit: Emit) -> int:
         density=options.density,
         mask=None if options.mask is None else Path(options.mask),
         prompt_tokens=options.prompt_tokens,
+        tokens=options.tokens,
         device=options.device,
     )
 
@@ -81,6 +82,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--density", type=float, metavar="D", help="of the mask, if the recipe does not say it")
     parser.add_argument("--mask", metavar="FILE", help="or the mask itself, NAME.subnet.safetensors")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of the longest prompt")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of the longest sequence of data that are read")
     parser.add_argument("--device", default="cuda", help="cuda (the default) or cpu")
     parser.add_argument("--sizes", action="store_true", help="the table of 1.5B to 70B on 1 to 64 GPUs, no recipe")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

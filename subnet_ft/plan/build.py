@@ -14,7 +14,7 @@ from subnet_ft.plan.request import ASSUMED_DENSITY, Request
 from subnet_ft.plan.setting import Setting, setting_of
 from subnet_ft.plan.shapes import ModelShapes, read_shapes
 from subnet_ft.plan.traffic import Traffic, traffic_of
-from subnet_ft.plan.trained import Trained, adapted, fully, of_density, of_mask
+from subnet_ft.plan.trained import Trained, adapted, fully, of_density, of_mask, with_value_head
 from subnet_ft.recipe.algorithms import ALGORITHMS
 from subnet_ft.recipe.methods import METHODS
 from subnet_ft.recipe.schema import MethodSpec
@@ -126,6 +126,8 @@ def make_plan(load: Load, request: Request, overrides: Sequence[str] = ()) -> Pl
             f"{RESERVED_BYTES / 1e9:g} GB of a GPU for its context and libraries, and {RESERVED_SHARE:.0%} of it for "
             "what the allocator cannot use."
         )
+    elif setting.generation is not None and setting.generation.engine == "colocate":
+        assumptions.append("Nothing for vLLM beside the trainer: it takes a share of --memory, which is not given.")
     if any(row.sharding.startswith("fsdp2") for row in rows):
         assumptions.append("Under FSDP2 a mask's weights lie evenly over the rows of every tensor.")
     return Plan(recipe, request, shapes, setting, density, source, tuple(rows), tuple(assumptions))
@@ -250,7 +252,8 @@ def _teacher(recipe: Recipe, setting: Setting) -> ModelShapes | None:
 def _beside(shapes: ModelShapes, trained: Trained, setting: Setting) -> Trained | None:
     if setting.beside is None:
         return None
-    return trained if setting.beside_trains == "subnet" and trained.method == "subnet" else fully(shapes)
+    own = trained if setting.beside_trains == "subnet" and trained.method == "subnet" else fully(shapes)
+    return with_value_head(own, shapes) if setting.beside == "value_model" else own
 
 
 def _classical(memory: RankMemory, trained: Trained, world: int) -> RankMemory:

@@ -38,7 +38,9 @@ def ledger(
         "gradients": sum(4 * tensor.count for tensor in trained),
         "moments": _moments(trained, optimizer.name),
         "masters": sum(_master_bytes(tensor, kind) for tensor in trained),
-        "mask": sum(mask_bytes(tensor.num_elements, device=device) for tensor in trained),
+        "mask": sum(mask_bytes(tensor.num_elements, device=device) for tensor in trained)
+        # Optimizers that we wrap have no kernel of ours.
+        + (0 if optimizer.name == "adamw_8bit" else sum(_table(tensor, device) for tensor in trained)),
     }
 
 
@@ -47,9 +49,7 @@ def mask_bytes(num_elements: int, *, device: str) -> int:
     tiles = -(-num_elements // TILE_SIZE)
     bits = -(-num_elements // 8)
     if device == "cuda":
-        bits = tiles * TILE_SIZE // 8 + tiles * _STEP_TABLE
-    else:
-        bits += _STEP_ROW
+        bits = tiles * TILE_SIZE // 8
     return bits + 4 * tiles + 8 * max(1, -(-tiles // SEGMENT_TILES))
 
 
@@ -79,6 +79,11 @@ def reference_bytes(
         values = sum(tensor.count * tensor.dtype.itemsize for tensor in of_mask)
         return values + sum(mask_bytes(tensor.num_elements, device=device) for tensor in of_mask)
     return sum(_held(tensor, quantization if tensor.name in linears else None) for tensor in tensors)
+
+
+def _table(tensor: PlannedTensor, device: str) -> int:
+    """Count the bytes that a step's kernel keeps of a mask."""
+    return _STEP_TABLE * -(-tensor.num_elements // TILE_SIZE) if device == "cuda" else _STEP_ROW
 
 
 def _held(tensor: PlannedTensor, quantization: str | None) -> int:

@@ -19,10 +19,14 @@ LOOKED_AT = 500
 """Training prompts that are counted; the longest of all may be a few tokens longer."""
 
 
-def longest_prompt(recipe: Recipe) -> int | None:
+def longest_prompt(recipe: Recipe, *, with_answer: bool = False) -> int | None:
     """Count the tokens of the longest of the first training prompts; `None` where they are not at hand.
 
     They are for procedural tasks, whose prompts are made, and for models whose tokenizer is a local file.
+
+    Args:
+        recipe: The recipe.
+        with_answer: Count the reference answer behind it, too, and the token that ends it.
     """
     if recipe.task.name == "dataset":
         return None
@@ -33,8 +37,10 @@ def longest_prompt(recipe: Recipe) -> int | None:
         task = load_task(recipe.task, seed=recipe.seed)
     except MissingDependencyError:
         return None
-    prompts = [example.prompt for example in task.train[:LOOKED_AT]]
-    return max(len(_ids(tokenizer, prompt)) for prompt in prompts)
+    return max(
+        len(_ids(tokenizer, example.prompt)) + (len(_ids(tokenizer, example.answer)) + 1 if with_answer else 0)
+        for example in task.train[:LOOKED_AT]
+    )
 
 
 def _ids(tokenizer: Any, prompt: Any) -> list[int]:

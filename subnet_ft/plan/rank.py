@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from subnet_ft.plan.head import Head, fused_head, no_head, whole_head
 from subnet_ft.plan.persistent import ledger, reference_bytes
-from subnet_ft.plan.setting import Setting
+from subnet_ft.plan.setting import Generation, Setting
 from subnet_ft.plan.shapes import ModelShapes
 from subnet_ft.plan.temporaries import prefill, training_pass
 from subnet_ft.plan.trained import PlannedTensor, Trained
@@ -121,12 +121,15 @@ def rank_memory(
         counted[setting.beside.replace("_", " ")] = value.pop("weights")
         counted[f"{setting.beside.split('_')[0]} optimizer"] = sum(value.values())
     persistent = [Part(name, size, is_exact=True) for name, size in counted.items() if size]
-    phases = _phases(shapes, trained, setting, device=device, beside=beside, gpu_bytes=gpu_bytes)
+    engine = _engine_bytes(setting, gpu_bytes)
+    phases = _phases(shapes, trained, setting, device=device, beside=beside)
     host: tuple[Part, ...] = ()
     if parts > 1:
         phases = _gathered(phases, shapes, trained, setting)
     if sharding == "fsdp2_offload":
         host, persistent = tuple(persistent), []
+    if engine:
+        persistent.append(Part("vLLM beside the trainer", engine, is_exact=True))
     return RankMemory(tuple(persistent), tuple(phases), host)
 
 
@@ -165,7 +168,6 @@ def _phases(
     *,
     device: str,
     beside: Trained | None,
-    gpu_bytes: int | None,
 ) -> list[Phase]:
     policy = training_pass(
         trained, setting.sequences, setting.length, activation_checkpointing=setting.activation_checkpointing
@@ -175,7 +177,10 @@ def _phases(
         other = training_pass(
             beside, setting.sequences, setting.length, activation_checkpointing=setting.activation_checkpointing
         )
-    waiting = 0 if other is None or setting.beside != "value_model" else other.saved
+    peak = policy.peak
+    if other is not None and setting.beside == "value_model":
+        # One backward pass serves both: it goes through the value model first, while the policy waits.
+        peak = max(peak, policy.saved + other.peak)
     head = head_of(shapes, trained, setting, device=device)
     kept = head.kept_gradient if shapes.is_tied else 0
     embedding = 3 * head.kept_gradient if shapes.is_tied else 0  # the head's gradient, the input's, and their sum
@@ -183,7 +188,7 @@ def _phases(
         Phase(
             "head",
             (
-                _estimate("activations", policy.saved + waiting),
+                _estimate("activations", policy.saved),
                 _estimate("logits", head.logits),
                 _estimate("dense gradients", head.gradient),
             ),
@@ -191,8 +196,8 @@ def _phases(
         Phase(
             "backward",
             (
-                _estimate("activations", policy.peak + waiting),
-                _estimate("dense gradients", max(kept + policy.total - policy.peak, embedding - policy.peak)),
+                _estimate("activations", peak),
+                _estimate("dense gradients", max(kept + policy.total - policy.peak, embedding - peak)),
             ),
         ),
     ]
@@ -209,8 +214,8 @@ def _phases(
                 ),
             )
         )
-    if setting.generation is not None:
-        phases += _generation(shapes, trained, setting, gpu_bytes)
+    if setting.generation is not None and setting.generation.engine == "trainer":
+        phases.append(_sampling(shapes, trained, setting.generation))
     return phases
 
 
@@ -226,29 +231,26 @@ def head_of(shapes: ModelShapes, trained: Trained, setting: Setting, *, device: 
     return fused_head(shapes, positions, is_trained=is_trained, device=device, models=models)
 
 
-def _generation(shapes: ModelShapes, trained: Trained, setting: Setting, gpu_bytes: int | None) -> list[Phase]:
-    generation = setting.generation
-    assert generation is not None
-    if generation.engine == "server":
-        return []
-    if generation.engine == "colocate":
-        if gpu_bytes is None:
-            return []
-        return [Phase("sampling", (_estimate("vLLM beside it", int(generation.engine_share * gpu_bytes)),))]
+def _engine_bytes(setting: Setting, gpu_bytes: int | None) -> int:
+    """Count what vLLM takes for itself on a GPU that it shares with the trainer: all the time, unless it sleeps."""
+    if setting.generation is None or setting.generation.engine != "colocate" or gpu_bytes is None:
+        return 0
+    return round(setting.generation.engine_share * gpu_bytes)
+
+
+def _sampling(shapes: ModelShapes, trained: Trained, generation: Generation) -> Phase:
     first = prefill(trained, generation.sequences, generation.prompt)
     cache = first.cache * (generation.prompt + generation.new) // generation.prompt
     layers = max(len(shapes.layers), 1)
     sampled = generation.sequences * shapes.vocabulary * (shapes.dtype.itemsize + _SAMPLING_COPIES)
-    # While a layer's keys and values grow by a token, the old ones are there, too.
-    return [
-        Phase(
-            "sampling",
-            (
-                _estimate("keys and values", cache + cache // layers),
-                _estimate("logits", max(sampled, first.peak - first.cache)),
-            ),
-        )
-    ]
+    return Phase(
+        "sampling",
+        (
+            # While a layer's keys and values grow by a token, the old ones are there, too.
+            _estimate("keys and values", cache + cache // layers),
+            _estimate("logits", max(sampled, first.peak - first.cache)),
+        ),
+    )
 
 
 def _gathered(phases: Sequence[Phase], shapes: ModelShapes, trained: Trained, setting: Setting) -> list[Phase]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from subnet_ft.errors import PlanError
 from subnet_ft.recipe.methods import METHODS
 
-PLANNED = ("full", "subnet", "lora", "dora", "eva", "ia3", "shira")
+PLANNED = ("full", "subnet", "lora", "dora", "eva", "ia3")
 """Methods whose weights, state and activations follow from configs as they are planned here."""
 
 SHARDINGS = ("none", "ddp", "fsdp2", "fsdp2_offload")
@@ -32,6 +32,7 @@ class Request:
         density: Of the subnetwork's mask, in (0, 1]; `None`: as the recipe or the mask file says.
         mask: A mask file, which says how many weights of every tensor are trained.
         prompt_tokens: Tokens of the longest prompt; `None`: counted where the recipe's prompts are at hand.
+        tokens: Tokens of the longest sequence that is trained on; `None`: from prompts and the recipe's limits.
         device: What trains: `cuda`, or `cpu`, whose attention and head take more temporaries.
 
     Raises:
@@ -45,6 +46,7 @@ class Request:
     density: float | None = None
     mask: Path | None = None
     prompt_tokens: int | None = None
+    tokens: int | None = None
     device: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -63,8 +65,9 @@ class Request:
             raise PlanError(f"--density lies in (0, 1], got {self.density}. 1 is the full run.")
         if self.density is not None and self.mask is not None:
             raise PlanError("--density and --mask both say how many weights are trained. Leave out one of them.")
-        if self.prompt_tokens is not None and self.prompt_tokens < 1:
-            raise PlanError(f"--prompt-tokens must be at least 1, got {self.prompt_tokens}.")
+        for option, number in (("--prompt-tokens", self.prompt_tokens), ("--tokens", self.tokens)):
+            if number is not None and number < 1:
+                raise PlanError(f"{option} must be at least 1, got {number}.")
         if self.device not in DEVICES:
             raise PlanError(f"`{self.device}` is no device to plan for; choose among {', '.join(DEVICES)}.")
 

@@ -165,15 +165,19 @@ def _prompt(recipe: Recipe, request: Request, assumptions: list[str]) -> int:
 
 def _length(recipe: Recipe, args: Any, request: Request, assumptions: list[str]) -> int:
     longest = getattr(args, "max_length", None)
-    pairs = recipe.task.pairs
-    if pairs is not None and ALGORITHMS[recipe.algorithm].learns_from in ("preferences", "labelled", "samples"):
+    if request.tokens is not None:
+        return request.tokens
+    pairs, learns_from = recipe.task.pairs, ALGORITHMS[recipe.algorithm].learns_from
+    if learns_from == "demonstrations" and (counted := longest_prompt(recipe, with_answer=True)) is not None:
+        return counted if longest is None else min(counted, int(longest))
+    if pairs is not None and learns_from in ("preferences", "labelled", "samples"):
         length = _prompt(recipe, request, assumptions) + pairs.max_new_tokens
         return length if longest is None else min(length, int(longest))
     if longest is None:
-        assumptions.append(f"Sequences of {ASSUMED_LENGTH} tokens: `training.max_length` is not set.")
+        assumptions.append(f"Sequences of {ASSUMED_LENGTH} tokens: `training.max_length` is not set. Say --tokens N.")
         return ASSUMED_LENGTH
     assumptions.append(
         f"Every sequence as long as `training.max_length` allows, {longest} tokens: how long the data are is not read "
-        "for a plan."
+        "for a plan. Say --tokens N."
     )
     return int(longest)

@@ -128,6 +128,19 @@ def of_mask(shapes: ModelShapes, mask: SubnetMask) -> Trained:
     return masked(shapes, "subnet", {name: tensor.count for name, tensor in mask.tensors.items()})
 
 
+@functools.lru_cache(maxsize=32)
+def with_value_head(trained: Trained, shapes: ModelShapes) -> Trained:
+    """Return PPO's value model on a model: without an output embedding of its own, with a linear head in float32."""
+    import torch
+
+    backbone = [tensor for tensor in trained.tensors if tensor.name != shapes.head or shapes.is_tied]
+    head = [
+        PlannedTensor("score.weight", (1, shapes.width), torch.float32, shapes.width),
+        PlannedTensor("score.bias", (1,), torch.float32, 1),
+    ]
+    return Trained(trained.method, (*backbone, *head), trained.build)
+
+
 def adapted(shapes: ModelShapes, method: str, config: Mapping[str, Any]) -> Trained:
     """Return a model with an adapter.
 
