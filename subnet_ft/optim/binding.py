@@ -87,7 +87,7 @@ class Binding:
         parameter = next(parameter for parameter, other in self.names.items() if other == name)
         part, tensor, held = self.parts[parameter], self._mask.tensors[name], self.bit_mask(parameter)
         start = 0 if part.group is None else count_before(tensor.bits, part.start)
-        return CompactRange(start, held.count, tensor.count, held.device, part.group)
+        return CompactRange(start, held.count, tensor.count, held.device, part.group, part.device)
 
 
 def set_requires_grad(found: Iterable[tuple[torch.nn.Parameter, bool]]) -> None:

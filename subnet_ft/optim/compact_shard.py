@@ -21,6 +21,7 @@ class CompactRange:
         count: K.
         device: Where they lie.
         group: The processes that hold the others; `None` where this one holds all.
+        exchange: Where tensors must lie that those processes exchange.
     """
 
     start: int
@@ -28,6 +29,7 @@ class CompactRange:
     count: int
     device: torch.device
     group: dist.ProcessGroup | None
+    exchange: torch.device | None = None
 
 
 class CompactShard(torch.Tensor):
@@ -87,18 +89,25 @@ class CompactShard(torch.Tensor):
             raise ValueError(f"`{index.fqn}` begins at {self.start} in this process, not at {tuple(index.offset)}")
         return self.values
 
-    def whole(self, group: dist.ProcessGroup) -> torch.Tensor:
-        """Return all K values on the CPU, from the processes of a group, which call it together."""
-        sizes = [torch.zeros(2, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
-        device = self.values.device
+    def whole(self, held: CompactRange, *, keep: bool = True) -> torch.Tensor | None:
+        """Return all K values on the CPU, from the processes that hold them, which call it together.
+
+        Args:
+            held: The range of this process.
+            keep: Whether this process wants them; `None` is returned where it does not.
+        """
+        assert held.group is not None  # what one process holds is whole
+        device = held.exchange
         own = torch.tensor([self.start, self.values.numel()], device=device)
-        sizes = [size.to(device) for size in sizes]
-        dist.all_gather(sizes, own, group=group)
+        sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(held.group))]
+        dist.all_gather(sizes, own, group=held.group)
         ranges = [(int(size[0]), int(size[1])) for size in sizes]
         longest = max(length for _, length in ranges)
-        padded = torch.nn.functional.pad(self.values, (0, longest - self.values.numel()))
+        padded = torch.nn.functional.pad(self.values.to(device), (0, longest - self.values.numel()))
         parts = [torch.empty_like(padded) for _ in ranges]
-        dist.all_gather(parts, padded, group=group)
+        dist.all_gather(parts, padded, group=held.group)
+        if not keep:
+            return None
         found = torch.empty(self.count, dtype=self.values.dtype)
         for part, (start, length) in zip(parts, ranges, strict=True):
             found[start : start + length] = part[:length].cpu()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,11 @@ from subnet_ft.optim.fingerprints import fingerprints
 from subnet_ft.optim.gradients import CompactGradients
 from subnet_ft.optim.owners import owners_of
 from subnet_ft.optim.processes import communication_device, num_processes
-from subnet_ft.optim.reduction import Replica, mark
-from subnet_ft.optim.shards import is_sharded
+from subnet_ft.optim.reduction import Replica, mark, unmark
+from subnet_ft.optim.shards import is_sharded, replica_groups
 
 _COMPILED = "_orig_mod."
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def prepare_ddp(
@@ -27,7 +29,7 @@ def prepare_ddp(
     DDP reduces dense gradients, of all N weights. A masked optimizer with compact gradients reduces the K values of the
     mask instead, in one all-reduce per step, whichever comes first, optimizer or DDP. DDP insists on a tensor of its
     own that gets a gradient in every step: it keeps one small one. Weights of the processes are made those of the first
-    one, as DDP does. Buffers stay with DDP.
+    one, as DDP does. Buffers stay with DDP. The optimizer's `release()` undoes it.
 
     Args:
         model: What DDP will wrap. Its processes call this together.
@@ -48,6 +50,7 @@ def prepare_ddp(
             f"`{sharded[0]}` is sharded, and DDP replicates. Under `fully_shard` build the optimizer without "
             "`prepare_ddp`."
         )
+    unmark(parameters.values())  # another `kept` than before would be ignored as well
     kept = _small_tensor(parameters) if kept is None else kept
     if kept not in parameters:
         raise GradientError(f"The model has no parameter `{kept}` for DDP to keep. Name one of its norms.")
@@ -55,12 +58,19 @@ def prepare_ddp(
     # The reducer writes a parameter of the model itself with a dot; a compiled model has a prefix.
     spellings = [*ignored, *(f".{name}" for name in ignored if "." not in name)]
     spellings += [_COMPILED + name for name in ignored]
-    earlier: Iterable[str] = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    earlier = sorted(getattr(model, _IGNORED, ()))
     # What DDP's own `_set_params_and_buffers_to_ignore_for_model` sets, which knows no tied and no compiled names.
-    model._ddp_params_and_buffers_to_ignore = sorted({*earlier, *spellings})  # type: ignore[assignment]
+    setattr(model, _IGNORED, sorted({*earlier, *spellings}))
+    reference = weakref.ref(model)
+
+    def forget() -> None:
+        found = reference()
+        if found is not None:
+            setattr(found, _IGNORED, earlier)
+
     for name, parameter in parameters.items():
         parameter._ddp_ignored = name != kept  # type: ignore[attr-defined]
-        mark(parameter, Replica(process_group, is_kept=name == kept))
+        mark(parameter, Replica(process_group, is_kept=name == kept, forget=forget))
     parameters[kept].requires_grad_(True)
     if num_processes(process_group) > 1:
         _broadcast(parameters, process_group)
@@ -71,14 +81,20 @@ def prepare_ddp(
 
 
 def check_replicas(parameters: Mapping[str, torch.nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
-    """Compare the weights of all processes by their fingerprints; they call it together.
+    """Compare the weights of processes that hold replicas by their fingerprints; all processes call it together.
+
+    Of sharded parameters those parts are compared that a dimension of their mesh replicates.
 
     Raises:
         FrozenWeightError: A tensor differs between processes.
     """
-    if num_processes(group) == 1:
-        return
-    differing = _differing(parameters, group)
+    sharded = [parameter for parameter in parameters.values() if is_sharded(parameter)]
+    groups: list[tuple[dist.ProcessGroup | None, torch.device]] = []
+    if sharded:  # replicated by one dimension of a mesh, if at all
+        groups += replica_groups(sharded)
+    elif num_processes(group) > 1:
+        groups.append((group, communication_device(group)))
+    differing = [name for one, device in groups for name in _differing(parameters, one, device)]
     if differing:
         raise FrozenWeightError(
             f"The processes have parted ways: `{differing[0]}` and {len(differing) - 1} other tensors have other bits "
@@ -96,17 +112,19 @@ def _small_tensor(parameters: Mapping[str, torch.nn.Parameter]) -> str:
 def _broadcast(parameters: Mapping[str, torch.nn.Parameter], group: dist.ProcessGroup | None) -> None:
     """Make the weights of all processes those of the first; what is the same already is not sent."""
     device = communication_device(group)
-    for name in _differing(parameters, group):
+    for name in _differing(parameters, group, device):
         weights = parameters[name].detach()
         sent = weights.to(device)
         dist.broadcast(sent, group=group, group_src=0)
         weights.copy_(sent)
 
 
-def _differing(parameters: Mapping[str, torch.nn.Parameter], group: dist.ProcessGroup | None) -> list[str]:
+def _differing(
+    parameters: Mapping[str, torch.nn.Parameter], group: dist.ProcessGroup | None, device: torch.device
+) -> list[str]:
     """Return the names of the tensors that some process has with other bits than the first."""
     digests = [int(format_fingerprint(sums)[:15], 16) for sums in fingerprints(parameters).values()]
-    own = torch.tensor(digests, device=communication_device(group))
+    own = torch.tensor(digests, device=device)
     first = own.clone()
     dist.broadcast(first, group=group, group_src=0)
     differs = (own != first).to(torch.int32)

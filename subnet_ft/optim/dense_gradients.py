@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 import subnet_kernels
+from subnet_ft.errors import GradientError
 from subnet_ft.optim.binding import Binding
 from subnet_ft.optim.clipping import sum_of_squares
 from subnet_ft.optim.gradients import flat_grad
 from subnet_ft.optim.owners import claim, disclaim
+from subnet_ft.optim.processes import num_processes
+from subnet_ft.optim.reduction import replica_of
 from subnet_kernels import BitMask
 
 
@@ -20,7 +23,8 @@ class DenseGradients:
         measure_full: As in `CompactGradients`; here the whole gradient always stands.
 
     Raises:
-        GradientError: Another masked optimizer that is still alive was built on one of the parameters.
+        GradientError: Another masked optimizer that is still alive was built on one of the parameters, or DDP was told
+            to leave their gradients alone.
     """
 
     keeps_squares = False
@@ -28,6 +32,13 @@ class DenseGradients:
     """Bytes of buffers of its own."""
 
     def __init__(self, binding: Binding, *, measure_full: bool) -> None:
+        prepared = [name for parameter, name in binding.names.items() if replica_of(parameter) is not None]
+        if prepared and num_processes() > 1:
+            raise GradientError(
+                f"`prepare_ddp` has told DDP to leave `{prepared[0]}` and {len(prepared) - 1} other gradients to an "
+                "optimizer with compact ones, so nobody would reduce the dense ones. Call `release()` on that "
+                "optimizer before DDP wraps the model again, or leave `compact_grads` on."
+            )
         self._names = binding.names
         self._trained = binding.trained
         claim({name: parameter for parameter, name in binding.names.items()}, self)

@@ -15,7 +15,7 @@ from subnet_ft.optim.binding import Binding
 from subnet_ft.optim.clipping import sum_of_squares
 from subnet_ft.optim.owners import claim, disclaim
 from subnet_ft.optim.processes import num_processes
-from subnet_ft.optim.reduction import Reduction, check_reduced, reduction_of
+from subnet_ft.optim.reduction import Reduction, check_reduced, reduction_of, unmark
 from subnet_ft.optim.shards import local
 from subnet_kernels import BitMask
 
@@ -99,6 +99,8 @@ class CompactGradients:
         if self._reduction is not None and not self._is_reduced:
             self._squares = self._reduction.reduce(self._squares)
             self._is_reduced = bool(self._squares)
+            if self._is_reduced:  # also where no gradient arrived in this process so far
+                self._buffers = self._reduction.buffers()
 
     @property
     def is_pending(self) -> bool:
@@ -145,6 +147,7 @@ class CompactGradients:
         self._buffers.clear()
         if self._reduction is not None:
             self._reduction.forget()
+            unmark(self._names)
         self.clear()
         disclaim(self._names, self)
 

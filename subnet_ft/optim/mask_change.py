@@ -98,12 +98,7 @@ def _check_successor(
     check_base_weights({name: p for name, p in parameters.items() if name in untouched}, new)
     # Under DDP, a tensor that has left a mask keeps its gradient, and may come back.
     entering = [name for name, p in parameters.items() if new.tensors[name].count and not p.requires_grad]
-    if entering and is_sharded(parameters[entering[0]]):
-        raise GradientError(
-            f"`{entering[0]}` had no trainable weight so far, and FSDP2 settles at the first forward pass whose "
-            "gradients it reduces. Start with a mask that trains something in it."
-        )
-    if entering and not compact_grads and num_processes() > 1:
+    if entering and not compact_grads and num_processes() > 1 and not is_sharded(parameters[entering[0]]):
         raise GradientError(
             f"`{entering[0]}` had no trainable weight so far, and DDP decides when it wraps a model which gradients "
             "it reduces, so the processes would part ways. Start with a mask that trains something in it."

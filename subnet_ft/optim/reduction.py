@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,12 @@ class Replica:
     Args:
         group: The processes that hold the replicas; `None` for all.
         is_kept: DDP reduces its dense gradient, because it insists on one.
+        forget: Makes DDP reduce the gradients of the whole model again, once it wraps it anew.
     """
 
     group: dist.ProcessGroup | None
     is_kept: bool
+    forget: Callable[[], None] = lambda: None
 
 
 _replicas: MutableMapping[torch.Tensor, Replica] = WeakIdKeyDictionary()
@@ -34,6 +36,15 @@ _replicas: MutableMapping[torch.Tensor, Replica] = WeakIdKeyDictionary()
 def mark(parameter: torch.nn.Parameter, replica: Replica) -> None:
     """Remember that DDP leaves a parameter alone, so that its optimizer reduces what it got."""
     _replicas[parameter] = replica
+
+
+def unmark(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Undo `prepare_ddp` for the models of these parameters; what DDP has wrapped already stays as it is."""
+    for parameter in parameters:
+        replica = _replicas.pop(parameter, None)
+        if replica is not None:
+            parameter._ddp_ignored = False  # type: ignore[attr-defined]
+            replica.forget()
 
 
 def replica_of(parameter: torch.nn.Parameter) -> Replica | None:

@@ -46,7 +46,7 @@ def save_sharded(model: torch.nn.Module, optimizer: MaskedBase, folder: Path) ->
     """
     saved = optimizer.state_dict()
     groups = {name: group for group in saved["param_groups"] for name in group["params"]}
-    tensors: dict[str, Any] = {_WEIGHTS + name: p.detach() for name, p in _parameters(model)}
+    tensors: dict[str, Any] = dict(_held(model))
     facts: dict[str, Any] = {"param_groups": saved["param_groups"], "state": {}}
     for name, values in saved["state"].items():
         entries = {
@@ -81,7 +81,7 @@ def load_sharded(model: torch.nn.Module, optimizer: MaskedBase, folder: Path) ->
         name: {key: _empty(optimizer, name, key, fact) for key, fact in entries.items()}
         for name, entries in facts["state"].items()
     }
-    tensors: dict[str, Any] = {_WEIGHTS + name: p.detach() for name, p in _parameters(model)}
+    tensors: dict[str, Any] = dict(_held(model))
     for name, values in state.items():
         tensors.update({f"{_STATE}{name}.{k}": v for k, v in values.items() if isinstance(v, CompactShard)})
     _read(tensors, folder)
@@ -94,21 +94,33 @@ def load_sharded_weights(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         OptimizerStateError: Files or tensors are missing, or of other shapes.
     """
-    _read({_WEIGHTS + name: p.detach() for name, p in _parameters(model)}, folder)
+    _read(dict(_held(model)), folder)
 
 
-def full_state_dict(optimizer: MaskedBase) -> dict[str, Any]:
+def full_state_dict(optimizer: MaskedBase, *, keep: bool = True) -> dict[str, Any]:
     """Return `optimizer.state_dict()` as one process would have it, on the CPU; all processes call it.
 
-    A tensor at a time is exchanged, and every process holds the whole in the end.
+    A tensor at a time is exchanged.
+
+    Args:
+        optimizer: The optimizer.
+        keep: Whether this process wants the whole; the others only send, and get a state without compact entries.
+
+    Raises:
+        OptimizerError: A wrapped optimizer keeps tensors that are neither compact nor single numbers.
     """
     saved = optimizer.state_dict()
     for name, values in saved["state"].items():
-        group = optimizer.compact_range(name).group
-        for key, value in values.items():
+        held = optimizer.compact_range(name)
+        if held.group is None:
+            continue
+        for key, value in list(values.items()):
+            _described(name, key, value)
             if isinstance(value, CompactShard):
-                assert group is not None  # only what is held in parts is saved in parts
-                values[key] = value.whole(group)
+                whole = value.whole(held, keep=keep)
+                values[key] = whole
+                if whole is None:
+                    del values[key]
     return saved
 
 
@@ -148,8 +160,25 @@ def _read(tensors: dict[str, Any], folder: Path) -> None:
         ) from error
 
 
-def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    yield from by_canonical_name(model.named_parameters()).items()
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers of a model that belong to its state, such as the biases of a router, by name."""
+    found = []
+    for prefix, module in model.named_modules():
+        passing = module._non_persistent_buffers_set
+        found += [
+            (f"{prefix}.{name}" if prefix else name, buffer)
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in passing
+        ]
+    return by_canonical_name(found)
+
+
+def _held(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what is saved of a model, as this process holds it."""
+    for name, parameter in by_canonical_name(model.named_parameters()).items():
+        yield _WEIGHTS + name, parameter.detach()
+    for name, buffer in persistent_buffers(model).items():
+        yield _WEIGHTS + name, buffer
 
 
 def _described(name: str, key: str, value: object) -> dict[str, Any]:

@@ -114,3 +114,15 @@ def sum_over_parts(values: Mapping[Any, torch.Tensor], parts: Mapping[Any, Part]
 
 def _device(kind: str) -> torch.device:
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+
+
+def replica_groups(tensors: Iterable[torch.Tensor]) -> list[tuple[dist.ProcessGroup, torch.device]]:
+    """Return the process groups that hold the same parts of sharded tensors: of the dimensions that replicate."""
+    found: dict[int, tuple[dist.ProcessGroup, torch.device]] = {}
+    for tensor in tensors:
+        sharded: Any = tensor
+        for dim, placement in enumerate(sharded.placements):
+            if isinstance(placement, Replicate) and sharded.device_mesh.size(dim) > 1:
+                group = sharded.device_mesh.get_group(dim)
+                found.setdefault(id(group), (group, _device(sharded.device_mesh.device_type)))
+    return list(found.values())

@@ -70,6 +70,11 @@ def own_parts(values: Mapping[str, Any], held: CompactRange, name: str) -> dict[
             found[key] = value.values
         elif held.group is not None and isinstance(value, torch.Tensor) and value.shape == (held.count,):
             found[key] = value[held.start : held.start + held.length]
+        elif held.group is not None and isinstance(value, torch.Tensor) and value.dim():
+            raise OptimizerStateError(
+                f"The saved `{key}` of `{name}` has shape {tuple(value.shape)}, and processes hold parts of "
+                f"{held.count} values: nobody knows whose it is. Resume without FSDP2, or with MaskedAdamW."
+            )
     return found
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from subnet_ft.errors import FrozenWeightError
 from subnet_ft.masks import by_canonical_name
 from subnet_ft.optim import MaskedBase, check_replicas
-from subnet_ft.optim.shards import is_sharded
+from subnet_ft.optim.processes import communication_device, num_processes
 from subnet_ft.training.resume import read_manifest
 from subnet_ft.training.saving import MANIFEST
 from subnet_ft.training.unwrap import unwrapped
@@ -62,13 +64,29 @@ class FrozenWeightAudit(TrainerCallback):
 
     def _audit(self, optimizer: MaskedBase, step: int, model: torch.nn.Module) -> None:
         start = time.perf_counter()
-        optimizer.audit()
-        parameters = by_canonical_name(model.named_parameters())
-        if not any(map(is_sharded, parameters.values())):
-            check_replicas(parameters)
+        _audit_together(optimizer)
+        check_replicas(by_canonical_name(model.named_parameters()))
         self.seconds += time.perf_counter() - start
         self.num_audits += 1
         self._last = step
+
+
+def _audit_together(optimizer: MaskedBase) -> None:
+    """Audit in every process, and end in all where one finds a change; none waits for another in vain."""
+    found: FrozenWeightError | None = None
+    try:
+        optimizer.audit()
+    except FrozenWeightError as error:
+        found = error
+    if num_processes() > 1:
+        failed = torch.tensor(int(found is not None), device=communication_device())
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if found is None and int(failed):
+            raise FrozenWeightError(
+                "Weights outside the mask changed in another process, whose message names the tensor; not in this one."
+            )
+    if found is not None:
+        raise found
 
 
 def _fits(best: str | None, optimizer: MaskedBase) -> bool:

@@ -148,12 +148,14 @@ class CheckpointMixin(_Base):
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+        moved = self.state.best_model_checkpoint == str(written)
+        if moved:  # in every process: all load it at the end
+            self.state.best_model_checkpoint = str(run_folder / name)
         # Where processes hold parts of the weights, all of them have to look.
         facts = self._facts() if self.args.should_save or self.is_fsdp_enabled else {}
         if self.args.should_save:
             save_extras(self._extras(), written)
-            if self.state.best_model_checkpoint == str(written):
-                self.state.best_model_checkpoint = str(run_folder / name)
+            if moved:
                 self.state.save_to_json(str(written / "trainer_state.json"))
             publish(written, run_folder / name, facts)
             rotate(

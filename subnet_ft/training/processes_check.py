@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
+from packaging.version import Version
 from torch.nn.parallel import DistributedDataParallel
 
 from subnet_ft.errors import MaskMismatchError, TrainerError
@@ -80,16 +81,25 @@ def check_one_mask(mask: SubnetMask) -> None:
 
 
 def check_wrapped(trainer: Any) -> None:
-    """Check at the first step that DDP leaves to a masked optimizer what it was told to leave.
+    """Check at the first step that DDP leaves to a masked optimizer what it was told to leave, and nothing else.
 
     Raises:
-        TrainerError: DDP wraps another module than the trainer's model, and reduces dense gradients as well.
+        TrainerError: DDP wraps another module than the trainer's model, and reduces dense gradients as well; or it was
+            wrapped for an earlier trainer, and reduces none.
     """
     wrapped = trainer.model_wrapped
-    if not trainer.masked_optimizer.compact_grads or not isinstance(wrapped, DistributedDataParallel):
+    if not isinstance(wrapped, DistributedDataParallel):
         return
-    reduced = [name for name, p in wrapped.module.named_parameters() if p.requires_grad]
-    reduced = [name for name in reduced if name not in wrapped.parameters_to_ignore]
+    trained = [name for name, p in wrapped.module.named_parameters() if p.requires_grad]
+    reduced = [name for name in trained if name not in wrapped.parameters_to_ignore]
+    if not trainer.masked_optimizer.compact_grads:
+        if len(reduced) < len(trained):
+            left = next(name for name in trained if name not in reduced)
+            raise TrainerError(
+                f"DDP leaves the gradient of `{left}` alone, as `prepare_ddp` told it, and this trainer needs dense "
+                "ones from it. Build the trainer on a fresh model, or leave `compact_grads` on."
+            )
+        return
     if len(reduced) > 1:
         raise TrainerError(
             f"DDP reduces the dense gradients of {len(reduced)} tensors, `{reduced[0]}` among them, although the "
@@ -113,6 +123,19 @@ def _check_fsdp(trainer: Trainer) -> None:
     if is_peft_model(trainer.model):
         raise TrainerError(
             "Adapters of PEFT under FSDP2 are not saved as adapters here. Their state is small: train them under DDP."
+        )
+    if plugin.cpu_offload and Version(torch.__version__.partition("+")[0]) < Version("2.13"):
+        raise TrainerError(
+            f"CPU offload under FSDP2 is tested with torch 2.13 and later; older ones may hand gradients to the "
+            f"optimizer before they have arrived from the GPU. This is torch {torch.__version__}: update it, or leave "
+            "`fsdp_offload_params` off."
+        )
+    model: Any = trainer.model
+    optimizer_cls = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)[0]
+    if getattr(optimizer_cls, "__module__", "").partition(".")[0] == "bitsandbytes":
+        raise TrainerError(
+            f"`{optimizer_cls.__name__}` keeps a scale per block of values, and parts of parameters have other blocks: "
+            "what it saves under FSDP2 could not be loaded again. Use `adamw_torch`; its state is sharded."
         )
     policy = plugin.mixed_precision_policy
     wanted = trainer.accelerator.mixed_precision

@@ -12,7 +12,7 @@ from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.errors import CheckpointError
 from subnet_ft.masks import by_canonical_name
 from subnet_ft.optim import full_state_dict, load_sharded, save_sharded
-from subnet_ft.optim.sharded_state import FACTS, load_sharded_weights
+from subnet_ft.optim.sharded_state import FACTS, load_sharded_weights, persistent_buffers
 from subnet_ft.optim.shards import is_sharded, local_flat, part_of
 from subnet_ft.training.delta_checkpoints import holds_delta, load_delta
 
@@ -22,6 +22,8 @@ SHARDED = "sharded"
 """Folder in a checkpoint where every process has written its part."""
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
+BUFFERS = "subnet_buffers.pt"
+"""Persistent buffers of a model that FSDP2 shards, beside its whole weights."""
 
 
 def is_in_parts(checkpoint: Path) -> bool:
@@ -45,9 +47,10 @@ def save_optimizer(trainer: Any, checkpoint: Path) -> None:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(checkpoint)
     else:
-        whole = full_state_dict(optimizer)
+        whole = full_state_dict(optimizer, keep=trainer.args.should_save)
         if trainer.args.should_save:
             torch.save(whole, checkpoint / OPTIMIZER)
+            torch.save(persistent_buffers(model), checkpoint / BUFFERS)
     if trainer.args.should_save:
         torch.save(trainer.lr_scheduler.state_dict(), checkpoint / SCHEDULER)
 
@@ -87,5 +90,9 @@ def load_model_weights(model: torch.nn.Module, checkpoint: Path) -> None:
                 continue
             part = part_of(name, parameter)
             local_flat(parameter).copy_(stored.reshape(-1)[part.start : part.start + part.num_elements])
+    buffers = persistent_buffers(model)
+    if buffers and (checkpoint / BUFFERS).is_file():
+        for name, stored in torch.load(checkpoint / BUFFERS, map_location="cpu", weights_only=True).items():
+            buffers[name].copy_(stored)
     if left:
         raise CheckpointError(f"`{checkpoint}` has no weights for `{min(left)}` of this model.")

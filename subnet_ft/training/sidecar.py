@@ -33,7 +33,9 @@ def save_rollouts(trainer: Any, folder: Path) -> None:
             strange,
         )
         inputs = None
-    every = trainer.args.steps_per_generation * getattr(trainer, "num_iterations", 1)
+    args = trainer.args  # of distillation: completions serve one step
+    every = getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps
+    every *= getattr(trainer, "num_iterations", 1)
     state = {"step": int(trainer._step), "inputs": inputs, "are_used_up": int(trainer._step) % every == 0}
     torch.save(state, folder / _rollouts_name(trainer))
 

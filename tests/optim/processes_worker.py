@@ -164,7 +164,8 @@ def whole(optimizer: MaskedBase, name: str, values: torch.Tensor) -> torch.Tenso
     from subnet_ft.optim.compact_shard import CompactShard
 
     held = optimizer.compact_range(name)
-    found = CompactShard.of(values, held.start, held.count).whole(held.group) if held.group is not None else values
+    found = CompactShard.of(values, held.start, held.count).whole(held) if held.group is not None else values
+    assert found is not None
     return found.clone()
 
 
@@ -298,6 +299,64 @@ def load_and_go_on(folder: Path, kind: str, build: Build) -> dict[str, Any]:
     return {"state": same, "weights": same_weights, "from_whole": same_from_whole}
 
 
+def trained_by_one() -> dict[str, Any]:
+    """Train, under DDP, a tensor of which only the first process has a gradient, in the first step already."""
+    dense = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in OddModel().named_parameters()}
+    dense["extra.weight"][:] = True
+    way = Way("ddp", branch=True)
+    model, wrapped, optimizer = built(way, SubnetMask.from_dense(dense))
+    train_step(way, wrapped, optimizer, 0)
+    check_replicas(dict(model.named_parameters()))
+    moved = not torch.equal(model.extra.weight, OddModel().extra.weight)
+    optimizer.release()
+    return {"moved": moved, "ignored": list(model._ddp_params_and_buffers_to_ignore)}
+
+
+def dense_after_compact() -> str:
+    """Return what is said where DDP was told to leave gradients alone, and a dense optimizer wants them."""
+    model = OddModel()
+    prepare_ddp(model)
+    prepare_ddp(model, kept="wide.bias")
+    DistributedDataParallel(model)  # keeps one, or it would refuse
+    try:
+        MaskedSGD(model.named_parameters(), odd_mask(), lr=0.1, max_grad_norm=None, compact_grads=False)
+    except GradientError as error:
+        return str(error)
+    return ""
+
+
+def replicas_of_parts() -> str:
+    """Return what is said where the replicas of a part differ: one mesh dimension replicates, the other shards."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
+    model = OddModel()
+    fully_shard(model, mesh=mesh)
+    check_replicas(dict(model.named_parameters()))
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.block.weight.to_local()[0, 0] += 1
+    try:
+        check_replicas(dict(model.named_parameters()))
+    except FrozenWeightError as error:
+        return str(error)
+    return ""
+
+
+def buffers_come_back(folder: Path) -> float:
+    """Save a persistent buffer in parts, and return what is loaded of it."""
+    way, found = Way("fsdp", build=MaskedAdamW), []
+    for value in (7.0, 0.0):
+        model = OddModel()
+        model.register_buffer("bias_of_a_router", torch.full((3,), value))
+        shard(model, way)
+        optimizer = MaskedAdamW(model.named_parameters(), odd_mask(), lr=0.1, max_grad_norm=None)
+        found.append((model, optimizer))
+    where = folder / f"buffers-{dist.get_world_size()}"
+    save_sharded(*found[0], where)
+    dist.barrier()
+    load_sharded(*found[1], where)
+    return float(found[1][0].bias_of_a_router.sum())
+
+
 def changed_mask() -> dict[str, Any]:
     """Change the mask of sharded parameters in the middle of training; a frozen tensor may not enter."""
     way, usual, found = Way("fsdp", build=MaskedAdamW), odd_mask(), {}
@@ -312,10 +371,9 @@ def changed_mask() -> dict[str, Any]:
         train_step(way, wrapped, optimizer, step)
         digests.append(weights(wrapped)["wide.weight"].tolist())
     found["stands still"] = digests[0] == digests[1] == digests[2] != digests[3]
-    try:
-        optimizer.set_mask(entering)
-    except GradientError as error:
-        found["entering"] = str(error)
+    optimizer.set_mask(entering)
+    train_step(way, wrapped, optimizer, 5)
+    found["enters"] = not torch.equal(weights(wrapped)["block.bias"], OddModel().block.bias)
     return found
 
 
@@ -344,7 +402,11 @@ def main() -> None:
         result["resumed"] = {kind: load_and_go_on(folder, kind, build) for kind, build in kinds.items()}
     result["foreign"] = foreign_mask(folder)
     result["changed mask"] = changed_mask()
+    result["buffers"] = buffers_come_back(folder)
     if size > 1:
+        result["trained by one"] = trained_by_one()
+        result["dense"] = dense_after_compact()
+        result["replicas of parts"] = replicas_of_parts()
         result["refusals"] = refusals()
     (folder / f"result-{size}-{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()

@@ -76,6 +76,19 @@ def test_a_gradient_that_one_process_has_is_the_mean_over_all(runs: Any) -> None
 
 
 @pytest.mark.parametrize("size", [2, 4])
+def test_a_process_without_any_gradient_steps_with_the_others(runs: Any, size: int) -> None:
+    for rank in range(size):
+        assert runs.result(size, rank)["trained by one"] == {"moved": True, "ignored": []}, "released, all is undone"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_dense_gradients_of_a_prepared_model_are_refused(runs: Any, size: int) -> None:
+    for rank in range(size):
+        said = runs.result(size, rank)["dense"]
+        assert "so nobody would reduce the dense ones. Call `release()`" in said
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_an_unprepared_model_is_refused_and_the_next_step_is_named(runs: Any, size: int) -> None:
     for rank in range(size):
         said = runs.result(size, rank)["refusals"]

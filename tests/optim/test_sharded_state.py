@@ -51,6 +51,11 @@ def test_another_mask_is_refused_in_every_process(runs: Any, size: int) -> None:
         assert odd_mask(seed=9).fingerprint[:16] in said
 
 
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_persistent_buffers_come_back(runs: Any, size: int) -> None:
+    assert [runs.result(size, rank)["buffers"] for rank in range(size)] == [21.0] * size
+
+
 def test_parts_are_safetensors_and_json(runs: Any) -> None:
     files = {path.suffix for path in (runs.folder / "parts-adamw").iterdir()}
     assert files == {".safetensors", ".json"}

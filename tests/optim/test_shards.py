@@ -36,11 +36,15 @@ def test_the_full_norm_of_sharded_gradients_is_that_of_one_process(runs: Any) ->
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_set_mask_of_sharded_parameters_lets_no_frozen_tensor_enter(runs: Any, size: int) -> None:
+def test_set_mask_of_sharded_parameters_lets_tensors_leave_come_back_and_enter(runs: Any, size: int) -> None:
     for rank in range(size):
-        found = runs.result(size, rank)["changed mask"]
-        assert found["stands still"]
-        assert "`block.bias` had no trainable weight so far, and FSDP2 settles" in found["entering"]
+        assert runs.result(size, rank)["changed mask"] == {"stands still": True, "enters": True}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_check_replicas_compares_the_replicas_of_parts(runs: Any, size: int) -> None:
+    for rank in range(size):
+        assert "parted ways: `block.weight`" in runs.result(size, rank)["replicas of parts"]
 
 
 def test_another_dimension_than_the_first_is_refused(runs: Any) -> None:

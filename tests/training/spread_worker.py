@@ -59,7 +59,7 @@ def replayed(prompts: list[str], trainer: Any) -> dict[str, Any]:
     }
 
 
-def trainer(folder: Path, run: str, **options: Any) -> Any:
+def trainer(folder: Path, run: str, *, evaluates: bool = False, **options: Any) -> Any:
     """Build a restricted trainer in float32, whose processes share a batch of four."""
     name, sharding, fields = RUNS[run]
     size = int(os.environ["WORLD_SIZE"])
@@ -90,6 +90,8 @@ def trainer(folder: Path, run: str, **options: Any) -> Any:
         known = {"fsdp": True, "fsdp_config": dict(sharding), **known}
     algorithm = Algorithm(name, kind.trainer, kind.config)
     args = build_config(algorithm, known)
+    if evaluates:
+        arguments["eval_dataset"] = kind.data()
     built = algorithm.trainer_class(model=model, args=args, train_dataset=kind.data(), **arguments)
     return restrict(built, random_mask(built.model, 0.3), audit_steps=2)
 
@@ -150,6 +152,23 @@ def resume(folder: Path, run: str, saved_by: int) -> dict[str, Any]:
     return {"digests": notes.found}
 
 
+def best(folder: Path, engine: str) -> dict[str, Any]:
+    """Load the best model at the end, which is that of the first step: the largest loss counts as best."""
+    run, digests = f"DPO, {engine}", Digests()
+    where = folder / f"best-{os.environ['WORLD_SIZE']}"
+    built = trainer(
+        where, run, evaluates=True, max_steps=3, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="loss",
+        greater_is_better=True,
+    )  # fmt: skip
+    built.add_callback(digests)
+    built.train()
+    return {
+        "best": built.state.best_model_checkpoint,
+        "is_first": weights_digest(built.model) == digests.found[1] != digests.found[3],
+    }
+
+
 def different_masks(folder: Path) -> str:
     """Return what every process says where each has another mask."""
     kind = TRAINERS["Trainer"]
@@ -188,6 +207,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     runs = [run for run in RUNS if engine in run]
     result: dict[str, Any] = {"runs": {run: train(folder, run) for run in runs}}
+    if size > 1:
+        result["best"] = best(folder, engine)
     if size < most:
         result["resumed"] = {run: resume(folder, run, saved_by=most) for run in runs}
     elif engine == "fsdp":

@@ -146,12 +146,22 @@ def test_foreign_masks_and_mixed_precision_are_refused_in_every_process(spread: 
         assert f"were given {spread.most} different masks" in different
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_every_process_loads_the_best_model_at_the_end(spread: Spread, engine: str) -> None:
+    for rank in range(spread.most):
+        found = spread.result(engine, spread.most, rank)["best"]
+        assert found["is_first"]
+        assert found["best"].endswith("checkpoint-1")
+        assert ".unfinished" not in found["best"]
+
+
 def stand_in(**changes: Any) -> SimpleNamespace:
     """Return an accelerator in a state that this machine cannot bring about."""
     plugin = SimpleNamespace(
         fsdp_version=2,
         mixed_precision_policy=None,
         cpu_ram_efficient_loading=False,
+        cpu_offload=None,
         state_dict_type="StateDictType.FULL_STATE_DICT",
     )
     state = SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=SimpleNamespace(zero_stage=3))
@@ -198,6 +208,25 @@ def test_restrict_refuses_checkpoints_in_parts_without_weights(tmp_path: Path) -
     trainer.accelerator = stand_in()
     trainer.accelerator.state.fsdp_plugin.state_dict_type = "StateDictType.SHARDED_STATE_DICT"
     with pytest.raises(TrainerError, match="`save_only_model` with `state_dict_type: SHARDED_STATE_DICT`"):
+        restrict(trainer, random_mask(trainer.model, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"cpu_offload": object()}, {}, "CPU offload under FSDP2 is tested with torch 2.13"),
+        ({}, {"optim": "adamw_bnb_8bit"}, "keeps a scale per block of values"),
+    ],
+)
+def test_restrict_refuses_under_fsdp2_what_would_train_or_save_something_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    trainer: Any = plain(tmp_path, **options)
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator = stand_in()
+    vars(trainer.accelerator.state.fsdp_plugin).update(changes)
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
+    with pytest.raises(TrainerError, match=message):
         restrict(trainer, random_mask(trainer.model, 0.3))
 
 
