@@ -56,6 +56,7 @@ OVERRIDDEN = {
         ("_push_from_checkpoint", "self, checkpoint_folder", CHECKPOINTS),
         ("_save_checkpoint", "self, model, trial", CHECKPOINTS),
         ("_save_optimizer_and_scheduler", "self, output_dir", CHECKPOINTS),
+        ("_save", "self, output_dir=None, state_dict=None", CHECKPOINTS),
         ("_load_optimizer_and_scheduler", "self, checkpoint", CHECKPOINTS),
         ("_load_from_checkpoint", "self, resume_from_checkpoint, model=None", CHECKPOINTS),
         ("_load_best_model", "self", CHECKPOINTS),
