@@ -120,7 +120,9 @@ class DeltaWriter:
         self._put(VALUES + name, STORED_AS[entry.dtype], tensor.values)
 
     def _put(self, key: str, dtype: str, values: torch.Tensor) -> None:
-        data: Any = values.contiguous().view(torch.uint8).numpy().data
+        # A view of one element counts as contiguous with any stride, but only stride 1 can be viewed as bytes.
+        whole = values.contiguous().as_strided((values.numel(),), (1,))
+        data: Any = whole.view(torch.uint8).numpy().data
         width, length = values.element_size(), values.numel()
         with _writing(self.path):
             if self._header.encoding == "zstd":
