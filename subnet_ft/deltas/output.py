@@ -21,6 +21,8 @@ from subnet_ft.errors import DeltaError
 _BLOCK = 1 << 22
 _WAITING = 8
 """Pieces in memory that wait for the disk, while the next ones are read and checked."""
+_SYNC = 1 << 26
+"""Bytes after which the disk is set to work, so that little is left to wait for at the end."""
 
 
 class ShardWriter:
@@ -55,6 +57,9 @@ class ShardWriter:
                 if stored.file in self._descriptors:
                     _copy_range(stored.file, self._descriptors[stored.file], stored.offset, self._end(stored))
             self._thread = stack.enter_context(ThreadPoolExecutor(1))  # leaving waits for it
+            self._syncing = stack.enter_context(ThreadPoolExecutor(1))
+            self._synced: Future[None] | None = None
+            self._written = 0
             self._stack = stack.pop_all()
         return self
 
@@ -64,6 +69,8 @@ class ShardWriter:
         with self._stack:
             if error is None:
                 self._wait(0)
+                if self._synced is not None:
+                    self._synced.result()
                 for descriptor in self._descriptors.values():
                     os.fsync(descriptor)
 
@@ -81,6 +88,16 @@ class ShardWriter:
             self._wait(_WAITING - 1)
             block: Any = data.numpy().copy().data
             self._pending.append(self._thread.submit(_write_all, descriptor, block, stored.offset + offset))
+            self._written += len(block)
+            if self._written >= _SYNC and (self._synced is None or self._synced.done()):
+                self._sync(descriptor)
+
+    def _sync(self, descriptor: int) -> None:
+        """Bring a file to the disk beside what goes on. The system reports an error only once, so each is looked at."""
+        if self._synced is not None:
+            self._synced.result()
+        self._synced = self._syncing.submit(os.fsync, descriptor)
+        self._written = 0
 
     def _wait(self, most: int) -> None:
         """Wait until at most so many pieces are still to be written; an error of writing is raised here."""

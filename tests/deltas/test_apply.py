@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from delta_checkpoints import DTYPES, contents, save_pair, weights
+from delta_checkpoints import DTYPES, contents, save_pair, unchanged, weights
 from safetensors.torch import load_file, save_file
 
 from subnet_ft.checkpoints import open_checkpoint
@@ -179,3 +179,38 @@ def test_apply_raises_what_the_disk_says_and_leaves_nothing(
             apply_delta(base, delta, **settings)
     assert contents(base) == before
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", delta.name}
+
+
+def test_apply_raises_what_the_disk_says_while_it_is_being_synced(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, delta = pair
+    calls: list[int] = []
+
+    def refuse_once(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:  # a second call says nothing of what the first one has reported
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(output_module, "_SYNC", 1)
+    monkeypatch.setattr(os, "fsync", refuse_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        apply_delta(base, delta, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", delta.name}
+
+
+def test_apply_reads_linked_files_of_a_cache_and_writes_files_of_its_own(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, tuned, delta = pair
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(base.iterdir())):  # as the Hub's cache has them: links to blobs
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("..") / "blobs" / str(number))
+    with unchanged(base), unchanged(blobs):
+        out = apply_delta(base, delta, tmp_path / "out")
+        with pytest.raises(DeltaError, match="is a link"):
+            apply_delta(base, delta, in_place=True)
+    assert contents(out) == contents(tuned)
+    assert not any(file.is_symlink() for file in out.iterdir())
