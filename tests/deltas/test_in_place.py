@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from delta_checkpoints import contents, save_pair, weights
+from delta_checkpoints import contents, save_pair, unchanged, weights
 
 from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.deltas import apply_delta, export_delta, revert_delta
@@ -249,3 +250,36 @@ def test_apply_in_place_refuses_links_and_what_is_no_folder(pair: tuple[Path, Pa
     with pytest.raises(DeltaError, match="is a link"):
         apply_delta(base, delta, in_place=True)
     assert not (base / JOURNAL).exists()
+
+
+def test_apply_in_place_keeps_others_out_while_it_runs(
+    pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned, delta = pair
+    refused = 0
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal refused
+        for job in (lambda: apply_delta(base, delta, in_place=True), lambda: revert_delta(base)):
+            with unchanged(base), pytest.raises(DeltaError, match="Another process is changing"):
+                job()
+            refused += 1
+        original(source, target)
+
+    original = os.replace
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", replace)
+        apply_delta(base, delta, in_place=True)
+    assert refused > 6
+    assert weights(base) == weights(tuned)
+
+
+def test_apply_in_place_refuses_a_folder_that_another_process_holds(pair: tuple[Path, Path, Path]) -> None:
+    base, tuned, delta = pair
+    descriptor = os.open(base, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with unchanged(base), pytest.raises(DeltaError, match="Another process is changing"):
+        apply_delta(base, delta, in_place=True)
+    os.close(descriptor)
+    apply_delta(base, delta, in_place=True)
+    assert weights(base) == weights(tuned)
