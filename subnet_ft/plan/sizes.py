@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -37,20 +38,24 @@ _SETTING = Setting(
 )
 
 
-def size_rows() -> list[tuple[str, Row]]:
-    """Return a row per size, launch and method, with the size's name."""
-    table: dict[str, Any] = json.loads(files("subnet_ft.plan").joinpath("sizes.json").read_text(encoding="utf-8"))
-    return [(size, row) for size, entry in table.items() for row in _rows(_shapes(size, entry))]
+def size_names() -> list[str]:
+    """Return the names of the sizes."""
+    return list(_sizes())
 
 
-def sizes_table() -> str:
-    """Return the table in Markdown: memory of a rank at the peak, and what it sends per step."""
+def sizes_table(names: Sequence[str] | None = None) -> str:
+    """Return the table in Markdown: memory of a rank at the peak, and what it sends per step.
+
+    Args:
+        names: Which sizes; all when `None`.
+    """
     lines = [
         "| model | launch | torch's AdamW, bf16 state | full run | subnetwork | LoRA, r 16 | sent per step: full run | "
         "subnetwork | LoRA |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    rows = size_rows()
+    sizes = _sizes()
+    rows = [(size, row) for size in names or sizes for row in _rows(_shapes(size, sizes[size]))]
     for start in range(0, len(rows), len(_METHODS)):
         size = rows[start][0]
         group = {row.method: row for _, row in rows[start : start + len(_METHODS)]}
@@ -60,6 +65,11 @@ def sizes_table() -> str:
         traffic = " | ".join(_traffic(group[method]) for method in ("full", "subnet", "lora"))
         lines.append(f"| {size} | {launch} | {memory} | {traffic} |")
     return "\n".join(lines)
+
+
+def _sizes() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(files("subnet_ft.plan").joinpath("sizes.json").read_text(encoding="utf-8"))
+    return table
 
 
 def _memory(row: Row) -> str:
