@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from subnet_ft import __version__
-from subnet_ft.cli import deltas
+from subnet_ft.cli import delta_hub, deltas
 from subnet_ft.cli.comparing import compare_methods, names
 from subnet_ft.cli.judging import evaluate, verify_run
 from subnet_ft.cli.machine import bench, densities, env, recipes
@@ -237,7 +237,16 @@ def _delta_commands(commands: Any) -> None:
     shira.add_argument("-o", "--output", required=True, metavar="DIR", help="the new folder")
     shira.add_argument("--pad", action="store_true", help="fill layers up to r (in + out) with unchanged weights")
     shira.add_argument("--mask", help="the mask file, for a delta without positions")
-    for command in (export, apply, revert, info, diff, compose, verify, shira):
+    push = _command(delta_commands, delta_hub.push, "push", "upload a delta to the Hub, with a model card")
+    push.add_argument("delta", help="a NAME.delta.safetensors file")
+    push.add_argument("repo", help="Hub id, owner/name; made if it is not there")
+    push.add_argument("--report", metavar="PATH", help="report.json, or its folder: the card carries its verdict")
+    push.add_argument("--private", action="store_true", help="make a private repository")
+    pull = _command(delta_commands, delta_hub.pull, "pull", "download the delta of a Hub repository")
+    pull.add_argument("repo", help="Hub id, owner/name")
+    pull.add_argument("-o", "--output", required=True, metavar="FILE", help="NAME.delta.safetensors to write")
+    pull.add_argument("--revision", help="branch, tag or commit")
+    for command in (export, apply, revert, info, diff, compose, verify, shira, push, pull):
         command.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -104,7 +104,7 @@ def rotate(run_folder: Path, *, limit: int | None, best: str | None, max_bytes: 
     sizes = {path: size_of(path) for path in checkpoints} if max_bytes is not None else {}
     count, total = len(checkpoints), sum(sizes.values())
     for checkpoint in [path for path in checkpoints if path not in kept]:
-        too_many = limit is not None and count > limit
+        too_many = limit is not None and count > max(limit, len(kept))
         if not too_many and (max_bytes is None or total <= max_bytes):
             break
         remove(checkpoint)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_runs import FIRST_IS_BEST, FROZEN, SAVES, cut_off, damaged, restricted, steps_of, usual_mask
+from training.adapted import adapted, half_of_the_adapter
 from training.masked_runs import Watch, same_state, same_weights, state_of, weights_of
 
 from subnet_ft.checkpoints import open_checkpoint
@@ -148,6 +149,9 @@ def test_what_a_delta_of_one_mask_cannot_hold_is_refused_by_name(tmp_path: Path)
     model.register_buffer("running_mean", torch.zeros(2))
     with pytest.raises(TrainerError, match=r"saves 1 other tensors: .*running_mean"):
         restricted(tmp_path, model=model, **ONLY_DELTA)
+    adapter = adapted()
+    with pytest.raises(TrainerError, match="`save_only_delta=True` is of no use to PEFT adapters"):
+        restricted(tmp_path, model=adapter, mask=half_of_the_adapter(adapter), **ONLY_DELTA)
 
 
 def test_load_delta_refuses_another_model(finished: Path) -> None:

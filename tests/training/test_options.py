@@ -167,6 +167,7 @@ def test_masters_of_a_kernel_are_refused_for_a_wrapped_optimizer(tmp_path: Path,
         ({"nonfinite": "warn"}, "`nonfinite` must be one of raise, skip, ignore, got 'warn'"),
         ({"audit_steps": 0}, "`audit_steps` must be >= 1, or None for no audits, got 0"),
         ({"audit_steps": -3}, "`audit_steps` must be >= 1"),
+        ({"save_total_bytes": 0}, "`save_total_bytes` must be >= 1, or None for no limit, got 0"),
     ],
 )
 def test_an_option_out_of_range_is_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -178,6 +178,38 @@ def test_rotate_keeps_what_transformers_keeps(
     assert listed(ours) == listed(theirs)
 
 
+@pytest.mark.parametrize(
+    ("max_bytes", "limit", "best", "left"),
+    [
+        (40, None, None, [1, 2, 3, 4]),
+        (39, None, None, [2, 3, 4]),
+        (20, None, None, [3, 4]),
+        (20, None, 1, [1, 4]),
+        (1, None, None, [4]),
+        (1, None, 2, [2, 4]),
+        (40, 2, None, [3, 4]),
+        (20, 3, None, [3, 4]),
+    ],
+)
+def test_rotate_keeps_what_fits_the_newest_and_the_best(
+    tmp_path: Path, max_bytes: int, limit: int | None, best: int | None, left: list[int]
+) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        (checkpoint / "part").mkdir(parents=True)
+        (checkpoint / "part" / "weights").write_bytes(b"1234567")
+        (checkpoint / "optimizer.pt").write_bytes(b"123")
+        os.utime(checkpoint, (step * 10.0, step * 10.0))
+    best_path = None if best is None else str(tmp_path / f"checkpoint-{best}")
+    rotate(tmp_path, limit=limit, best=best_path, max_bytes=max_bytes)
+    assert listed(tmp_path) == [f"checkpoint-{step}" for step in left]
+
+
+def test_save_total_bytes_leaves_the_newest(tmp_path: Path) -> None:
+    restricted(tmp_path, subnet={"save_total_bytes": 1}, **SAVES).train()
+    assert listed(tmp_path) == ["checkpoint-4"]
+
+
 def test_a_trainer_publishes_checkpoints_that_transformers_finds(tmp_path: Path) -> None:
     trainer = restricted(tmp_path, max_steps=3, **SAVES)
     trainer.train()

@@ -1,0 +1,145 @@
+"""Deltas on the Hub: one file per repository, with a model card that says what it is and how to apply it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from subnet_ft.deltas.checks import base_digest, result_digest
+from subnet_ft.deltas.file import DeltaFile
+from subnet_ft.deltas.header import SUFFIX
+from subnet_ft.deltas.writing import check_writable, sync_folder
+from subnet_ft.errors import DeltaError
+
+HUB_FILE = f"model{SUFFIX}"
+"""Name of the delta in its repository."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def push_delta(path: str | Path, repo: str, *, evidence: Sequence[str] = (), private: bool = False) -> str:
+    """Upload a delta file and its model card; the repository is created if there is none.
+
+    Args:
+        path: A `NAME.delta.safetensors` file; its SHA-256 is checked first.
+        repo: Hub id, `owner/name`.
+        evidence: What a report says of the run, a sentence each, for the card.
+        private: Create a private repository.
+
+    Returns:
+        The address of the upload.
+
+    Raises:
+        DeltaFileError: The file is missing or damaged.
+        DeltaError: The file has no positions of its own, or the Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    delta = DeltaFile(path)
+    if delta.header.mask_fingerprint is not None:
+        raise DeltaError(
+            f"`{path}` has no positions of its own, so nobody could apply it without the mask "
+            f"{delta.header.mask_fingerprint}. Export it with positions (leave out `--mask-reference`)."
+        )
+    card = model_card(delta, repo, evidence=evidence)
+    with _asking_the_hub(f"push to `{repo}`"):
+        api = HfApi()
+        api.create_repo(repo, private=private or None, repo_type="model", exist_ok=True)
+        # The card states the SHA-256 of the file, so the file comes first.
+        api.upload_file(path_or_fileobj=str(path), path_in_repo=HUB_FILE, repo_id=repo, commit_message="Upload a delta")
+        info = api.upload_file(
+            path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo, commit_message="Say what it is"
+        )
+    return str(info)
+
+
+def pull_delta(repo: str, path: str | Path, *, revision: str | None = None) -> DeltaFile:
+    """Download the delta of a repository; the file appears whole or not at all.
+
+    Args:
+        repo: Hub id, `owner/name`.
+        path: `NAME.delta.safetensors`; a file that is there is replaced.
+        revision: Branch, tag or commit.
+
+    Returns:
+        The file, opened: its header and its SHA-256 are checked before it takes its place.
+
+    Raises:
+        DeltaFileError: What was downloaded is damaged, or no delta.
+        DeltaError: The Hub cannot be reached, or has no such file.
+    """
+    from huggingface_hub import hf_hub_download
+
+    target = Path(path)
+    check_writable(target)
+    with _asking_the_hub(f"pull `{HUB_FILE}` of `{repo}`"):
+        found = hf_hub_download(repo, HUB_FILE, revision=revision)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as staging:
+        copied = Path(staging) / target.name
+        shutil.copyfile(found, copied)
+        DeltaFile(copied)
+        with copied.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(copied, target)
+    sync_folder(target.absolute().parent)
+    return DeltaFile(target)
+
+
+def model_card(delta: DeltaFile, repo: str, *, evidence: Sequence[str] = ()) -> str:
+    """Return the model card of a delta, in Markdown."""
+    changed = sum(entry.count for entry in delta.entries.values())
+    total = sum(entry.num_elements for entry in delta.entries.values())
+    name, revision = delta.header.base_name, delta.header.base_revision
+    # A folder's name is of no use to others; the fingerprints say which weights are meant.
+    known = _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    front = ["tags: [subnet-ft, delta]", *([f"base_model: {json.dumps(name)}"] if known else [])]
+    base = f"`{name}`" + (f" at `{_plain(revision)}`" if revision else "") if known else "the base named below"
+    rows = {
+        "base": _plain(name) if known else "no model of the Hub; known by its digest",
+        "digest of the base's fingerprints": base_digest(delta),
+        "digest of the result's fingerprints": result_digest(delta),
+        "weights with a new value": f"{changed:,} of {total:,}, density {changed / max(total, 1):.4%}",
+        "size": f"{delta.nbytes:,} bytes, {delta.header.encoding}",
+        "SHA-256 (as the file records it)": delta.sha256,
+    }
+    said = [f"- {_plain(line)}" for line in evidence] or ["No report came with this delta: nothing is known of it."]
+    return "\n".join(
+        [
+            *("---", *front, "---", ""),
+            *(f"# {repo}", ""),
+            f"A sparse delta of {base}: the new values of the weights that training changed. Applied to that base it",
+            "is the tuned model, bit for bit; another base is refused.",
+            *("", "| | |", "|---|---|", *(f"| {key} | `{value}` |" for key, value in rows.items()), ""),
+            *("## How to apply it", "", "```", f"subnet-ft delta pull {repo} -o {HUB_FILE}"),
+            *(f"subnet-ft delta apply {name if known else 'BASE'} {HUB_FILE} -o FOLDER", "```", ""),
+            *("## What the report says", "", *said, ""),
+        ]
+    )
+
+
+def _plain(text: str) -> str:
+    """Keep a text from being read as Markdown of more than one line, or as code that ends early."""
+    return " ".join(text.split()).replace("`", "'").replace("|", "/")
+
+
+@contextmanager
+def _asking_the_hub(what: str) -> Iterator[None]:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (OSError, HFValidationError) as error:  # every error of the Hub's client is an OSError
+        offline = " HF_HUB_OFFLINE is set: unset it to reach the Hub." if constants.HF_HUB_OFFLINE else ""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DeltaError(
+            f"Cannot {what}.{offline} The Hub's client says: {reason} Check the name, your network and your access "
+            "(`hf auth login`)."
+        ) from error
