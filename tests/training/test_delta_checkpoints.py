@@ -155,6 +155,6 @@ def test_what_a_delta_of_one_mask_cannot_hold_is_refused_by_name(tmp_path: Path)
 
 
 def test_load_delta_refuses_another_model(finished: Path) -> None:
-    model = tiny_model("llama").to(torch.float32)
+    model = tiny_model("llama", dtype=torch.float32)
     with pytest.raises(CheckpointError, match="belongs to another model"):
         load_delta(model, finished / "checkpoint-1")

@@ -84,3 +84,10 @@ def test_dynamics_of_two_processes_are_written_once_and_change_no_bit(ranks: lis
     for result in ranks:
         assert result["observed"] == result["quiet"] == ranks[0]["observed"]
         assert (result["dynamics"], result["lost"]) == ([2, 4, 6], "")
+
+
+def test_a_checkpoint_that_holds_a_delta_resumes_to_the_same_bits_under_ddp(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["sparse"] == ["model.delta.safetensors"]
+        assert result["in_deltas"] == result["quiet"]
+        assert result["from_delta"] == result["quiet"][3:]

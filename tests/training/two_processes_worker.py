@@ -101,6 +101,10 @@ def other_runs(folder: Path) -> dict[str, Any]:
     built.train()
     alone, _ = noted(folder / "alone", save_strategy="steps", save_steps=3, save_only_model=True)
     alone.train()
+    sparse, in_deltas = noted(folder / "sparse", subnet={"save_only_delta": True}, save_strategy="steps", save_steps=3)
+    sparse.train()
+    again, from_delta = noted(folder / "sparse")
+    again.train(resume_from_checkpoint=str(folder / "sparse" / "checkpoint-3"))
     observed, seen = noted(folder / "observed")
     observed.add_callback(TrainingDynamics(folder / "base", 2))
     observed.train()
@@ -110,6 +114,9 @@ def other_runs(folder: Path) -> dict[str, Any]:
     return {
         "observed": seen.all,
         "quiet": unseen.all,
+        "in_deltas": in_deltas.all,
+        "from_delta": from_delta.all,
+        "sparse": sorted(path.name for path in (folder / "sparse" / "checkpoint-3").glob("*.safetensors")),
         "changing": changed.all,
         "leaving": changed.one,
         "norms": norms,
