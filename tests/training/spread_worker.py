@@ -23,10 +23,11 @@ from transformers import TrainerCallback
 
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
 from subnet_ft.errors import MaskMismatchError, OptimizerStateError, TrainerError
-from subnet_ft.masks import by_canonical_name
+from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, by_canonical_name, format_fingerprint
 from subnet_ft.optim.frozen import weights_digest
 from subnet_ft.training import restrict
 from subnet_ft.training.algorithms import Algorithm, build_config
+from subnet_kernels import fingerprint
 
 GLOBAL_BATCH = 4
 SHARDING: dict[str, Any] = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
@@ -35,6 +36,7 @@ RUNS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any]]] = {
     "DPO, ddp": ("DPO", None, {}),
     "DPO, fsdp": ("DPO", SHARDING, {}),
     "DPO, fsdp, in parts": ("DPO", PARTS, {"optim": "adamw_torch", "learning_rate": 1e-3}),
+    "DPO, fsdp, one loads": ("DPO", {**SHARDING, "cpu_ram_efficient_loading": True}, {}),
     "GRPO, ddp": ("GRPO", None, {}),
     "GRPO, fsdp": ("GRPO", SHARDING, {}),
 }
@@ -93,7 +95,12 @@ def trainer(folder: Path, run: str, *, evaluates: bool = False, **options: Any) 
     if evaluates:
         arguments["eval_dataset"] = kind.data()
     built = algorithm.trainer_class(model=model, args=args, train_dataset=kind.data(), **arguments)
-    return restrict(built, random_mask(built.model, 0.3), audit_steps=2)
+    restrict(built, random_mask(built.model, 0.3), audit_steps=2)
+    if "one loads" in run and dist.get_rank() > 0:
+        with torch.no_grad():  # as `from_pretrained` leaves them in all processes but the first
+            for parameter in model.parameters():
+                parameter.zero_()
+    return built
 
 
 def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -118,7 +125,7 @@ def train(folder: Path, run: str) -> dict[str, Any]:
     """Train, save after two steps, and write the weights of the end."""
     size = int(os.environ["WORLD_SIZE"])
     built = trainer(folder / str(size), run, save_strategy="steps", save_steps=2)
-    start = {name: p.detach().clone() for name, p in built.model.named_parameters()}
+    start = {name: p.detach() for name, p in tiny_model("llama", dtype=torch.float32).named_parameters()}
     notes = Digests()
     built.add_callback(notes)
     built.train()
@@ -183,7 +190,7 @@ def different_masks(folder: Path) -> str:
 
 
 def refusals(folder: Path) -> dict[str, str]:
-    """Return what every process says of a foreign mask, and of mixed precision."""
+    """Return what every process says of a foreign mask, of another base that comes late, and of mixed precision."""
     found = {}
     run = "DPO, fsdp, in parts"
     other = trainer(folder / "refused", run, max_steps=3)
@@ -192,6 +199,15 @@ def refusals(folder: Path) -> dict[str, str]:
         other.train(resume_from_checkpoint=str(folder / os.environ["WORLD_SIZE"] / run / "checkpoint-2"))
     except OptimizerStateError as error:
         found["foreign mask"] = str(error)
+    late = trainer(folder / "refused", "DPO, fsdp, one loads", max_steps=1)
+    other_base = tiny_model("llama", dtype=torch.float32, seed=5)
+    prints = {n: format_fingerprint(fingerprint(p.detach())) for n, p in other_base.named_parameters()}
+    record = ModelRecord("another/base", fingerprints=prints, dtypes=dict.fromkeys(prints, "float32"))
+    late.subnet_mask = SubnetMask(late.subnet_mask.tensors, Provenance(base=record))
+    try:
+        late.train()
+    except MaskMismatchError as error:
+        found["base that one process loads"] = str(error)
     try:
         trainer(folder / "refused", "DPO, fsdp", bf16=True)
     except TrainerError as error:

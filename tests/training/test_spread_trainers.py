@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DDP = ("DPO, ddp", "GRPO, ddp")
-FSDP = ("DPO, fsdp", "DPO, fsdp, in parts", "GRPO, fsdp")
+FSDP = ("DPO, fsdp", "DPO, fsdp, one loads", "DPO, fsdp, in parts", "GRPO, fsdp")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,12 @@ def test_ddp_and_fsdp2_train_to_the_same_weights(spread: Spread, algorithm: str)
         assert largest(ddp, fsdp) < 1e-6
 
 
+def test_weights_that_one_process_loads_train_as_those_that_all_load(spread: Spread) -> None:
+    """`cpu_ram_efficient_loading`: the others hold nothing until the model is sharded, and the base is checked then."""
+    ours, usual = (spread.weights(f"{name}-{spread.most}") for name in ("DPO, fsdp, one loads", "DPO, fsdp"))
+    assert all(torch.equal(weight, usual[name]) for name, weight in ours.items())
+
+
 @pytest.mark.parametrize("name", [*DDP, *FSDP])
 def test_off_mask_weights_keep_their_bits_and_every_process_has_the_same_ones(spread: Spread, name: str) -> None:
     for size in spread.sizes_of(name):
@@ -142,6 +148,7 @@ def test_foreign_masks_and_mixed_precision_are_refused_in_every_process(spread: 
         refusals = spread.result("fsdp", spread.most, rank)["refusals"]
         assert "was trained under mask" in refusals["foreign mask"]
         assert "Mixed precision (bf16) makes accelerate keep" in refusals["mixed precision"]
+        assert "not those that the mask was made for (`another/base`)" in refusals["base that one process loads"]
         different = spread.result("ddp", spread.most, rank)["different masks"]
         assert f"were given {spread.most} different masks" in different
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,7 +61,7 @@ def sync_values_only(trainer: Any, channel: Channel | None = None, *, mask: Subn
     return sender
 
 
-class _Sync:
+class _Sync(ABC):
     """What both modes share: the seams of TRL's `VLLMGeneration`, and one answer for all processes."""
 
     def __init__(self, trainer: Any, generation: Any, sender: ValuesSender, channel: Channel | None) -> None:
@@ -70,8 +71,9 @@ class _Sync:
     def install(self) -> None:
         self.generation._iter_named_params = self.iterate
 
+    @abstractmethod
     def iterate(self) -> Iterator[tuple[str, torch.Tensor]]:
-        raise NotImplementedError
+        """Yield what TRL hands to the engine."""
 
     def check_mask(self) -> None:
         """Refuse a mask that trains more than what is sent; there is no optimizer before training."""
