@@ -17,8 +17,8 @@ import subnet_kernels
 from subnet_ft.checkpoints.listing import listing
 from subnet_ft.errors import DeltaError, SwapError
 from subnet_ft.masks import SubnetMask, TensorMask
-from subnet_ft.masks.slices import count_before, slice_bits
-from subnet_ft.optim.shards import local, local_flat, part_of
+from subnet_ft.masks.slices import count_before
+from subnet_ft.optim.shards import local, local_flat, part_mask, part_of
 from subnet_kernels import BitMask
 from subnet_kernels.dispatch import choose
 
@@ -304,11 +304,8 @@ class _Counters:
 def _mask_of(name: str, parameter: torch.nn.Parameter, mask: TensorMask) -> tuple[BitMask, int]:
     """Return the mask of what this process holds of a parameter, and where its compact values start in the whole's."""
     part = part_of(name, parameter)
-    device = local(parameter).device
-    if part.group is None:
-        return BitMask.from_bits(mask.bits, part.num_elements, device), 0
-    bits = slice_bits(mask.bits, part.start, part.num_elements)
-    return BitMask.from_bits(bits, part.num_elements, device), count_before(mask.bits, part.start)
+    start = 0 if part.group is None else count_before(mask.bits, part.start)
+    return part_mask(mask.bits, part, local(parameter).device), start
 
 
 def reshard(model: torch.nn.Module) -> None:

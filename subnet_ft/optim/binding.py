@@ -8,9 +8,9 @@ import torch
 
 from subnet_ft.errors import OptimizerError
 from subnet_ft.masks import SubnetMask
-from subnet_ft.masks.slices import count_before, slice_bits
+from subnet_ft.masks.slices import count_before
 from subnet_ft.optim.compact_shard import CompactRange
-from subnet_ft.optim.shards import Part, local, part_of
+from subnet_ft.optim.shards import Part, local, part_mask, part_of
 from subnet_kernels import BitMask
 
 
@@ -77,10 +77,8 @@ class Binding:
 
     def under(self, mask: SubnetMask, parameter: torch.nn.Parameter) -> BitMask:
         """Return what another mask says of what this process holds of a parameter, on its device."""
-        bits, part = mask.tensors[self.names[parameter]].full_bits(), self.parts[parameter]
-        if part.group is not None:
-            bits = slice_bits(bits, part.start, part.num_elements)
-        return BitMask.from_bits(bits, part.num_elements, local(parameter).device)
+        bits = mask.tensors[self.names[parameter]].full_bits()
+        return part_mask(bits, self.parts[parameter], local(parameter).device)
 
     def compact_range(self, name: str) -> CompactRange:
         """Return which of the compact values of a trained tensor this process holds."""

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from subnet_ft.errors import OptimizerError
+from subnet_ft.masks.slices import slice_bits
+from subnet_kernels import BitMask
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -82,6 +84,19 @@ def part_of(name: str, parameter: torch.Tensor) -> Part:
             "are expected in equal chunks, as `fully_shard` cuts them."
         )
     return Part(first * width, held, mesh.get_group(dim), _device(mesh.device_type))
+
+
+def part_mask(bits: torch.Tensor, part: Part, device: torch.device) -> BitMask:
+    """Return the mask of a part on a device.
+
+    Args:
+        bits: (ceil(N / 8),) uint8, the mask of the whole parameter of N weights. In.
+        part: What this process holds of it.
+        device: Where the part lies.
+    """
+    if part.group is not None:
+        bits = slice_bits(bits, part.start, part.num_elements)
+    return BitMask.from_bits(bits, part.num_elements, device)
 
 
 def groups_of(parts: Iterable[Part]) -> list[tuple[dist.ProcessGroup, torch.device]]:

@@ -9,9 +9,8 @@ import torch.distributed as dist
 
 import subnet_kernels
 from subnet_ft.masks import SubnetMask, format_fingerprint
-from subnet_ft.masks.slices import slice_bits
 from subnet_ft.optim.fingerprints import fingerprints
-from subnet_ft.optim.shards import Part, groups_of, local_flat, part_of
+from subnet_ft.optim.shards import Part, groups_of, local_flat, part_mask, part_of
 from subnet_kernels import BitMask
 
 
@@ -51,9 +50,7 @@ class CompactValues:
         flat = local_flat(parameter)
         key = (name, flat.device, part)
         if key not in self._bit_masks:
-            tensor = self._mask.tensors[name]
-            bits = tensor.bits if part.group is None else slice_bits(tensor.bits, part.start, part.num_elements)
-            self._bit_masks[key] = BitMask.from_bits(bits, part.num_elements, flat.device)
+            self._bit_masks[key] = part_mask(self._mask.tensors[name].bits, part, flat.device)
         return subnet_kernels.gather(flat, self._bit_masks[key], dtype=flat.dtype)
 
 
