@@ -9,6 +9,7 @@ import torch
 import subnet_kernels
 from subnet_ft.optim.shards import local, part_of, sum_over_parts
 from subnet_kernels import BitMask
+from subnet_kernels.reference.splitmix import signed
 
 _SPAN = 1 << 64
 
@@ -31,10 +32,6 @@ def fingerprints(
             sums[name] = subnet_kernels.fingerprint(held, offset=parts[name].start, outside=outside(name))
     if all(part.group is None for part in parts.values()):
         return sums
-    rows = {name: torch.tensor([_signed(half) for half in pair]) for name, pair in sums.items()}
+    rows = {name: torch.tensor([signed(half) for half in pair]) for name, pair in sums.items()}
     summed = sum_over_parts(rows, parts)  # 64-bit integers wrap around, as the sums do
     return {name: (int(row[0]) % _SPAN, int(row[1]) % _SPAN) for name, row in summed.items()}
-
-
-def _signed(value: int) -> int:
-    return value - _SPAN if value >= _SPAN // 2 else value

@@ -7,7 +7,8 @@ from odd_model import OddModel, odd_mask
 
 import subnet_kernels
 from subnet_ft.optim.binding import Binding
-from subnet_ft.optim.fingerprints import _signed, fingerprints
+from subnet_ft.optim.fingerprints import fingerprints
+from subnet_kernels.reference.splitmix import signed
 
 
 def test_fingerprints_are_those_of_the_kernel() -> None:
@@ -26,5 +27,5 @@ def test_fingerprints_are_those_of_the_kernel() -> None:
 
 def test_sums_of_signed_halves_wrap_around_as_the_fingerprint_does() -> None:
     halves = (3, 2**63, 2**64 - 1, 2**63 + 5)
-    total = torch.stack([torch.tensor(_signed(half)) for half in halves]).sum()
+    total = torch.stack([torch.tensor(signed(half)) for half in halves]).sum()
     assert int(total) % 2**64 == sum(halves) % 2**64
