@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 import subnet_kernels
-from subnet_ft.deltas.header import TensorEntry
+from subnet_ft.deltas.header import DTYPES, TensorEntry
 from subnet_ft.errors import DeltaError
 from subnet_ft.masks import ModelRecord, Provenance, SubnetMask, TensorMask
+from subnet_kernels import BitMask
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,25 @@ class TensorDelta:
         Returns:
             How many values were written.
         """
-        if not self.count:
+        part = self.part(start, piece.numel(), used)
+        if part is None:
             return 0
-        bits = self.bits[start // 8 : (start + piece.numel() + 7) // 8]
-        count = subnet_kernels.count_bits(bits)
-        if count:
-            mask = subnet_kernels.BitMask.from_bits(bits, piece.numel())
-            subnet_kernels.scatter(piece, mask, self.values[used : used + count])
-        return count
+        mask, values = part
+        subnet_kernels.scatter(piece, mask, values)
+        return mask.count
+
+    def part(self, start: int, length: int, used: int) -> tuple[BitMask, torch.Tensor] | None:
+        """Return the mask and the values of a stretch of the flat tensor; `None` where it gets no new value.
+
+        Args:
+            start: Flat index of the first element, a multiple of 8.
+            length: Elements of the stretch.
+            used: How many values belong to the elements before `start`.
+        """
+        if not self.count:
+            return None
+        mask = BitMask.from_bits(self.bits[start // 8 : (start + length + 7) // 8], length)
+        return (mask, self.values[used : used + mask.count]) if mask.count else None
 
 
 @dataclass(frozen=True)
@@ -171,6 +183,8 @@ class Delta:
 
 
 def _check_tensor(name: str, tensor: TensorDelta, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise DeltaError(f"The base of the delta stores `{name}` in {dtype}; a delta holds {', '.join(DTYPES)} only.")
     expected = (tensor.num_elements + 7) // 8 if tensor.count else 0
     if tensor.bits.dtype != torch.uint8 or tensor.bits.shape != (expected,):
         raise DeltaError(

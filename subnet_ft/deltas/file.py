@@ -87,7 +87,7 @@ class DeltaFile:
             else:
                 bits = self._mask.tensors[name].bits
             values = self._read(file, VALUES + name, entry.values_nbytes).view(DTYPES[entry.dtype])
-        self._check_bits(name, entry, bits)
+        check_bits(self.path, name, entry, bits)
         return TensorDelta(bits, values, entry.shape)
 
     def delta(self) -> Delta:
@@ -118,14 +118,6 @@ class DeltaFile:
                 raise DeltaFileError(f"`{self.path}`: `{key}` cannot be decompressed: {error}.") from error
         return torch.frombuffer(data, dtype=torch.uint8)
 
-    def _check_bits(self, name: str, entry: TensorEntry, bits: torch.Tensor) -> None:
-        num_elements = entry.num_elements
-        if num_elements % 8 and int(bits[-1]) >> (num_elements % 8):
-            raise DeltaFileError(f"`{self.path}`: padding bits of `{name}` are set, last byte {int(bits[-1]):#010b}.")
-        found = subnet_kernels.count_bits(bits)
-        if found != entry.count:
-            raise DeltaFileError(f"`{self.path}`: `{name}` has {found} bits set but its header says {entry.count}.")
-
     def _check_mask(self, mask: SubnetMask) -> None:
         if self.header.mask_fingerprint is None:
             raise DeltaMismatchError(f"`{self.path}` has its own positions. Leave out the mask.")
@@ -141,6 +133,20 @@ class DeltaFile:
                 raise DeltaFileError(
                     f"`{self.path}`: `{name}` has {entry.count} values of shape {entry.shape}; its mask has {found}."
                 )
+
+
+def check_bits(path: Path, name: str, entry: TensorEntry, bits: torch.Tensor) -> None:
+    """Check that a tensor's bits are as many as its entry says, and none of them padding.
+
+    Raises:
+        DeltaFileError: They are not.
+    """
+    num_elements = entry.num_elements
+    if num_elements % 8 and int(bits[-1]) >> (num_elements % 8):
+        raise DeltaFileError(f"`{path}`: padding bits of `{name}` are set, last byte {int(bits[-1]):#010b}.")
+    found = subnet_kernels.count_bits(bits)
+    if found != entry.count:
+        raise DeltaFileError(f"`{path}`: `{name}` has {found} bits set but its header says {entry.count}.")
 
 
 def _checked_sha256(path: Path, file: io.FileIO, start: bytes) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from subnet_ft.deltas.strict_json import is_deeper, json_object, shown
 from subnet_ft.errors import DeltaFileError
 
 FORMAT = "subnet-ft.delta"
@@ -38,6 +39,9 @@ STORED_AS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _SIZES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 _MAX_DIMS = 16
 _MAX_ELEMENTS = 1 << 62
+_MAX_BASE = 1 << 12
+_MAX_DEPTH = 32
+"""How deep `source` may nest: what is read must be written again, by code that stands deeper on the stack."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -130,7 +134,7 @@ def write_header(header: Header, stored: Mapping[str, tuple[str, int, int]]) -> 
     for key, (dtype, length, nbytes) in stored.items():
         table[key] = {"dtype": dtype, "shape": [length], "data_offsets": [start, start + nbytes]}
         start += nbytes
-    text = json.dumps(table, separators=(",", ":")).encode()
+    text = _compact(table).encode()
     text += b" " * (-len(text) % 8)
     first = len(b'{"__metadata__":{"sha256":"')
     return len(text).to_bytes(8, "little") + text, 8 + first
@@ -171,8 +175,14 @@ def read_header(path: Path, file: io.FileIO) -> tuple[Header, dict[str, Stored],
 
 
 def parse_header(path: Path, text: bytes, size: int) -> tuple[Header, dict[str, Stored]]:
-    """Check what a file of `size` bytes says before its values, as `read_header` does."""
-    table = _json_object(path, text, "header")
+    """Check what a file of `size` bytes says before its values, as `read_header` does.
+
+    Raises:
+        DeltaFileError: Anything contradicts the format. The message is short, whatever the file says.
+    """
+    if len(text) > MAX_HEADER:
+        raise DeltaFileError(f"`{path}`: a header of {len(text):,} bytes; at most {MAX_HEADER:,} are read.")
+    table = json_object(path, text, "header")
     metadata = table.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DeltaFileError(f"`{path}` has no `__metadata__` of texts in its header, so it is no delta file.")
@@ -200,10 +210,10 @@ def _stored_tensors(path: Path, table: dict[str, Any], first: int, size: int) ->
         offsets: Any = fields.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in _SIZES or not _sizes(shape, 1) or len(shape) != 1:
             raise DeltaFileError(
-                f"`{path}`: tensor `{key}` is {dtype!r} of shape {shape!r}, not a vector of this format."
+                f"`{path}`: tensor `{key}` is {shown(dtype)} of shape {shown(shape)}, not a vector of this format."
             )
         if not _sizes(offsets, 2) or len(offsets) != 2 or offsets[1] - offsets[0] != shape[0] * _SIZES[dtype]:
-            raise DeltaFileError(f"`{path}`: tensor `{key}`, {dtype} of shape {shape}, cannot lie at {offsets!r}.")
+            raise DeltaFileError(f"`{path}`: tensor `{key}`, {dtype} of shape {shape}, cannot lie at {shown(offsets)}.")
         found[key] = Stored(dtype, first + offsets[0], first + offsets[1])
     end = first
     for key, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -223,28 +233,41 @@ def _stored_tensors(path: Path, table: dict[str, Any], first: int, size: int) ->
 def _parse(path: Path, metadata: dict[str, str]) -> Header:
     if metadata.get("format") != FORMAT:
         raise DeltaFileError(
-            f"`{path}` is not a delta file: its header says format {metadata.get('format')!r}, expected {FORMAT!r}."
+            f"`{path}` is not a delta file: its header says format {shown(metadata.get('format'))}, not {FORMAT!r}."
         )
     if metadata.get("version") != str(VERSION):
         raise DeltaFileError(
-            f"`{path}` has version {metadata.get('version')!r}; this release reads version {VERSION}. Update subnet-ft."
+            f"`{path}` has version {shown(metadata.get('version'))}; this release reads version {VERSION}. Update "
+            "subnet-ft."
         )
     positions, encoding = metadata.get("positions", ""), metadata.get("encoding")
     by_mask = positions.startswith(BY_MASK) and _SHA256.fullmatch(positions.removeprefix(BY_MASK))
     if positions != BITMAP and not by_mask:
-        raise DeltaFileError(f"`{path}`: positions {positions!r}; expected {BITMAP!r}, or {BY_MASK!r} and 64 digits.")
+        raise DeltaFileError(
+            f"`{path}`: positions {shown(positions)}; expected {BITMAP!r}, or {BY_MASK!r} and 64 digits."
+        )
     if encoding not in ENCODINGS:
-        raise DeltaFileError(f"`{path}`: encoding {encoding!r}; this release reads {' and '.join(ENCODINGS)}.")
-    base = _json_object(path, metadata.get("base", ""), "`base`")
+        raise DeltaFileError(f"`{path}`: encoding {shown(encoding)}; this release reads {' and '.join(ENCODINGS)}.")
+    base = json_object(path, metadata.get("base", ""), "`base`")
     name, revision = base.get("name"), base.get("revision")
-    if not isinstance(name, str) or not isinstance(revision, str | None):
-        raise DeltaFileError(f"`{path}`: its base is {name!r} at revision {revision!r}; expected texts.")
-    tensors = _json_object(path, metadata.get("tensors", ""), "`tensors`")
+    if (
+        not isinstance(name, str)
+        or not isinstance(revision, str | None)
+        or max(map(len, (name, revision or ""))) > _MAX_BASE
+    ):
+        raise DeltaFileError(
+            f"`{path}`: its base is {shown(name)} at revision {shown(revision)}; expected texts of at most {_MAX_BASE} "
+            "characters."
+        )
+    source = json_object(path, metadata.get("source", ""), "`source`")
+    if is_deeper(source, _MAX_DEPTH):
+        raise DeltaFileError(f"`{path}`: its `source` nests more than {_MAX_DEPTH} deep.")
+    tensors = json_object(path, metadata.get("tensors", ""), "`tensors`")
     return Header(
         entries={name: _entry(path, name, fields) for name, fields in tensors.items()},
         base_name=name,
         base_revision=revision,
-        source=_json_object(path, metadata.get("source", ""), "`source`"),
+        source=source,
         positions=positions,
         encoding=encoding,
     )
@@ -257,11 +280,11 @@ def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
         )
     shape, dtype, count = fields["shape"], fields["dtype"], fields["count"]
     if not _sizes(shape, _MAX_DIMS) or math.prod(shape) > _MAX_ELEMENTS:
-        raise DeltaFileError(f"`{path}`: tensor `{name}` has shape {shape!r}; expected a list of sizes.")
+        raise DeltaFileError(f"`{path}`: tensor `{name}` has shape {shown(shape)}; expected a list of sizes.")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise DeltaFileError(f"`{path}`: tensor `{name}` is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+        raise DeltaFileError(f"`{path}`: tensor `{name}` is {shown(dtype)}; expected one of {', '.join(DTYPES)}.")
     if type(count) is not int or not 0 <= count <= math.prod(shape):
-        raise DeltaFileError(f"`{path}`: tensor `{name}` of shape {shape} has count {count!r}.")
+        raise DeltaFileError(f"`{path}`: tensor `{name}` of shape {shape} has count {shown(count)}.")
     for side in ("base", "result"):
         if not isinstance(fields[side], str) or not _FINGERPRINT.fullmatch(fields[side]):
             raise DeltaFileError(f"`{path}`: the {side} fingerprint of `{name}` is not 32 hexadecimal digits.")
@@ -299,22 +322,4 @@ def _sizes(value: Any, limit: int) -> bool:
 
 
 def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _json_object(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise ValueError(f"it has {name[:80]!r} twice")
-            found[name] = value
-        return found
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise DeltaFileError(f"`{path}`: its {what} is not valid JSON: {str(error)[:200]}") from error
-    if not isinstance(value, dict):
-        raise DeltaFileError(f"`{path}`: its {what} is {type(value).__name__}, expected an object.")
-    return value
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

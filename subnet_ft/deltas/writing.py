@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 
 from subnet_ft.deltas.compression import check_zstd, compress
 from subnet_ft.deltas.delta import Delta, TensorDelta
+from subnet_ft.deltas.file import check_bits
 from subnet_ft.deltas.header import (
     BITMAP,
     BITS,
@@ -24,9 +26,10 @@ from subnet_ft.deltas.header import (
     VALUES,
     Header,
     TensorEntry,
+    parse_header,
     write_header,
 )
-from subnet_ft.errors import DeltaFileError, DeltaMismatchError
+from subnet_ft.errors import DeltaError, DeltaFileError, DeltaMismatchError
 from subnet_ft.masks import ModelRecord, SubnetMask
 
 _BLOCK = 1 << 22
@@ -68,6 +71,10 @@ class DeltaWriter:
         source: Where the delta came from.
         mask: Refer to this mask instead of writing bits.
         zstd: Compress.
+
+    Raises:
+        DeltaError: `source` is no JSON.
+        DeltaFileError: `path` cannot be written, or a reader would refuse what was added; nothing is left then.
     """
 
     def __init__(
@@ -84,6 +91,10 @@ class DeltaWriter:
             check_zstd("to compress a delta")
         self._with_bits = mask is None
         positions = BITMAP if mask is None else BY_MASK + mask.fingerprint
+        try:
+            json.dumps(source, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DeltaError(f"The `source` of a delta is written as JSON, and this is none: {error}.") from error
         self._header = Header({}, base.name, base.revision, dict(source), positions, "zstd" if zstd else "raw")
         self._stored: dict[int, dict[str, tuple[str, int, int]]] = {4: {}, 2: {}, 1: {}}
         self.sha256 = ""
@@ -115,6 +126,7 @@ class DeltaWriter:
         self._header.entries[name] = entry
         if not entry.count:
             return
+        check_bits(self.path, name, entry, tensor.bits)
         if self._with_bits:
             self._put(BITS + name, "U8", tensor.bits)
         self._put(VALUES + name, STORED_AS[entry.dtype], tensor.values)
@@ -134,9 +146,10 @@ class DeltaWriter:
         self._stored[width][key] = (dtype, length, length * width)
 
     def _finish(self) -> None:
-        start, digits_at = write_header(
-            self._header, {k: v for group in self._stored.values() for k, v in group.items()}
-        )
+        stored = {key: value for group in self._stored.values() for key, value in group.items()}
+        start, digits_at = write_header(self._header, stored)
+        # A file that its own reader refuses would be found out when the checkpoint is needed.
+        parse_header(self.path, start[8:], len(start) + sum(nbytes for _, _, nbytes in stored.values()))
         digest = hashlib.sha256(start)
         whole = self._beside("whole")
         with whole.open("wb") as file:

@@ -12,6 +12,7 @@ from helpers import same_bits
 import subnet_kernels
 from subnet_ft.deltas import Delta, TensorDelta
 from subnet_ft.errors import DeltaError
+from subnet_ft.masks import ModelRecord
 
 NAME = "w"
 BASE = record({NAME: torch.zeros(2, 5)})
@@ -52,6 +53,16 @@ def test_delta_counts_what_it_changes() -> None:
 def test_delta_refuses_parts_that_contradict_each_other(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DeltaError, match=message):
         delta(**fields)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64], ids=str
+)
+def test_delta_refuses_dtypes_that_no_file_holds(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    base = ModelRecord("a base", None, {NAME: name}, {NAME: "0" * 32})
+    with pytest.raises(DeltaError, match=f"stores `w` in {name}; a delta holds bfloat16, float16, float32 only"):
+        delta(values=VALUES.to(dtype), base=base)
 
 
 @pytest.mark.parametrize("size", [8, 16, 64, 1 << 20])

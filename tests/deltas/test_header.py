@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import tracemalloc
 from collections.abc import Iterator
@@ -127,9 +128,9 @@ def test_a_file_with_anything_else_in_the_place_of_one_inner_value_is_refused(fi
         odd = {("a", "base"), ("a", "result"), ("b", "base"), ("b", "result"), ("c", "shape"), ("c", "dtype")}
         variants = [variant for variant in variants if variant[0][:2] not in odd or isinstance(variant[1], dict | bool)]
     if field == "source":
-        for _, _, new in variants[len(ANYTHING) :]:
+        for _, value, new in variants[len(ANYTHING) :]:
             rewrite(path, new, split(path)[1])
-            assert opened(path)
+            assert opened(path) == (not isinstance(value, float) or math.isfinite(value))
         variants = variants[: len(ANYTHING)]
     assert_all_refused_but(path, iter(variants), free)
 
@@ -163,6 +164,45 @@ def test_a_name_twice_is_refused_in_every_object(which: str, path: Path) -> None
     rewrite(path, text.replace(once, twice).encode(), payload)
     with unchanged(path.parent), pytest.raises(DeltaFileError, match="twice"):
         DeltaFile(path)
+
+
+@pytest.mark.parametrize("depth", [33, 60, 900, 970, 980, 100_000])
+def test_values_that_nest_are_refused_at_any_depth_and_in_a_short_message(depth: int, path: Path) -> None:
+    header, payload = split(path)
+    deep = "[" * depth + "]" * depth
+    text = json.dumps(header, separators=(",", ":"))
+    for once, nested in (
+        ('"dtype":"BF16"', f'"dtype":{deep}'),
+        ('"shape":[1]', f'"shape":{deep}'),
+        ('"data_offsets":[0,12]', f'"data_offsets":{deep}'),
+        ('\\"count\\":1', f'\\"count\\":{deep}'),
+        ('\\"shape\\":[3,5]', f'\\"shape\\":{deep}'),
+        ('\\"name\\":\\"a base\\"', f'\\"name\\":{deep}'),
+        ('\\"kind\\":\\"test\\"', f'\\"kind\\":{deep}'),
+    ):
+        assert text.count(once) == 1, once
+        rewrite(path, text.replace(once, nested).encode(), payload)
+        with unchanged(path.parent), pytest.raises(DeltaFileError) as refused:
+            DeltaFile(path)
+        assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("field", ["format", "version", "encoding", "positions", "base"])
+def test_long_values_are_refused_in_a_short_message(field: str, path: Path) -> None:
+    header, payload = split(path)
+    long = "x" * 10**6
+    header["__metadata__"][field] = json.dumps({"name": long, "revision": None}) if field == "base" else long
+    rewrite(path, header, payload)
+    with pytest.raises(DeltaFileError) as refused:
+        DeltaFile(path)
+    assert len(str(refused.value)) < 600
+
+
+def test_source_may_nest_as_deep_as_the_page_says(path: Path) -> None:
+    header, payload = split(path)
+    header["__metadata__"]["source"] = '{"a":' + "[" * 31 + "]" * 31 + "}"
+    rewrite(path, header, payload)
+    assert opened(path)
 
 
 HEADER = Header({}, "base", None, {"kind": "test"}, BITMAP, "raw")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from delta_checkpoints import random_case, split, unchanged
 
-from subnet_ft.deltas import Delta, DeltaFile
+from subnet_ft.deltas import Delta, DeltaFile, TensorDelta
 from subnet_ft.deltas.writing import DeltaWriter, check_writable, save_delta
-from subnet_ft.errors import DeltaFileError, DeltaMismatchError
+from subnet_ft.errors import DeltaError, DeltaFileError, DeltaMismatchError
+from subnet_ft.masks import ModelRecord
 
 SUFFIX = ".delta.safetensors"
 SEED = next(
@@ -76,6 +77,42 @@ def test_writer_leaves_nothing_after_an_error_or_a_key(delta: Delta, tmp_path: P
         with unchanged(tmp_path), pytest.raises(error), writer:  # noqa: PT012 - what is raised between, is the point
             writer.add(name, entry, delta.tensors[name])
             raise error
+
+
+@pytest.mark.parametrize("source", [{"a": torch.zeros(1)}, {"a": float("nan")}, {"a": {1, 2}}, {(1, 2): 3}])
+def test_save_refuses_a_source_that_is_no_json(source: dict[str, object], delta: Delta, tmp_path: Path) -> None:
+    odd = Delta(delta.tensors, delta.base, delta.result, source)
+    with unchanged(tmp_path), pytest.raises(DeltaError, match="written as JSON, and this is none"):
+        odd.save(tmp_path / f"d{SUFFIX}")
+
+
+def test_save_refuses_what_no_reader_would_take_and_leaves_nothing(
+    delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, tensor = next((name, tensor) for name, tensor in delta.tensors.items() if tensor.count > 1)
+    less = TensorDelta(tensor.bits, tensor.values[1:], tensor.shape)
+    deep: dict[str, object] = {}
+    for _ in range(40):
+        deep = {"a": deep}
+    long = {"x" * 1025: TensorDelta.build(tensor.bits[:0], tensor.values[:0], (3,))}
+    record = ModelRecord("b", None, dict.fromkeys(long, delta.base.dtypes[name]), dict.fromkeys(long, "0" * 32))
+    with unchanged(tmp_path):
+        for odd, message in (
+            (Delta({**delta.tensors, name: less}, delta.base, delta.result), "bits set but its header says"),
+            (Delta(delta.tensors, delta.base, {**delta.result, name: "no fingerprint"}), "not 32 hexadecimal digits"),
+            (Delta(delta.tensors, delta.base, delta.result, deep), "nests more than 32 deep"),
+            (Delta(delta.tensors, ModelRecord("b" * 4097, None, *_of(delta)), delta.result), "at most 4096 characters"),
+            (Delta(long, record, record.fingerprints), "1,025 letters"),
+        ):
+            with pytest.raises(DeltaFileError, match=message):
+                odd.save(tmp_path / f"d{SUFFIX}")
+        monkeypatch.setattr("subnet_ft.deltas.header.MAX_HEADER", 100)
+        with pytest.raises(DeltaFileError, match="at most 100 are read"):
+            delta.save(tmp_path / f"d{SUFFIX}")
+
+
+def _of(delta: Delta) -> tuple[dict[str, str], dict[str, str]]:
+    return delta.base.dtypes, delta.base.fingerprints
 
 
 def test_save_replaces_a_link_and_not_what_it_points_to(delta: Delta, tmp_path: Path) -> None:
