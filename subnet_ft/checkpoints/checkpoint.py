@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from subnet_ft.checkpoints.conversion import meta_model, plan_conversion
+from subnet_ft.checkpoints.foreign import pickled_parts
+from subnet_ft.checkpoints.parts import SHARDED, PartsReader, parts_folder
 from subnet_ft.checkpoints.resolve import locate
-from subnet_ft.checkpoints.shards import ShardReader, StoredTensor, TensorSpec
+from subnet_ft.checkpoints.shards import INDEX_FILE, SINGLE_FILE, ShardReader, StoredTensor, TensorSpec
 from subnet_ft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -42,11 +44,15 @@ class Checkpoint:
     """The tensors on disk that make no parameter, each with the reason: buffers and copies of tied weights."""
     copies: dict[str, str]
     """Those of them that repeat a parameter, by their names on disk."""
+    is_in_parts: bool
+    """Whether every process of a run has saved its part of the weights, so that no file holds them whole."""
 
     def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
         self.name, self.folder, self.revision = name, folder, revision
         self.config = load_config(folder)
-        self._reader = ShardReader(folder)
+        parts = parts_folder(folder)
+        self.is_in_parts = parts is not None
+        self._reader = ShardReader(folder) if parts is None else PartsReader(parts, self._names())
         self._plan = plan_conversion(self.config, self._reader, folder)
         self.specs = self._plan.specs
         self.ignored = self._plan.ignored
@@ -97,7 +103,17 @@ class Checkpoint:
 
     @property
     def stored(self) -> Mapping[str, StoredTensor]:
-        """Where every tensor on disk lies, by its name there."""
+        """Where every tensor on disk lies, by its name there.
+
+        Raises:
+            CheckpointError: The checkpoint is in parts.
+        """
+        if isinstance(self._reader, PartsReader):
+            raise CheckpointError(
+                f"`{self.name}` holds its weights in parts, a file per process, which are read but never changed or "
+                "written here. Make a whole checkpoint of it first: `subnet-ft delta export BASE FOLDER -o DELTA`, "
+                "then `subnet-ft delta apply BASE DELTA -o WHOLE`."
+            )
         return self._reader
 
     def stored_as_is(self, name: str) -> str | None:
@@ -112,6 +128,10 @@ class Checkpoint:
         """Return one tensor as it is on disk, by its name there; writing to it changes the copy in memory only."""
         return self._reader.read(key)
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return all tensors as they are on disk, by their names there: what transformers loads a model from."""
+        return {key: self._reader.read(key) for key in self._reader}
+
     def origins(self, name: str) -> tuple[list[str], dict[str, torch.Tensor]]:
         """Say where on disk every element lies of the parameters that are converted together with `name`.
 
@@ -123,6 +143,10 @@ class Checkpoint:
             CheckpointError: The conversion does more than move elements.
         """
         return self._plan.origins(name, self._reader)
+
+    def _names(self) -> set[str]:
+        """Return the names that parameters have in memory, all of those of tied ones."""
+        return {name for name, _ in self.empty_model().named_parameters(remove_duplicate=False)}
 
     def _known(self, names: Iterable[str] | None) -> list[str]:
         wanted = list(self.specs if names is None else names)
@@ -164,8 +188,8 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpo
     """Find a checkpoint and match its tensors with the model's parameters; weights stay on disk.
 
     Args:
-        name: A local folder (one safetensors file or sharded, also one that a trainer saved), a Hub id,
-            `package:MODULE/FILE.gguf`, a .gguf file, or `tiny:FAMILY`.
+        name: A local folder (one safetensors file or several, also one that a trainer saved, or the processes of an
+            FSDP run in safetensors parts), a Hub id, `package:MODULE/FILE.gguf`, a .gguf file, or `tiny:FAMILY`.
         revision: Branch, tag or commit of a Hub id.
 
     Raises:
@@ -226,6 +250,17 @@ def _without_config(folder: Path) -> str:
     gguf = sorted(folder.glob("*.gguf"))
     if gguf:
         return f"`{folder}` has no config.json, but a GGUF inside it. Name the file: `{gguf[0]}`."
+    if folder.name == SHARDED and (folder.parent / "config.json").is_file():
+        return f"`{folder}` has no config.json, but the folder around it has. Name that one, `{folder.parent}`."
+    if parts_folder(folder) or (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return (
+            f"`{folder}` has weights, but no config.json that says of which model. Copy config.json and the "
+            "tokenizer's files there from the model that the run started from, or call "
+            f"`model.config.save_pretrained({str(folder)!r})`."
+        )
+    pickled = pickled_parts(folder)
+    if pickled:
+        return pickled
     names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
     return (
         f"`{folder}` has no config.json, so it is no model checkpoint; it holds {names}. Name a folder written by "

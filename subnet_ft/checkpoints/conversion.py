@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from subnet_ft.checkpoints.listing import listing
-from subnet_ft.checkpoints.shards import ShardReader, TensorSpec
+from subnet_ft.checkpoints.parts import Reader
+from subnet_ft.checkpoints.shards import TensorSpec
 from subnet_ft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class ConversionPlan:
     _saved: dict[str, str]  # parameter -> the name, of several tied ones, under which it is on disk
     _members: dict[str, list[str]]  # first target of a group -> all parameters of the group
 
-    def convert(self, name: str, reader: ShardReader) -> dict[str, torch.Tensor]:
+    def convert(self, name: str, reader: Reader) -> dict[str, torch.Tensor]:
         """Read and convert the group of the parameter `name`; returns every parameter that comes out of it."""
         group = self._groups[name]
         produced = _convert(group, self._model, reader.read)
@@ -94,7 +95,7 @@ class ConversionPlan:
         """Return the names on disk of the group of the parameter `name`."""
         return [key for key, _ in self._groups[name].sources]
 
-    def origins(self, name: str, reader: ShardReader) -> tuple[list[str], dict[str, torch.Tensor]]:
+    def origins(self, name: str, reader: Reader) -> tuple[list[str], dict[str, torch.Tensor]]:
         """Say where on disk every element of the group of `name` lies: a conversion moves elements and computes none.
 
         Returns:
@@ -129,7 +130,7 @@ class ConversionPlan:
         return keys, found
 
 
-def plan_conversion(config: PretrainedConfig, reader: ShardReader, where: object) -> ConversionPlan:
+def plan_conversion(config: PretrainedConfig, reader: Reader, where: object) -> ConversionPlan:
     """Match the tensors on disk with the parameters of the model that `config` describes; weights stay unread.
 
     Args:
@@ -245,7 +246,7 @@ def meta_model(config: PretrainedConfig, where: object) -> PreTrainedModel:
     return model
 
 
-def _group(model: PreTrainedModel, reader: ShardReader, where: object) -> tuple[list[Group], dict[str, str]]:
+def _group(model: PreTrainedModel, reader: Reader, where: object) -> tuple[list[Group], dict[str, str]]:
     """Collect the tensors on disk by their target; the others are returned with the name they would have in memory."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -294,7 +295,7 @@ def _convert(group: Group, model: PreTrainedModel, read: Callable[[str], torch.T
     return {target: value.contiguous() for target, value in single.items()}
 
 
-def _converted_specs(group: Group, model: PreTrainedModel, reader: ShardReader) -> dict[str, TensorSpec]:
+def _converted_specs(group: Group, model: PreTrainedModel, reader: Reader) -> dict[str, TensorSpec]:
     specs = {key: reader[key].spec(key) for key, _ in group.sources}
     if group.converter is None:
         return {group.first: specs[group.sources[0][0]]}

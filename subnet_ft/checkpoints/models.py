@@ -58,7 +58,7 @@ def load_model(
         options["quantization_config"] = config_of(quantization, folder)
     try:
         with _without_bars():
-            model: PreTrainedModel = auto.from_pretrained(folder, **options)
+            model = _load(auto, folder, options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, ImportError, OSError) as error:
         raise CheckpointError(f"The model in `{folder}` cannot be loaded with {options}: {error}") from error
@@ -67,6 +67,23 @@ def load_model(
     elif torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def _load(auto: Any, folder: Path, options: dict[str, Any]) -> PreTrainedModel:
+    """Load a model through transformers, which reads whole files itself; weights in parts are put together for it."""
+    from subnet_ft.checkpoints.checkpoint import Checkpoint
+    from subnet_ft.checkpoints.parts import parts_folder
+
+    model: PreTrainedModel
+    if parts_folder(folder) is None:
+        model = auto.from_pretrained(folder, **options)
+    else:
+        checkpoint = Checkpoint(str(folder), folder)
+        architecture: Any = type(checkpoint.empty_model())
+        model = architecture.from_pretrained(
+            None, config=checkpoint.config, state_dict=checkpoint.state_dict(), **options
+        )
+    return model
 
 
 def kind_of(model: torch.nn.Module) -> Kind:

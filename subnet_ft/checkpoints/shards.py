@@ -6,7 +6,7 @@ import io
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from subnet_ft.checkpoints.foreign import without_weights
 from subnet_ft.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -41,13 +42,7 @@ class StoredTensor:
 
     def spec(self, key: str) -> TensorSpec:
         """Return shape and dtype, or refuse a dtype in which no weight can be trained."""
-        if self.dtype_name not in _DTYPES:
-            raise CheckpointError(
-                f"`{key}` in `{self.file}` is stored as {self.dtype_name}; weights must be BF16, F16 or F32. "
-                "Dequantize the model (`model.dequantize()`) or cast it, save it with `save_pretrained`, and use that "
-                "folder."
-            )
-        return TensorSpec(self.shape, _DTYPES[self.dtype_name])
+        return weight_spec(key, self.file, self.shape, self.dtype_name)
 
 
 class ShardReader(Mapping[str, StoredTensor]):
@@ -66,16 +61,14 @@ class ShardReader(Mapping[str, StoredTensor]):
     def __init__(self, folder: Path) -> None:
         self._stored: dict[str, StoredTensor] = {}
         for file in _weight_files(folder):
-            handle = _open(file)
-            offsets = _offsets(file)
-            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+            stored, _ = stored_tensors(file)
+            for key in stored:
                 if key in self._stored:
                     raise CheckpointError(
                         f"`{key}` is in `{self._stored[key].file.name}` and in `{file.name}` of `{folder}`, so which "
                         "one counts is unclear. Remove the stale file or save the model again into an empty folder."
                     )
-                header = handle.get_slice(key)
-                self._stored[key] = StoredTensor(file, offsets[key], tuple(header.get_shape()), header.get_dtype())
+            self._stored |= stored
         _check_index(folder, self._stored)
 
     def __getitem__(self, key: str) -> StoredTensor:
@@ -90,15 +83,7 @@ class ShardReader(Mapping[str, StoredTensor]):
     def read(self, key: str) -> torch.Tensor:
         """Map one tensor from its file; writing to the result changes memory only, never the file."""
         stored = self._stored[key]
-        spec = stored.spec(key)
-        count = math.prod(spec.shape)
-        if not count:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        before = stored.offset % mmap.ALLOCATIONGRANULARITY
-        length = before + count * spec.dtype.itemsize
-        with stored.file.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), length, offset=stored.offset - before, access=mmap.ACCESS_COPY)
-        return torch.frombuffer(pages, dtype=spec.dtype, count=count, offset=before).view(spec.shape)
+        return map_stored(stored, stored.spec(key))
 
     def pieces(self, key: str, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
         """Read one tensor piece by piece through a buffer: for large files far faster than faulting in their pages.
@@ -114,15 +99,73 @@ class ShardReader(Mapping[str, StoredTensor]):
             CheckpointError: The file has become shorter.
         """
         stored = self._stored[key]
-        spec = stored.spec(key)
-        left = math.prod(spec.shape) * spec.dtype.itemsize
-        with stored.file.open("rb", buffering=0) as file:
-            file.seek(stored.offset)
+        return stream([stored], stored.spec(key).dtype, buffer, key)
+
+
+def weight_spec(key: str, where: Path, shape: tuple[int, ...], dtype_name: str) -> TensorSpec:
+    """Return shape and dtype of a weight, or refuse a dtype in which none can be trained."""
+    if dtype_name not in _DTYPES:
+        raise CheckpointError(
+            f"`{key}` in `{where}` is stored as {dtype_name}; weights must be BF16, F16 or F32. Dequantize the model "
+            "(`model.dequantize()`) or cast it, save it with `save_pretrained`, and use that folder."
+        )
+    return TensorSpec(shape, _DTYPES[dtype_name])
+
+
+def stored_tensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors of a safetensors file by name, and the texts in its header.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    handle = _open(file)
+    offsets = _offsets(file)
+    stored = {}
+    for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+        header = handle.get_slice(key)
+        stored[key] = StoredTensor(file, offsets[key], tuple(header.get_shape()), header.get_dtype())
+    return stored, dict(handle.metadata() or {})
+
+
+def map_stored(stored: StoredTensor, spec: TensorSpec) -> torch.Tensor:
+    """Map a tensor of that shape and dtype from its file; writing to the result changes memory only."""
+    count = math.prod(spec.shape)
+    if not count:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    before = stored.offset % mmap.ALLOCATIONGRANULARITY
+    length = before + count * spec.dtype.itemsize
+    with stored.file.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), length, offset=stored.offset - before, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(pages, dtype=spec.dtype, count=count, offset=before).view(spec.shape)
+
+
+def stream(parts: Iterable[StoredTensor], dtype: torch.dtype, buffer: torch.Tensor, key: str) -> Iterator[torch.Tensor]:
+    """Read stored tensors, one after another, as pieces of which all but the last fill the buffer.
+
+    Args:
+        parts: In the order of their bytes in the whole.
+        dtype: Theirs.
+        buffer: uint8, a multiple of 8 bytes; every piece overwrites the one before.
+        key: What messages call the whole.
+
+    Raises:
+        CheckpointError: A file has become shorter.
+    """
+    filled = 0
+    for part in parts:
+        left = math.prod(part.shape) * dtype.itemsize
+        with part.file.open("rb", buffering=0) as file:
+            file.seek(part.offset)
             while left:
-                piece = buffer[: min(left, buffer.numel())]
-                _fill(file, memoryview(piece.numpy().data), key)
-                left -= piece.numel()
-                yield piece.view(spec.dtype)
+                room = buffer[filled : filled + left]
+                _fill(file, memoryview(room.numpy().data), key)
+                left -= room.numel()
+                filled += room.numel()
+                if filled == buffer.numel():
+                    yield buffer.view(dtype)
+                    filled = 0
+    if filled:
+        yield buffer[:filled].view(dtype)
 
 
 def _fill(file: io.FileIO, target: memoryview, key: str) -> None:
@@ -161,7 +204,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
         return [folder / name for name in sorted(set(_weight_map(folder).values()))]
-    raise CheckpointError(_no_weights(folder))
+    raise CheckpointError(without_weights(folder))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -186,21 +229,3 @@ def _check_index(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
             f"The index of `{folder}` names {len(absent)} tensors that its shards do not hold, such as `{absent[0]}`. "
             "Copy or download the checkpoint again."
         )
-
-
-def _no_weights(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-    gguf = [name for name in names if name.endswith(".gguf")]
-    problem = f"`{folder}` has no `{SINGLE_FILE}` and no `{INDEX_FILE}`"
-    if gguf:
-        return f"{problem}, only a GGUF. Name the file itself: `{folder / gguf[0]}`."
-    if any(name.endswith(".safetensors") for name in names):
-        return f"{problem}, only safetensors files of other names. Save the whole model with `save_pretrained`."
-    if pickled:
-        return (
-            f"{problem}, only pickled weights (`{pickled[0]}`), which are never loaded here because unpickling runs "
-            "code. If you trust the file, load it with transformers and save it with `save_pretrained`, which writes "
-            "safetensors."
-        )
-    return f"{problem}; it holds {', '.join(names[:5]) or 'nothing'}. Name a folder written by `save_pretrained`."
