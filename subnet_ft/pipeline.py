@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subnet_ft.base_stage import make_base
+from subnet_ft.delta_stage import delta_path, with_delta
 from subnet_ft.digests import checkpoint_sha256, json_sha256
 from subnet_ft.environment import environment
 from subnet_ft.errors import StageError
@@ -139,7 +140,8 @@ class Pipeline:
 
     def masked_run(self, name: str, mask: SubnetMask, variant: RunVariant = AS_WRITTEN) -> TrainedStage:
         """Train the weights of `mask` from the base, with everything else as in the full run."""
-        return self._train(name, mask, "subnet", variant)
+        stage = self._train(name, mask, "subnet", variant)
+        return with_delta(stage, self.inputs.base, progress=self.progress) if name == "subnet" else stage
 
     def method_run(self, method: str) -> TrainedStage:
         """Train what a method trains, with its settings, in a stage of its name."""
@@ -278,6 +280,8 @@ class Pipeline:
         def work(folder: Path) -> dict[str, Any]:
             if is_first():
                 save_recipe(variant.of(self.recipe), folder / RECIPE_FILE)
+            if is_first() and name == "subnet":  # an older run's delta does not stand beside this one's checkpoint
+                delta_path(folder).unlink(missing_ok=True)
             run = train(
                 variant.of(self.recipe),
                 base=self.inputs.base.folder,

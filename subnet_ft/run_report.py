@@ -9,8 +9,9 @@ from typing import Any
 
 import subnet_ft
 from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.delta_stage import RESULT
 from subnet_ft.evidence.conditions import differing_conditions
-from subnet_ft.evidence.report import Report, RunEvidence, build_report
+from subnet_ft.evidence.report import DeltaSize, Report, RunEvidence, build_report
 from subnet_ft.evidence.weights import RunWeights, compare_weights
 from subnet_ft.evidence_stages import OutputEvidence, WeightEvidence, over_seeds
 from subnet_ft.evidence_stages.stage import EvidenceFolder
@@ -94,11 +95,25 @@ def run_report(
         floor=of_weights.floor(records),
         seeds_summary=over_seeds(recipe, runs, records),
         scatter=of_weights.scatter(),
+        delta=delta_size(subnet),
         not_measured=[
             *not_measured,
             *cost_gaps(runs),
+            *delta_gaps(subnet),
         ],
     )
+
+
+def delta_size(run: TrainedStage) -> DeltaSize | None:
+    """Return what the delta of a run takes; `None` where there is none."""
+    found = run.results.get(RESULT, {"missing": ""})
+    return None if "missing" in found else DeltaSize(**found)
+
+
+def delta_gaps(run: TrainedStage) -> list[str]:
+    """Say why a run has no delta."""
+    why = run.results.get(RESULT, {}).get("missing")
+    return [] if why is None else [f"The size of the subnetwork as a delta, as there is none: {why}"]
 
 
 def cost_gaps(runs: TrainedRuns) -> list[str]:

@@ -191,6 +191,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def add_result(folder: Path, name: str, value: Any) -> None:
+    """Add to the results of a finished stage what was made of them later."""
+    found = read_json(folder / FINISHED)
+    assert found is not None  # the stage is finished
+    write_json(folder / FINISHED, {**found, "results": {**found["results"], name: value}})
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file; it appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -13,7 +13,7 @@ from subnet_ft.evidence.agreement import Agreement
 from subnet_ft.evidence.dynamics import Dynamics
 from subnet_ft.evidence.floor import Floor
 from subnet_ft.evidence.overlap import MaskOverlap, Overlap
-from subnet_ft.evidence.report import Report, RunEvidence, build_report
+from subnet_ft.evidence.report import DeltaSize, Report, RunEvidence, build_report
 from subnet_ft.evidence.retention import Retention, TaskRetention
 from subnet_ft.evidence.scatter import Scatter, weight_scatter
 from subnet_ft.evidence.seeds import MixedDifference, SeedSummary, summarize_seeds
@@ -109,6 +109,7 @@ def full_report(**changes: Any) -> Report:
         "floor": _floor(),
         "seeds_summary": [_seeds("subnet", 0.56), _seeds("control-uniform", 0.42)],
         "scatter": _scatter(),
+        "delta": DeltaSize(bytes=62_700_000, dense_bytes=269_100_000, density=0.174, sha256="1f" * 32),
     }
     return build_report(**{**arguments, **changes})
 

@@ -36,6 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "stages": {"processes", "masks", "errors"},
     "training_data": {*_WEIGHTS, "inputs", "stages", "tasks", "recipe", "digests", "environment"},
     "base_stage": {*_WEIGHTS, "processes", "inputs", "stages", "digests", "recipe"},
+    "delta_stage": {*_WEIGHTS, "processes", "stages"},
     "held_out": {*_WEIGHTS, "methods", "inputs", "training_data", "evidence", "tasks", "recipe"},
     "verification": {
         *_WEIGHTS,
@@ -73,6 +74,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "run_report": {
         *_WEIGHTS,
+        "delta_stage",
         "evidence_stages",
         "trained_runs",
         "inputs",
@@ -101,6 +103,7 @@ ARROWS: dict[str, set[str]] = {
         "inputs",
         "training_data",
         "base_stage",
+        "delta_stage",
         "held_out",
     },
     "comparison": {

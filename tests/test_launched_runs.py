@@ -55,6 +55,7 @@ def test_run_under_accelerate_launch_equals_one_process_that_accumulates(
         assert found["results"]["num_steps"] == 4
         assert found["inputs"]["training"]["gradient_accumulation_steps"] == 2
         assert [entry.name for entry in (folder / name).glob("*.safetensors")] == ["model.safetensors"]
+    assert before["subnet"]["results"]["delta"]["bytes"] == (folder / "subnet.delta.safetensors").stat().st_size
     # The same steps on the same batches: nothing is left to do for one process.
     assert main(["run", *TINY, f"output={folder}", "training.gradient_accumulation_steps=2", "--json", "-q"]) == 0
     assert json.loads(capsys.readouterr().out) == verdict

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import save_tiny
+from subnet_ft.deltas import DeltaFile, apply_delta
 from subnet_ft.errors import MaskFileError, MaskMismatchError, StageError
 from subnet_ft.masks import SubnetMask, extract
 from subnet_ft.optim import MaskedAdamW
@@ -66,6 +67,11 @@ def _assert_same_full_run(folder: Path, other: Path) -> None:
     assert all(same_bits(ours[name], theirs[name]) for name in theirs)
 
 
+def _results(run: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((run / "subnet" / "stage.json").read_text())["results"]
+    return results
+
+
 @pytest.fixture(params=["grpo", "dpo"])
 def run_folder(request: pytest.FixtureRequest) -> Path:
     folder: Path = request.getfixturevalue(f"{request.param}_run")
@@ -82,7 +88,7 @@ def test_pipeline_leaves_what_the_design_names(run_folder: Path) -> None:
     files = {path.name for path in run_folder.iterdir() if path.is_file()}
     assert {
         "recipe.resolved.yaml", "environment.json", "mask.subnet.safetensors", "control-uniform.subnet.safetensors",
-        "report.html", "report.md", "report.json",
+        "subnet.delta.safetensors", "report.html", "report.md", "report.json",
     } <= files  # fmt: skip
 
 
@@ -288,6 +294,63 @@ def test_pipeline_compares_in_the_dtype_of_the_recipe(tmp_path: Path) -> None:
     assert mask.provenance.compare_dtype == "bfloat16"
     assert mask.provenance.base is not None
     assert mask.provenance.base.name == str(base)
+    assert report.delta is None
+    assert " ".join(report.not_measured).count("is float32 in the base") == 1
+
+
+def test_pipeline_keeps_the_subnetwork_as_a_delta_too(run_folder: Path, tmp_path: Path) -> None:
+    file, results = run_folder / "subnet.delta.safetensors", _results(run_folder)
+    report = json.loads((run_folder / "report.json").read_text())
+    assert report["delta"] == results["delta"]
+    assert results["delta"]["bytes"] == file.stat().st_size
+    assert results["delta"]["density"] == report["density"]["overall"]
+    shutil.copytree(open_checkpoint("tiny:llama").folder, tmp_path / "base")
+    made = load_file(apply_delta(tmp_path / "base", file, tmp_path / "made") / "model.safetensors")
+    trained = load_file(run_folder / "subnet" / "model.safetensors")
+    assert made.keys() == trained.keys()
+    assert all(same_bits(made[name], trained[name]) for name in trained)
+
+
+def test_pipeline_adds_a_delta_to_a_run_from_before_there_were_any(
+    grpo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(grpo_run, tmp_path / "run")
+    stage, whole = json.loads((run / "subnet" / "stage.json").read_text()), _results(run)
+    del stage["results"]["delta"]
+    (run / "subnet" / "stage.json").write_text(json.dumps(stage))
+    (run / "subnet.delta.safetensors").unlink()
+    monkeypatch.setattr("subnet_ft.pipeline.train", None)
+    Pipeline(recipe("grpo", run)).run()
+    for name in ("density", "dense_bytes"):
+        assert _results(run)["delta"][name] == whole["delta"][name]
+    assert _results(run)["sha256"] == whole["sha256"]
+    assert DeltaFile(run / "subnet.delta.safetensors").sha256 == _results(run)["delta"]["sha256"]
+
+
+def test_pipeline_leaves_no_delta_of_an_older_run_beside_one_in_training(
+    grpo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(grpo_run, tmp_path / "run")
+    old, trained = (run / "subnet.delta.safetensors").read_bytes(), _results(run)["sha256"]
+    # The full run takes four steps.
+    other = recipe("grpo", run, "training.learning_rate=0.002", "controls=[]")
+    with monkeypatch.context() as patch:
+        _stop_at_step(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(other, overwrite=True).run()
+    assert (run / "subnet" / "started.json").exists()
+    assert not (run / "subnet.delta.safetensors").exists()
+    Pipeline(other, overwrite=True).run()
+    assert _results(run)["sha256"] != trained
+    assert (run / "subnet.delta.safetensors").read_bytes() != old
+
+
+def test_train_of_a_subnetwork_leaves_its_delta_and_that_of_the_full_run_none(grpo_run: Path, tmp_path: Path) -> None:
+    source = f"subnet.source={{kind: file, path: {grpo_run / 'mask.subnet.safetensors'}}}"
+    stage = Pipeline(recipe("grpo", tmp_path / "run", source, "method=subnet")).train()
+    assert stage.results["delta"]["density"] == _results(grpo_run)["delta"]["density"]
+    Pipeline(recipe("grpo", tmp_path / "run", source, "method=full")).train()
+    assert [path.name for path in (tmp_path / "run").glob("*.delta.safetensors")] == ["subnet.delta.safetensors"]
 
 
 def test_pipeline_knows_what_is_missing_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,21 @@ def test_answers_have_the_numbers_of_the_evidence() -> None:
     )
 
 
+def test_every_form_of_a_report_has_a_line_on_the_delta_where_there_is_one() -> None:
+    line = (
+        "Delta: the subnetwork as a patch of its base takes 62.7 MB, 23.3 % of the dense checkpoint (269 MB), with a "
+        "value for 17.4 % of the weights."
+    )
+    assert sections_of(FULL)[-1].notes == [line]
+    assert line in render_markdown(FULL)
+    assert line.replace(" %", "\u00a0%") in render_html(FULL)
+    older = {key: value for key, value in FULL.to_dict().items() if key != "delta"}
+    without = Report.from_dict(older)
+    assert without.delta is None
+    for text in (render_markdown(without), render_html(without)):
+        assert "Delta:" not in text
+
+
 def test_cost_sentence_says_from_which_run_on_memory_is_saved() -> None:
     assert "Memory is saved from the second run on: 4.9 GB became 4.4 GB." in str(cost_sentence(FULL))
     probe = RunEvidence("probe", seconds={"train": 8.0}, memory={"weights": 10, "peak_rss": 4_800_000_000})

@@ -16,7 +16,7 @@ from subnet_ft.evidence.report import answers
 from subnet_ft.evidence.report.gaps import gaps
 from subnet_ft.evidence.report.mask_parts import density_of, mask_info
 from subnet_ft.evidence.report.run_evidence import RunEvidence
-from subnet_ft.evidence.report.schema import MaskInfo, Report
+from subnet_ft.evidence.report.schema import DeltaSize, MaskInfo, Report
 from subnet_ft.evidence.retention import Retention, RetentionDifference, retention_differences
 from subnet_ft.evidence.scatter import Scatter
 from subnet_ft.evidence.seeds import SeedSummary
@@ -58,6 +58,7 @@ def build_report(
     floor: Floor | None = None,
     seeds_summary: Sequence[SeedSummary] = (),
     scatter: Scatter | None = None,
+    delta: DeltaSize | None = None,
     not_measured: Sequence[str] = (),
 ) -> Report:
     """Judge a subnetwork and gather the evidence; what is missing is named in `Report.not_measured`.
@@ -87,6 +88,7 @@ def build_report(
         floor: The full run beside another one with a different seed.
         seeds_summary: Runs over several seeds.
         scatter: What runs changed against what the full run changed.
+        delta: The size of the subnetwork as a delta.
         not_measured: Further sentences for the section of that name.
 
     Raises:
@@ -178,6 +180,7 @@ def build_report(
         samples=answers.samples_of(models),
         not_measured=[*missing, *not_measured],
         judged_on=judged_on,
+        delta=delta,
         retention_differences=_retention_differences(kept, base.name, subnet.name, confidence),
         **evidence,
     )

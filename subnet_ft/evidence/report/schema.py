@@ -112,6 +112,20 @@ class MaskInfo:
 
 
 @dataclass(frozen=True)
+class DeltaSize:
+    """The subnetwork run as a delta: the new values of its mask, a patch of the base."""
+
+    bytes: int
+    """Of the delta's file."""
+    dense_bytes: int
+    """Of the checkpoint's weight files, which base and delta give back."""
+    density: float
+    """Share of the weights that the delta has a value for."""
+    sha256: str
+    """That the delta's file records of itself."""
+
+
+@dataclass(frozen=True)
 class Answered:
     """One model's answer to one prompt."""
 
@@ -220,6 +234,8 @@ class Report:
     """What every run under a mask changed against what the full run changed, weight by weight."""
     costs: list[Cost] = field(default_factory=list)
     """The way to every run, the making of its mask included."""
+    delta: DeltaSize | None = None
+    """What the subnetwork takes in storage beside its base."""
 
     @property
     def runs(self) -> list[str]:

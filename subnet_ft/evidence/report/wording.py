@@ -282,6 +282,18 @@ def cost_sentence(report: Report) -> str | None:
     )
 
 
+def delta_sentence(report: Report) -> str | None:
+    """Say what the subnetwork takes in storage beside its base."""
+    found = report.delta
+    if found is None:
+        return None
+    return (
+        f"Delta: the subnetwork as a patch of its base takes {size(found.bytes)}, "
+        f"{percent(found.bytes / found.dense_bytes)} of the dense checkpoint ({size(found.dense_bytes)}), with a value "
+        f"for {percent(found.density)} of the weights."
+    )
+
+
 def _saved(report: Report, cost: Cost | None, which: str) -> str:
     """Say whether memory is saved, and from which run on."""
     full = cost_of(report, report.full)

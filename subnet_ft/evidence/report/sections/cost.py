@@ -31,7 +31,7 @@ def cost(report: Report) -> Section | None:
         )
     if any(not tables.is_peak(key) for sizes in report.memory.values() for key in sizes):
         own, full = cost_of(report, report.subnet), cost_of(report, report.full)
-        said = "; ".join(
+        lasting = "; ".join(
             f"{label(report, entry.run)} {size(entry.persistent_bytes)}"
             + (f", {entry.bytes_per_weight:.2f} bytes per weight" if entry.bytes_per_weight is not None else "")
             for entry in (full, own)
@@ -41,7 +41,7 @@ def cost(report: Report) -> Section | None:
             Figure(
                 "cost-memory",
                 "What lives in memory from step to step?",
-                f"{said[:1].upper()}{said[1:]}." if said else "",
+                f"{lasting[:1].upper()}{lasting[1:]}." if lasting else "",
                 partial(plots.memory_plot, report),
                 "By component, counted from the tensors. Activations and logits come on top.",
                 keys=_keys(plots.stack_parts(report.memory, report)),
@@ -68,7 +68,8 @@ def cost(report: Report) -> Section | None:
                 table=tables.time_table(report),
             )
         )
-    return Section("cost", "Cost", figures) if figures else None
+    said = wording.delta_sentence(report)
+    return Section("cost", "Cost", figures, [] if said is None else [said]) if figures else None
 
 
 def _keys(parts: list[str]) -> list[Key]:
