@@ -37,6 +37,7 @@ _OPS: dict[str, tuple[str, ...]] = {
     "masked_adamw": BACKENDS,
     "masked_sgd": BACKENDS,
     "pack_bits": ("reference",),
+    "patch": ("reference", "cpu"),
     "scatter": BACKENDS,
     "swap": BACKENDS,
     "unpack_bits": ("reference",),

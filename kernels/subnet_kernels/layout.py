@@ -14,8 +14,6 @@ SEGMENT_TILES = 1 << 20
 """Tiles per segment: an offset inside a segment of 2**30 weights fits 32 bits, whatever the size of the tensor."""
 
 _TILE_BYTES = TILE_SIZE // 8
-POPCOUNT = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
-"""Set bits of every byte."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +97,14 @@ class BitMask:
 
 def _counts_per_tile(bits: np.ndarray) -> np.ndarray:
     """Count the set bits of every tile of (B,) uint8; (T,) int64."""
-    starts = np.arange(0, bits.size, _TILE_BYTES)
-    counts: np.ndarray = np.empty(starts.size, dtype=np.int64)
-    rows = 1 << 13  # tiles at a time, so that the counts of bytes stay small
-    for first in range(0, starts.size, rows):
-        part = POPCOUNT[bits[first * _TILE_BYTES : (first + rows) * _TILE_BYTES]]
-        counts[first : first + rows] = np.add.reduceat(part, np.arange(0, part.size, _TILE_BYTES), dtype=np.int64)
+    whole = bits.size // _TILE_BYTES
+    counts = np.empty(-(-bits.size // _TILE_BYTES), dtype=np.int64)
+    words = bits[: whole * _TILE_BYTES].view(np.uint64).reshape(whole, _TILE_BYTES // 8)
+    rows = 1 << 13  # tiles at a time, so that the counts of words stay small
+    for first in range(0, whole, rows):
+        last = min(first + rows, whole)
+        np.bitwise_count(words[first:last]).sum(axis=1, dtype=np.int64, out=counts[first:last])
+    counts[whole:] = np.bitwise_count(bits[whole * _TILE_BYTES :]).sum(dtype=np.int64)
     return counts
 
 

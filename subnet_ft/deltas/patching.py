@@ -51,17 +51,20 @@ class TensorPatch:
             piece: Elements `start` to `start + n` of the parameter; pieces come in order and meet at multiples of 8.
             start: Flat index of the first element.
         """
-        sums = subnet_kernels.fingerprint(piece, offset=start)
-        self._sums[0] = added(self._sums[0], sums)
         if self._bits is not None:
             bits = self._bits[start // 8 : (start + piece.numel() + 7) // 8]
             mask = BitMask.from_bits(bits, piece.numel())
             self._kept.append(subnet_kernels.gather(piece, mask, dtype=piece.dtype))
+        sums: tuple[int, int] | None = None  # of the piece as it is
         for position, tensor in enumerate(self._tensors):
-            count = tensor.write(piece, start, self._used[position])
-            self._used[position] += count
-            if count:
-                sums = subnet_kernels.fingerprint(piece, offset=start)
+            part = tensor.part(start, piece.numel(), self._used[position])
+            if part is not None:
+                before, sums = subnet_kernels.patch(piece, *part, offset=start)
+                self._used[position] += part[0].count
+            elif sums is None:
+                before = sums = subnet_kernels.fingerprint(piece, offset=start)
+            if position == 0:
+                self._sums[0] = added(self._sums[0], before)
             self._sums[position + 1] = added(self._sums[position + 1], sums)
 
     def problem(self) -> DeltaError | None:

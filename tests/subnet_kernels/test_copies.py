@@ -1,4 +1,4 @@
-"""Gather, scatter and swap against dense boolean indexing, for every backend."""
+"""Gather, scatter, swap and patch against dense boolean indexing, for every backend."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import DENSITIES, SIZES, random_bits, same_bits
 
-from subnet_kernels import BitMask, gather, layout, pack_bits, scatter, swap
+from subnet_kernels import BitMask, fingerprint, gather, layout, pack_bits, patch, scatter, swap
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EXAMPLE = BitMask.from_bits(torch.tensor([0b1010], dtype=torch.uint8), 4)
@@ -46,6 +46,35 @@ def test_swap_gives_the_values_of_its_example() -> None:
     dense, compact = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([8.0, 9.0])
     swap(dense, EXAMPLE, compact)
     assert (dense.tolist(), compact.tolist()) == ([1.0, 8.0, 3.0, 9.0], [2.0, 4.0])
+
+
+def test_patch_gives_the_values_and_fingerprints_of_its_example() -> None:
+    dense = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    sums = patch(dense, EXAMPLE, torch.tensor([8.0, 9.0]), offset=5)
+    assert dense.tolist() == [1.0, 8.0, 3.0, 9.0]
+    assert sums == (fingerprint(torch.tensor([1.0, 2.0, 3.0, 4.0]), offset=5), fingerprint(dense, offset=5))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_patch_is_scatter_between_two_fingerprints(size: int, density: float, dtype: torch.dtype) -> None:
+    dense_mask, mask = masked(size, density)
+    dense = values_with_nan_outside(dense_mask, dtype)
+    compact = torch.arange(mask.count).to(dtype)
+    patched, scattered = dense.clone(), dense.clone()
+    scatter(scattered, mask, compact)
+    assert patch(patched, mask, compact, offset=2**40) == tuple(
+        fingerprint(each, offset=2**40) for each in (dense, scattered)
+    )
+    assert same_bits(patched, scattered)
+
+
+def test_patch_refuses_a_negative_offset() -> None:
+    dense = torch.zeros(4)
+    with pytest.raises(ValueError, match="`offset` must be >= 0, got -1"):
+        patch(dense, EXAMPLE, torch.ones(2), offset=-1)
+    assert not dense.any()
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -3,7 +3,7 @@
 from subnet_kernels.cpu.adamw import masked_adamw
 from subnet_kernels.cpu.compact import compact
 from subnet_kernels.cpu.compare import changed_bits, compare, count_bits
-from subnet_kernels.cpu.copies import gather, scatter, swap
+from subnet_kernels.cpu.copies import gather, patch, scatter, swap
 from subnet_kernels.cpu.fingerprint import fingerprint
 from subnet_kernels.cpu.sgd import masked_sgd
 
@@ -16,6 +16,7 @@ __all__ = [
     "gather",
     "masked_adamw",
     "masked_sgd",
+    "patch",
     "scatter",
     "swap",
 ]

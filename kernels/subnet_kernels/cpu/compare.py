@@ -19,6 +19,7 @@ from subnet_kernels.reference.views import bits_view
 
 _BLOCK = 2048  # elements whose float32 copies stay in the first-level cache; whole words of bits
 _SMALL = 1 << 14  # elements below which a second thread costs more than it saves
+_FEW_BYTES = 1 << 20  # the same for bytes whose bits are counted
 _INFINITY = np.float32(np.inf)
 
 _BFLOAT16, _FLOAT16, _FLOAT32 = range(3)
@@ -30,7 +31,7 @@ def count_bits(bits: torch.Tensor) -> int:
     array = bits.contiguous().numpy()
     whole = array.size // 8 * 8
     words = array[:whole].view(np.uint64)
-    tasks = [(words[start:stop],) for start, stop in split(words.size, 1 if 8 * whole < _SMALL else None)]
+    tasks = [(words[start:stop],) for start, stop in split(words.size, 1 if whole < _FEW_BYTES else None)]
     rest = sum(byte.bit_count() for byte in array[whole:].tolist())
     return int(sum(run(_count, tasks), rest))
 

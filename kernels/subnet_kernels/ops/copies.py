@@ -60,6 +60,32 @@ def swap(dense: torch.Tensor, mask: BitMask, compact: torch.Tensor) -> None:
     choose("swap", dense.device).function(dense, mask, compact)
 
 
+def patch(
+    dense: torch.Tensor, mask: BitMask, compact: torch.Tensor, *, offset: int = 0
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Write compact values into the masked elements, in one pass with the fingerprints before and after.
+
+    Args:
+        dense: (N,) bfloat16, float16 or float32, contiguous. In-out.
+        mask: Bits of N elements, K of them set. In.
+        compact: (K,) the dtype of `dense`, contiguous; no rounding happens here. In.
+        offset: Flat index of the first element, as in `fingerprint`, >= 0.
+
+    Returns:
+        The `fingerprint` of `dense` as it was, and as it is.
+
+    Example:
+        dense [1, 2, 3, 4], mask 0b1010, compact [8, 9] gives dense [1, 8, 3, 9] and the fingerprints of both.
+    """
+    _check_pair(dense, mask, compact)
+    if offset < 0:
+        raise ValueError(f"`offset` must be >= 0, got {offset}")
+    sums: tuple[tuple[int, int], tuple[int, int]] = choose("patch", dense.device).function(
+        dense, mask, compact, offset=offset
+    )
+    return sums
+
+
 def compact(
     dense: torch.Tensor, mask: BitMask, out: torch.Tensor, *, accumulate: bool, scale: float = 1.0
 ) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from subnet_kernels.reference.adamw import masked_adamw
 from subnet_kernels.reference.bitmap import count_bits, indices, pack_bits, unpack_bits
 from subnet_kernels.reference.compare import CRITERIA, Comparison, changed_bits, compare
-from subnet_kernels.reference.copies import compact, gather, scatter, swap
+from subnet_kernels.reference.copies import compact, gather, patch, scatter, swap
 from subnet_kernels.reference.fingerprint import fingerprint
 from subnet_kernels.reference.rounding import (
     join_master,
@@ -31,6 +31,7 @@ __all__ = [
     "masked_adamw",
     "masked_sgd",
     "pack_bits",
+    "patch",
     "round_stochastically",
     "round_to_bfloat16",
     "round_to_weights",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from subnet_kernels.layout import POPCOUNT, BitMask
+from subnet_kernels.layout import BitMask
 
 _SHIFTS = torch.arange(8, dtype=torch.uint8)
 
@@ -26,7 +26,7 @@ def unpack_bits(bits: torch.Tensor, num_elements: int) -> torch.Tensor:
 
 def count_bits(bits: torch.Tensor) -> int:
     """Count the set bits of (B,) uint8."""
-    return int(POPCOUNT[bits.cpu().numpy()].sum(dtype=np.int64))
+    return int(np.bitwise_count(bits.cpu().numpy()).sum(dtype=np.int64))
 
 
 def indices(mask: BitMask) -> torch.Tensor:

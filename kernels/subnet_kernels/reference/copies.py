@@ -6,6 +6,7 @@ import torch
 
 from subnet_kernels.layout import BitMask
 from subnet_kernels.reference.bitmap import indices
+from subnet_kernels.reference.fingerprint import fingerprint
 
 
 def gather(dense: torch.Tensor, mask: BitMask, *, dtype: torch.dtype) -> torch.Tensor:
@@ -28,6 +29,15 @@ def swap(dense: torch.Tensor, mask: BitMask, compact: torch.Tensor) -> None:
     masked = gather(dense, mask, dtype=dense.dtype)
     scatter(dense, mask, compact)
     compact.copy_(masked)
+
+
+def patch(
+    dense: torch.Tensor, mask: BitMask, compact: torch.Tensor, *, offset: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Do what `scatter` does; return the fingerprints of (N,) before and after."""
+    before = fingerprint(dense, offset=offset, outside=None)
+    scatter(dense, mask, compact)
+    return before, fingerprint(dense, offset=offset, outside=None)
 
 
 def compact(dense: torch.Tensor, mask: BitMask, out: torch.Tensor, *, accumulate: bool, scale: float) -> torch.Tensor:
