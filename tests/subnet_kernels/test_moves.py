@@ -93,7 +93,7 @@ def test_the_portable_form_passes_the_tests_of_all_ops() -> None:
     check = "from subnet_kernels.cpu import blocks, moves; assert blocks.take16 is moves.take16"
     path = str(here.parents[1] / "kernels")
     subprocess.run([sys.executable, "-c", check], env=environment | {"PYTHONPATH": path}, check=True)
-    files = [str(here / f"test_{name}.py") for name in ("adamw", "sgd", "compact")]
+    files = [str(here / f"test_{name}.py") for name in ("adamw", "sgd", "compact", "copies")]
     command = [sys.executable, "-Im", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
