@@ -39,10 +39,12 @@ def export(options: argparse.Namespace, emit: Emit) -> int:
 def apply(options: argparse.Namespace, emit: Emit) -> int:
     """Apply a delta to its base: to a new folder, or in place."""
     from subnet_ft.deltas import apply_delta
+    from subnet_ft.deltas.checks import open_deltas
 
     if options.output is not None:
         check_folder(Path(options.output).absolute().parent)
-    folder = apply_delta(options.base, options.deltas, options.output, in_place=options.in_place, mask=_mask(options))
+    deltas = open_deltas(options.deltas, _masks(options))
+    folder = apply_delta(options.base, deltas, options.output, in_place=options.in_place)
     if options.json:
         emit(json.dumps({"version": __version__, "folder": str(folder), "in_place": options.in_place}))
     else:
@@ -63,16 +65,19 @@ def revert(options: argparse.Namespace, emit: Emit) -> int:
 def info(options: argparse.Namespace, emit: Emit) -> int:
     """Print what a delta file holds."""
     from subnet_ft.deltas import DeltaFile
+    from subnet_ft.deltas.download import located
 
-    _emit_file(DeltaFile(options.delta), options, emit)
+    _emit_file(DeltaFile(located(options.delta)), options, emit)
     return FINE
 
 
 def diff(options: argparse.Namespace, emit: Emit) -> int:
     """Print what two deltas of one base have in common."""
     from subnet_ft.deltas import diff_deltas
+    from subnet_ft.deltas.checks import open_deltas
 
-    found = diff_deltas(options.first, options.second)
+    first, second = open_deltas([options.first, options.second], _masks(options))
+    found = diff_deltas(first, second)
     totals = {
         key: sum(getattr(entry, key) for entry in found.values()) for key in ("first", "second", "shared", "equal")
     }
@@ -89,11 +94,13 @@ def diff(options: argparse.Namespace, emit: Emit) -> int:
 def compose(options: argparse.Namespace, emit: Emit) -> int:
     """Write one delta that does what two do, and print its figures."""
     from subnet_ft.deltas import compose_deltas
+    from subnet_ft.deltas.checks import open_deltas
 
     _check_output(options)
+    first, second = open_deltas([options.first, options.second], _masks(options))
     delta = compose_deltas(
-        options.first,
-        options.second,
+        first,
+        second,
         options.output,
         base=options.base,
         on_conflict=options.on_conflict,
@@ -106,8 +113,9 @@ def compose(options: argparse.Namespace, emit: Emit) -> int:
 def verify(options: argparse.Namespace, emit: Emit) -> int:
     """Check that a delta belongs to a base, and leads to a tuned checkpoint."""
     from subnet_ft.deltas import verify_delta
+    from subnet_ft.deltas.checks import open_deltas
 
-    found = verify_delta(options.base, options.delta, options.tuned, mask=_mask(options))
+    found = verify_delta(options.base, open_deltas(options.delta, _masks(options)), options.tuned)
     if options.json:
         emit(json.dumps({"version": __version__, "fine": found.is_fine, **asdict(found)}))
     else:
@@ -127,9 +135,11 @@ def verify(options: argparse.Namespace, emit: Emit) -> int:
 def to_shira(options: argparse.Namespace, emit: Emit) -> int:
     """Write a delta as a SHiRA adapter for PEFT."""
     from subnet_ft.deltas import export_shira
+    from subnet_ft.deltas.checks import open_deltas
 
     check_folder(Path(options.output).absolute().parent)
-    folder = export_shira(options.base, options.delta, options.output, mask=_mask(options), pad=options.pad)
+    (delta,) = open_deltas(options.delta, _masks(options))
+    folder = export_shira(options.base, delta, options.output, pad=options.pad)
     if options.json:
         emit(json.dumps({"version": __version__, "folder": str(folder)}))
     else:
@@ -144,10 +154,10 @@ def _check_output(options: argparse.Namespace) -> None:
     check_folder(Path(options.output).absolute().parent)
 
 
-def _mask(options: argparse.Namespace) -> SubnetMask | None:
+def _masks(options: argparse.Namespace) -> list[SubnetMask]:
     from subnet_ft.masks import SubnetMask
 
-    return None if options.mask is None else SubnetMask.load(options.mask)
+    return [SubnetMask.load(mask) for mask in options.mask]
 
 
 def _emit_file(delta: DeltaFile, options: argparse.Namespace, emit: Emit) -> None:

@@ -21,6 +21,10 @@ from subnet_ft.cli.training import run, train
 _EXIT_CODES = "Exit codes: 0 fine, 1 a verification failed, 2 wrong usage or input, 3 unexpected error."
 
 
+_DELTA_OUTPUT = "NAME.delta.safetensors to write; a file of that name is replaced"
+_DELTA = "a NAME.delta.safetensors file or hub:OWNER/NAME[@REVISION]"
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read a command line; wrong usage prints a message and exits with 2."""
     parser = _parser()
@@ -197,22 +201,21 @@ def _delta_commands(commands: Any) -> None:
 
     apply = _command(delta_commands, deltas.apply, "apply", "make the tuned checkpoint out of the base")
     apply.add_argument("base", help="the base that the delta was made for; with --in-place, a folder")
-    apply.add_argument("deltas", nargs="+", metavar="DELTA", help="a file, or a chain of them in order")
+    apply.add_argument("deltas", nargs="+", metavar="DELTA", help=f"{_DELTA}, or a chain of them in order")
     place = apply.add_mutually_exclusive_group(required=True)
     place.add_argument("-o", "--output", metavar="DIR", help="the new folder")
     place.add_argument("--in-place", action="store_true", help="change the base's folder; `revert` undoes it")
-    apply.add_argument("--mask", help="the mask file, for a delta without positions")
 
     revert = _command(delta_commands, deltas.revert, "revert", "undo the last `apply --in-place`, byte for byte")
     revert.add_argument("folder", help="the folder that a delta was applied to")
 
     info = _command(delta_commands, deltas.info, "info", "what a delta file holds")
-    info.add_argument("delta", help="a NAME.delta.safetensors file")
+    info.add_argument("delta", help=_DELTA)
 
     diff = _command(delta_commands, deltas.diff, "diff", "what two deltas of one base have in common")
     compose = _command(delta_commands, deltas.compose, "compose", "one delta that does what two do")
     for both in (diff, compose):
-        both.add_argument("first", help="a NAME.delta.safetensors file")
+        both.add_argument("first", help=_DELTA)
         both.add_argument(
             "second", help="another one of the same base" + (", or of the first's result" * (both is compose))
         )
@@ -226,17 +229,15 @@ def _delta_commands(commands: Any) -> None:
         delta_commands, deltas.verify, "verify", "whether a delta belongs to a base and a tuned checkpoint"
     )
     verify.add_argument("base", help="the base")
-    verify.add_argument("delta", help="a NAME.delta.safetensors file")
+    verify.add_argument("delta", help=_DELTA)
     verify.add_argument("tuned", nargs="?", help="what base and delta should make")
-    verify.add_argument("--mask", help="the mask file, for a delta without positions")
     shira = _command(
         delta_commands, deltas.to_shira, "to-shira", "make a SHiRA adapter for PEFT (docs/delta_format.md, Interchange)"
     )
     shira.add_argument("base", help="the base that the delta was made for")
-    shira.add_argument("delta", help="a NAME.delta.safetensors file")
+    shira.add_argument("delta", help=_DELTA)
     shira.add_argument("-o", "--output", required=True, metavar="DIR", help="the new folder")
     shira.add_argument("--pad", action="store_true", help="fill layers up to r (in + out) with unchanged weights")
-    shira.add_argument("--mask", help="the mask file, for a delta without positions")
     push = _command(delta_commands, delta_hub.push, "push", "upload a delta to the Hub, with a model card")
     push.add_argument("delta", help="a NAME.delta.safetensors file")
     push.add_argument("repo", help="Hub id, owner/name; made if it is not there")
@@ -244,14 +245,18 @@ def _delta_commands(commands: Any) -> None:
     push.add_argument("--private", action="store_true", help="make a private repository")
     pull = _command(delta_commands, delta_hub.pull, "pull", "download the delta of a Hub repository")
     pull.add_argument("repo", help="Hub id, owner/name")
-    pull.add_argument("-o", "--output", required=True, metavar="FILE", help="NAME.delta.safetensors to write")
+    pull.add_argument("-o", "--output", required=True, metavar="FILE", help=_DELTA_OUTPUT)
     pull.add_argument("--revision", help="branch, tag or commit")
+    for command in (apply, diff, compose, verify, shira):
+        command.add_argument(
+            "--mask", action="append", default=[], help="the mask file of a delta without positions; may be repeated"
+        )
     for command in (export, apply, revert, info, diff, compose, verify, shira, push, pull):
         command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _delta_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="NAME.delta.safetensors to write")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help=_DELTA_OUTPUT)
     parser.add_argument("--zstd", action="store_true", help="compress (needs the extra `zstd`)")
 
 

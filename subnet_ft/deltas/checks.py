@@ -10,6 +10,7 @@ from pathlib import Path
 from subnet_ft.checkpoints import Checkpoint
 from subnet_ft.checkpoints.listing import listing
 from subnet_ft.deltas.delta import Delta
+from subnet_ft.deltas.download import located
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.header import TensorEntry
 from subnet_ft.errors import DeltaError, DeltaMismatchError
@@ -20,22 +21,39 @@ AnyDelta = Delta | DeltaFile
 
 
 def open_deltas(
-    deltas: str | Path | AnyDelta | Sequence[str | Path | AnyDelta], mask: SubnetMask | None = None
+    deltas: str | Path | AnyDelta | Sequence[str | Path | AnyDelta],
+    masks: SubnetMask | Sequence[SubnetMask] | None = None,
 ) -> list[AnyDelta]:
     """Open one delta, or a chain of them.
 
     Args:
-        deltas: Files, or deltas that are open already.
-        mask: For the files that refer to one.
+        deltas: Files, `hub:OWNER/NAME[@REVISION]`, or deltas that are open already.
+        masks: For the files that refer to one.
 
     Raises:
         DeltaFileError: A file breaks its format.
-        DeltaMismatchError: A file refers to another mask, or `mask` belongs to none of them.
+        DeltaMismatchError: A file refers to another mask, or no file refers to any.
+        DeltaError: None was named, or the Hub cannot be reached, or has none.
     """
     several = [deltas] if isinstance(deltas, (str, Path, Delta, DeltaFile)) else list(deltas)
     if not several:
         raise DeltaError("No delta was given. Name at least one.")
-    return [delta if isinstance(delta, (Delta, DeltaFile)) else DeltaFile(delta, mask) for delta in several]
+    opened = [delta if isinstance(delta, (Delta, DeltaFile)) else DeltaFile(located(delta)) for delta in several]
+    given = [masks] if isinstance(masks, SubnetMask) else list(masks or ())
+    if not given:
+        return opened
+    waiting = [delta for delta in opened if isinstance(delta, DeltaFile) and not delta.has_positions]
+    if not waiting:
+        raise DeltaMismatchError("Every delta that was given has its own positions. Leave out the mask.")
+    by_fingerprint = {mask.fingerprint: mask for mask in given}
+    with_masks = {
+        id(delta): delta.with_mask(by_fingerprint.get(delta.header.mask_fingerprint or "", given[0]))
+        for delta in waiting
+    }
+    unused = by_fingerprint.keys() - {delta.header.mask_fingerprint for delta in waiting}
+    if unused:
+        raise DeltaMismatchError(f"No delta refers to the mask with the fingerprint {min(unused)}. Leave it out.")
+    return [with_masks.get(id(delta), delta) for delta in opened]
 
 
 def model_digest(fingerprints: Mapping[str, str]) -> str:

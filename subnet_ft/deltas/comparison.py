@@ -15,7 +15,7 @@ from subnet_ft.deltas.checks import AnyDelta, check_chain, check_fits, check_one
 from subnet_ft.deltas.delta import TensorDelta
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.header import TensorEntry
-from subnet_ft.deltas.patching import CHUNK, added
+from subnet_ft.deltas.patching import CHUNK, added, joined
 from subnet_ft.deltas.writing import DeltaWriter
 from subnet_ft.errors import DeltaError, DeltaMismatchError
 from subnet_ft.masks import ModelRecord, format_fingerprint
@@ -69,7 +69,7 @@ def compose_deltas(
 
     Args:
         first, second: The deltas. Of a chain, the one that belongs to the other's result is the second.
-        path: `NAME.delta.safetensors`.
+        path: `NAME.delta.safetensors`; a file of that name is replaced, also `first` or `second`.
         base: Their base; the fingerprints of the result come from it. When `None`, the folder of the name that `first`
             gives its base; any other name is a stranger's word, and neither fetched nor imported.
         on_conflict: What happens where both give a weight different values: refuse, or take the value of `first` or
@@ -117,7 +117,7 @@ def compose_deltas(
                     f"The weights of `{name}` in `{checkpoint.name}` are not those that the deltas were made for: "
                     f"fingerprint {format_fingerprint(before)}, expected {entry.base}. Name their base (`--base`)."
                 )
-            composed = TensorDelta.build(bits, torch.cat(values) if values else both[0].values, entry.shape)
+            composed = TensorDelta.build(bits, joined(values) if values else both[0].values, entry.shape)
             result = format_fingerprint(after)
             writer.add(name, TensorEntry(entry.shape, entry.dtype, composed.count, entry.base, result), composed)
     return DeltaFile(path)

@@ -14,7 +14,7 @@ from subnet_ft.deltas.checks import check_same_tensors
 from subnet_ft.deltas.delta import Delta, TensorDelta
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.header import DTYPES, TensorEntry
-from subnet_ft.deltas.patching import CHUNK, added
+from subnet_ft.deltas.patching import CHUNK, added, joined
 from subnet_ft.deltas.writing import DeltaWriter
 from subnet_ft.errors import DeltaError, DeltaMismatchError
 from subnet_ft.masks import ModelRecord, SubnetMask, format_fingerprint
@@ -41,7 +41,7 @@ def export_delta(
     Args:
         base: The checkpoint before training: a folder, a Hub id, a GGUF or an open `Checkpoint`.
         tuned: The checkpoint after training, in the same dtypes: of a masked or a full run, a merged adapter, ...
-        path: `NAME.delta.safetensors`.
+        path: `NAME.delta.safetensors`; a file of that name is replaced.
         mask: Store the values of exactly these weights, changed or not; a weight outside that changed is an error.
         mask_reference: Store no positions but the fingerprint of `mask`, which whoever reads the file needs then.
         zstd: Compress.
@@ -153,12 +153,12 @@ def _compared(
         values.append(subnet_kernels.gather(new, BitMask.from_bits(bits, new.numel()), dtype=new.dtype))
         start += old.numel()
         bar.update(old.numel())
-    new_values = torch.cat(values) if values else torch.empty(0, dtype=DTYPES[entry.dtype])
+    new_values = joined(values) if values else torch.empty(0, dtype=DTYPES[entry.dtype])
     base, result = format_fingerprint(base_sums), format_fingerprint(result_sums)
     if mask is not None:
         mask.check_fingerprint(name, DTYPES[entry.dtype], base_sums)
     described = TensorEntry(entry.shape, entry.dtype, new_values.numel(), base, result)
-    return described, TensorDelta(torch.cat(all_bits) if described.count else _NOTHING, new_values, entry.shape)
+    return described, TensorDelta(joined(all_bits) if described.count else _NOTHING, new_values, entry.shape)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 from collections.abc import Iterator
@@ -48,9 +49,9 @@ class DeltaFile:
             self.nbytes = file.tell()
         if self.header.encoding == "zstd":
             check_zstd(f"to read `{self.path}`")
-        self._mask = mask
+        self._mask: SubnetMask | None = None
         if mask is not None:
-            self._check_mask(mask)
+            self._take_mask(mask)
 
     def __repr__(self) -> str:
         return f"DeltaFile({str(self.path)!r}, {len(self.entries)} tensors)"
@@ -69,6 +70,21 @@ class DeltaFile:
             {name: entry.dtype for name, entry in self.entries.items()},
             {name: entry.base for name, entry in self.entries.items()},
         )
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether its tensors can be read: the positions are in the file, or in a mask that was given."""
+        return self.header.mask_fingerprint is None or self._mask is not None
+
+    def with_mask(self, mask: SubnetMask) -> DeltaFile:
+        """Return the same file with the mask that it refers to; nothing is read again.
+
+        Raises:
+            DeltaMismatchError: The file has its own positions, or refers to another mask.
+        """
+        found = copy.copy(self)
+        found._take_mask(mask)
+        return found
 
     def tensor(self, name: str) -> TensorDelta:
         """Read the positions and new values of one parameter.
@@ -118,7 +134,7 @@ class DeltaFile:
                 raise DeltaFileError(f"`{self.path}`: `{key}` cannot be decompressed: {error}.") from error
         return torch.frombuffer(data, dtype=torch.uint8)
 
-    def _check_mask(self, mask: SubnetMask) -> None:
+    def _take_mask(self, mask: SubnetMask) -> None:
         if self.header.mask_fingerprint is None:
             raise DeltaMismatchError(f"`{self.path}` has its own positions. Leave out the mask.")
         if mask.fingerprint != self.header.mask_fingerprint:
@@ -133,6 +149,7 @@ class DeltaFile:
                 raise DeltaFileError(
                     f"`{self.path}`: `{name}` has {entry.count} values of shape {entry.shape}; its mask has {found}."
                 )
+        self._mask = mask
 
 
 def check_bits(path: Path, name: str, entry: TensorEntry, bits: torch.Tensor) -> None:

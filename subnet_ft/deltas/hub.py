@@ -7,18 +7,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from subnet_ft.deltas.checks import base_digest, result_digest
+from subnet_ft.deltas.download import HUB_FILE, asking_the_hub, download
 from subnet_ft.deltas.file import DeltaFile
-from subnet_ft.deltas.header import SUFFIX
 from subnet_ft.deltas.writing import check_writable, sync_folder
 from subnet_ft.errors import DeltaError
-
-HUB_FILE = f"model{SUFFIX}"
-"""Name of the delta in its repository."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -48,7 +44,7 @@ def push_delta(path: str | Path, repo: str, *, evidence: Sequence[str] = (), pri
             f"{delta.header.mask_fingerprint}. Export it with positions (leave out `--mask-reference`)."
         )
     card = model_card(delta, repo, evidence=evidence)
-    with _asking_the_hub(f"push to `{repo}`"):
+    with asking_the_hub(f"push to `{repo}`"):
         api = HfApi()
         api.create_repo(repo, private=private or None, repo_type="model", exist_ok=True)
         # The card states the SHA-256 of the file, so the file comes first.
@@ -74,12 +70,9 @@ def pull_delta(repo: str, path: str | Path, *, revision: str | None = None) -> D
         DeltaFileError: What was downloaded is damaged, or no delta.
         DeltaError: The Hub cannot be reached, or has no such file.
     """
-    from huggingface_hub import hf_hub_download
-
     target = Path(path)
     check_writable(target)
-    with _asking_the_hub(f"pull `{HUB_FILE}` of `{repo}`"):
-        found = hf_hub_download(repo, HUB_FILE, revision=revision)
+    found = download(repo, revision)
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as staging:
         copied = Path(staging) / target.name
@@ -127,19 +120,3 @@ def model_card(delta: DeltaFile, repo: str, *, evidence: Sequence[str] = ()) -> 
 def _plain(text: str) -> str:
     """Keep a text from being read as Markdown of more than one line, or as code that ends early."""
     return " ".join(text.split()).replace("`", "'").replace("|", "/")
-
-
-@contextmanager
-def _asking_the_hub(what: str) -> Iterator[None]:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        yield
-    except (OSError, HFValidationError) as error:  # every error of the Hub's client is an OSError
-        offline = " HF_HUB_OFFLINE is set: unset it to reach the Hub." if constants.HF_HUB_OFFLINE else ""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DeltaError(
-            f"Cannot {what}.{offline} The Hub's client says: {reason} Check the name, your network and your access "
-            "(`hf auth login`)."
-        ) from error

@@ -126,3 +126,24 @@ def test_delta_refuses_wrong_input(files: dict[str, str], capsys: pytest.Capture
     with pytest.raises(SystemExit) as stopped:
         main(["delta", "apply", files["base"], files["a"]])
     assert stopped.value.code == 2
+
+
+def test_delta_commands_take_masks_where_a_file_of_several_refers_to_one(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masks = {
+        name: str(extract(files["base"], files[name]).save(tmp_path / f"{name}.subnet.safetensors"))
+        for name in ("first", "second")
+    }
+    for name, path in (("first", files["a"]), ("second", files["b"])):
+        printed(capsys, "export", files["base"], files[name], "-o", path, "--mask", masks[name], "--mask-reference")
+    both = ["--mask", masks["second"], "--mask", masks["first"]]
+    assert "`--mask`" in refused(capsys, "diff", files["a"], files["b"])
+    assert printed(capsys, "diff", files["a"], files["b"], *both)["shared"]
+    printed(capsys, "compose", files["a"], files["b"], "-o", files["c"], "--on-conflict", "first", *both)
+    assert printed(capsys, "verify", files["base"], files["c"])["fine"]
+    assert "Leave out the mask" in refused(capsys, "verify", files["base"], files["c"], "--mask", masks["first"])
+    # A chain of a file with positions of its own and one without.
+    printed(capsys, "export", files["first"], files["second"], "-o", files["c"])
+    printed(capsys, "apply", files["base"], files["a"], files["c"], "-o", files["out"], "--mask", masks["first"])
+    assert weights(Path(files["out"])) == weights(Path(files["second"]))

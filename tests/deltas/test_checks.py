@@ -128,3 +128,32 @@ def test_a_delta_whose_names_are_paths_fits_no_checkpoint_and_writes_nothing(tmp
     for settings in ({"output": tmp_path / "a" / "out"}, {"in_place": True}):
         with unchanged(tmp_path), pytest.raises(DeltaMismatchError, match=r"`\.\./\.\./model\.norm\.weight` only in"):
             apply_delta(base, path, **settings)
+
+
+def test_open_deltas_gives_each_file_the_mask_that_it_refers_to(tmp_path: Path) -> None:
+    cases = [random_case(seed)[2] for seed in range(60)]
+    one, two, own = [case for case in cases if case.num_changed > 3][:3]
+    paths = [
+        one.save(tmp_path / f"1{SUFFIX}", mask=one.mask),
+        own.save(tmp_path / f"3{SUFFIX}"),
+        two.save(tmp_path / f"2{SUFFIX}", mask=two.mask),
+    ]
+    opened = open_deltas(paths, [two.mask, one.mask])
+    for found, expected in zip(opened, (one, own, two), strict=True):
+        assert isinstance(found, DeltaFile)
+        assert found.delta().mask == expected.mask
+    waiting = DeltaFile(paths[0])
+    (found,) = open_deltas(waiting, one.mask)
+    assert isinstance(found, DeltaFile)
+    assert found.has_positions
+    assert not waiting.has_positions
+    assert open_deltas([found, own], None) == [found, own]
+    for deltas, masks, message in (
+        (paths, [one.mask], f"needs the mask with the fingerprint {two.mask.fingerprint}"),
+        (paths[0], [two.mask], f"needs the mask with the fingerprint {one.mask.fingerprint}"),
+        (paths[:2], [two.mask, one.mask], f"No delta refers to the mask with the fingerprint {two.mask.fingerprint}"),
+        (paths[1], one.mask, "has its own positions. Leave out the mask"),
+        (own, one.mask, "has its own positions. Leave out the mask"),
+    ):
+        with pytest.raises(DeltaMismatchError, match=message):
+            open_deltas(deltas, masks)

@@ -77,7 +77,7 @@ def test_compose_of_a_chain_gives_its_end_under_every_policy(policy: str, files:
 
 
 @pytest.mark.parametrize(
-    "name", ["owner/model", "package:json/x.gguf", "tiny:llama", "x.gguf", "~/x", "", "\0", "x" * 9999]
+    "name", ["owner/model", "package:json/x.gguf", "tiny:llama", "x.gguf", "~/x", "", "\0", "x" * 4096]
 )
 def test_compose_opens_nothing_that_only_a_file_names(
     name: str, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

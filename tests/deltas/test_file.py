@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from delta_checkpoints import random_case, rewrite, split
 from helpers import same_bits
 from safetensors.torch import load_file
@@ -88,6 +91,71 @@ def test_open_refuses_every_truncation_and_anything_added(path: Path) -> None:
     path.write_bytes(data + b"\0")
     with pytest.raises(DeltaFileError, match="something was added"):
         DeltaFile(path)
+
+
+def mutated(data: bytes, generator: random.Random) -> bytes:
+    """Return a file with one to three changes at random: bits, bytes of its header, its length, or its end."""
+    found = bytearray(data)
+    header = 8 + int.from_bytes(data[:8], "little")
+    for _ in range(generator.randint(1, 3)):
+        at = generator.randrange(len(found)) if found else 0
+        kind = generator.randrange(6)
+        if kind == 0 and found:
+            found[at] ^= 1 << generator.randrange(8)
+        elif kind == 1:
+            del found[at:]
+        elif kind == 2:
+            found += generator.randbytes(generator.randint(1, 9))
+        elif kind == 3:  # something that JSON knows, in the header
+            at = min(at, header - 1)
+            found[at : at + generator.randint(0, 3)] = generator.choice(
+                [b"0", b"9" * 30, b'"', b"[", b"{}", b"null", b"-", b","]
+            )
+        elif kind == 4:
+            del found[at : at + generator.randint(1, 40)]
+        else:
+            start = generator.randrange(len(found) + 1)
+            found[at:at] = found[start : start + generator.randint(1, 40)]
+    return bytes(found)
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+def test_open_refuses_a_thousand_random_changes_or_reads_the_same(path: Path, zstd: bool) -> None:
+    original = Delta.load(path)
+    data = original.save(path, zstd=zstd).read_bytes()
+    generator = random.Random(zstd)
+    messages = []
+    for number in range(1000):
+        path.write_bytes(mutated(data, generator))
+        try:
+            found = Delta.load(path)
+        except DeltaFileError as error:
+            messages.append(str(error))
+            continue
+        assert (found.base, found.result, found.source) == (original.base, original.result, original.source), number
+        for name, tensor in original.tensors.items():
+            assert torch.equal(found.tensors[name].bits, tensor.bits)
+            assert same_bits(found.tensors[name].values, tensor.values), (number, name)
+    assert len(messages) > 950
+    assert max(map(len, messages)) < 1000
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+def test_open_meets_a_thousand_random_changes_under_a_right_sha256_with_its_own_errors(path: Path, zstd: bool) -> None:
+    data = Delta.load(path).save(path, zstd=zstd).read_bytes()
+    digits = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["sha256"].encode()
+    generator = random.Random(2 + zstd)
+    messages = []
+    for _ in range(1000):
+        changed = mutated(data.replace(digits, b"0" * 64), generator)
+        path.write_bytes(changed.replace(b"0" * 64, hashlib.sha256(changed).hexdigest().encode(), 1))
+        try:
+            found = Delta.load(path)
+            found.save(path)
+        except DeltaFileError as error:
+            messages.append(str(error))
+    assert 600 < len(messages) < 1000
+    assert max(map(len, messages)) < 1000
 
 
 def first_changed(header: dict[str, Any]) -> str:

@@ -9,51 +9,22 @@ from typing import Any
 import huggingface_hub
 import pytest
 from delta_checkpoints import save_pair
+from hub_stand_in import REPO, Hub, stand_in
 from report_evidence import full_report
 
 from subnet_ft.cli import main
 from subnet_ft.deltas import DeltaFile, export_delta
-from subnet_ft.deltas.hub import HUB_FILE, model_card, pull_delta, push_delta
+from subnet_ft.deltas.download import HUB_FILE
+from subnet_ft.deltas.hub import model_card, pull_delta, push_delta
 from subnet_ft.errors import DeltaError, DeltaFileError
 from subnet_ft.evidence.report import write_report
 from subnet_ft.masks import extract
-
-REPO = "someone/a-delta"
-
-
-class Hub:
-    """Stands in for the Hub: a folder, and what was asked of it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.asked: list[str] = []
-
-    def create_repo(self, repo_id: str, *, private: bool | None, repo_type: str, exist_ok: bool) -> None:
-        assert (repo_type, exist_ok) == ("model", True)
-        self.asked.append(f"create {repo_id} private={private}")
-
-    def upload_file(self, *, path_or_fileobj: str | bytes, path_in_repo: str, repo_id: str, commit_message: str) -> str:
-        self.asked.append(path_in_repo)
-        content = path_or_fileobj if isinstance(path_or_fileobj, bytes) else Path(path_or_fileobj).read_bytes()
-        (self.folder / path_in_repo).write_bytes(content)
-        return f"https://hub/{repo_id}"
-
-    def download(self, repo_id: str, filename: str, *, revision: str | None) -> str:
-        assert (repo_id, revision) == (REPO, None)
-        return str(self.folder / filename)
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The stand-in, in place of the Hub's client."""
-    (tmp_path / "hub").mkdir()
-    made = Hub(tmp_path / "hub")
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "create_repo", lambda api, *args, **kwargs: made.create_repo(*args, **kwargs)
-    )
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", lambda api, **kwargs: made.upload_file(**kwargs))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", made.download)
-    return made
+    return stand_in(tmp_path / "hub", monkeypatch)
 
 
 @pytest.fixture
