@@ -6,7 +6,7 @@ old one or the new one at any moment, and the journal says how to go on:
 
     no journal               nothing is going on
     phase `preparing`        all weight files are old; what lies beside them is thrown away
-    phase `replacing`        the remaining renames finish the job
+    phase `replacing`        the remaining renames finish the job; all weights are checked before it counts as done
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from subnet_ft.checkpoints import open_checkpoint
-from subnet_ft.deltas.checks import AnyDelta, result_digest
+from subnet_ft.deltas.checks import AnyDelta, base_digest, result_digest
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.header import SUFFIX
 from subnet_ft.deltas.output import ShardWriter, check_room
 from subnet_ft.deltas.patching import Patch
+from subnet_ft.deltas.verify import wrong_weights
 from subnet_ft.deltas.writing import DeltaWriter, sync_folder
 from subnet_ft.errors import DeltaError
 from subnet_ft.masks import ModelRecord
 
 JOURNAL = "subnet-ft-journal.json"
-_UNDO_NAME = re.compile(r"undo-([0-9]{3,9})\.delta\.safetensors")
+_UNDO_NAME = re.compile(r"\.undo-([0-9]{3,9})\.delta\.safetensors")
+# Hidden: generation engines load every other `*.safetensors` of a folder without an index.
 STAGED = ".subnet-ft-new"
 
 Action = Literal["apply", "revert"]
@@ -70,11 +72,11 @@ def apply_in_place(folder: Path, deltas: Sequence[AnyDelta]) -> Path:
                     f"`{folder}` is in the middle of another `{unfinished.action}`, which was interrupted. Finish it "
                     "by the same command, or undo it with `subnet-ft delta revert`."
                 )
-            _finish(folder, unfinished)
+            _resume(folder, unfinished, {name: entry.result for name, entry in deltas[-1].entries.items()})
             return folder
         _discard(folder, unfinished)
         number = max(undo_files(folder), default=0) + 1
-        _change(folder, deltas, Journal("apply", "preparing", result, f"undo-{number:03d}{SUFFIX}", []))
+        _change(folder, deltas, Journal("apply", "preparing", result, f".undo-{number:03d}{SUFFIX}", []))
     return folder
 
 
@@ -91,7 +93,7 @@ def revert_delta(folder: str | Path) -> Path:
     with _locked(folder):
         unfinished = read_journal(folder)
         if unfinished is not None and unfinished.phase == "replacing":
-            _finish(folder, unfinished)
+            _resume(folder, unfinished, _expected(folder, unfinished))
             if unfinished.action == "revert":
                 return folder
         else:
@@ -100,10 +102,24 @@ def revert_delta(folder: str | Path) -> Path:
                 return folder  # interrupted before it changed anything
         undo = undo_files(folder)
         if not undo:
-            raise DeltaError(f"`{folder}` has no `undo-001{SUFFIX}`: no delta was applied to it in place.")
+            raise DeltaError(f"`{folder}` has no `.undo-001{SUFFIX}`: no delta was applied to it in place.")
         delta = DeltaFile(undo[max(undo)])
         _change(folder, [delta], Journal("revert", "preparing", result_digest(delta), delta.path.name, []))
     return folder
+
+
+def check_settled(folder: Path) -> None:
+    """Check that a folder's weights are all of one model: not some of them old and some new.
+
+    Raises:
+        DeltaError: A change in place was interrupted there.
+    """
+    journal = read_journal(folder)
+    if journal is not None and journal.phase == "replacing":
+        raise DeltaError(
+            f"`{folder}` is in the middle of `{journal.action}`, which was interrupted: some of its weights are old, "
+            f"others new. Finish it by the same command, or undo it with `subnet-ft delta revert {folder}`."
+        )
 
 
 def undo_files(folder: Path) -> dict[int, Path]:
@@ -124,7 +140,8 @@ def read_journal(folder: Path) -> Journal | None:
         journal = Journal(**fields)
         sound = journal.action in ("apply", "revert") and journal.phase in ("preparing", "replacing")
         sound = sound and _UNDO_NAME.fullmatch(journal.undo) is not None
-        if not sound or not all(isinstance(name, str) and name and Path(name).name == name for name in journal.files):
+        sound = sound and isinstance(journal.result, str) and isinstance(journal.files, list)
+        if not sound or not all(map(_is_file_name, journal.files)):
             raise ValueError(f"it says {str(fields)[:200]}")
     except FileNotFoundError:
         return None
@@ -146,11 +163,15 @@ def _change(folder: Path, deltas: Sequence[AnyDelta], journal: Journal) -> None:
             "new folder (`-o`)."
         )
     check_room(folder, files)
+    for file in files:
+        _staged(file).unlink(missing_ok=True)  # without a journal, of a process whose journal somebody removed
     journal = Journal(journal.action, "preparing", journal.result, journal.undo, [file.name for file in files])
-    _write_journal(folder, journal)
     try:
+        _write_journal(folder, journal)
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(ShardWriter(checkpoint, {file: _staged(file) for file in files}))
+            for file in files:
+                shutil.copymode(file, _staged(file))
             replaced = None
             if journal.action == "apply":
                 source = {"kind": "undo", "of": deltas[-1].base.name}
@@ -161,17 +182,53 @@ def _change(folder: Path, deltas: Sequence[AnyDelta], journal: Journal) -> None:
         replacing = Journal(journal.action, "replacing", journal.result, journal.undo, journal.files)
         _write_journal(folder, replacing)
     except BaseException:
-        _discard(folder, journal)
+        # Once the journal says `replacing`, new files may be all that the next call has: it finishes or undoes the job.
+        if read_journal(folder) in (None, journal):
+            _discard(folder, journal)
         raise
+    _replace(folder, replacing)
     _finish(folder, replacing)
 
 
-def _finish(folder: Path, journal: Journal) -> None:
+def _expected(folder: Path, journal: Journal) -> dict[str, str] | None:
+    """Return the fingerprints that an unfinished job ends with; `None` once a `revert` has used up its delta."""
+    path = folder / journal.undo
+    if not path.exists():
+        if journal.action == "revert":
+            return None
+        raise DeltaError(f"`{path}` is gone, so nothing can be undone. The same `apply` finishes the job.")
+    undo = DeltaFile(path)
+    digest = base_digest(undo) if journal.action == "apply" else result_digest(undo)
+    if digest != journal.result:
+        raise DeltaError(
+            f"`{path}` does not belong to the `{journal.action}` that was interrupted in `{folder}`: its weights have "
+            f"the digest {digest[:16]}, the journal expects {journal.result[:16]}. Put back the file that was there."
+        )
+    return {name: entry.base if journal.action == "apply" else entry.result for name, entry in undo.entries.items()}
+
+
+def _resume(folder: Path, journal: Journal, expected: Mapping[str, str] | None) -> None:
+    """Finish what a killed process began; what lay there since may be gone or changed, so all weights are checked."""
+    _replace(folder, journal)
+    wrong = wrong_weights(open_checkpoint(folder), expected) if expected is not None else []
+    if wrong:
+        raise DeltaError(
+            f"`{folder}` was interrupted in the middle of `{journal.action}`, and {len(wrong)} tensors are not what "
+            f"that leads to, such as `{wrong[0]}`: weight files, or the new ones beside them, were removed or changed "
+            f"since. Get the checkpoint again, and remove `{folder / JOURNAL}`."
+        )
+    _finish(folder, journal)
+
+
+def _replace(folder: Path, journal: Journal) -> None:
     for name in journal.files:
         staged = _staged(folder / name)
         if staged.exists():
             os.replace(staged, folder / name)
     sync_folder(folder)
+
+
+def _finish(folder: Path, journal: Journal) -> None:
     if journal.action == "revert":
         (folder / journal.undo).unlink(missing_ok=True)
     (folder / JOURNAL).unlink()
@@ -204,6 +261,10 @@ def _write_journal(folder: Path, journal: Journal) -> None:
     sync_folder(folder)
 
 
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and Path(name).name == name
+
+
 def _staged(file: Path) -> Path:
     return file.with_name(file.name + STAGED)
 
@@ -213,12 +274,28 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes from changing a folder at the same time; the system drops the lock of a killed one."""
     if not folder.is_dir():
         raise DeltaError(f"`{folder}` is no folder. Only a checkpoint in a folder of yours can be changed in place.")
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DeltaError(f"Another process is changing `{folder}` right now. Wait until it has ended.") from error
-        yield
-    finally:
-        os.close(descriptor)
+            _lock(folder, descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        named = f"`{error.filename}`" if error.filename else "a file in it"
+        raise DeltaError(
+            f"`{folder}` cannot be changed in place: {named}: {error.strerror or error}. Its weight files are whole. "
+            "Free space or get access and try again, or apply the delta to a new folder (`-o`)."
+        ) from error
+
+
+def _lock(folder: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DeltaError(f"Another process is changing `{folder}` right now. Wait until it has ended.") from error
+    except OSError as error:  # NFS and some cluster file systems lock no folders
+        raise DeltaError(
+            f"`{folder}` cannot be locked ({error.strerror}), so another process could change it at the same time. "
+            "Apply the delta to a new folder (`-o`), or on a local disk."
+        ) from error

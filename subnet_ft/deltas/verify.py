@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,16 +64,18 @@ def verify_delta(
         problem = patch.problem()
         if problem is not None:
             (wrong_base if isinstance(problem, DeltaMismatchError) else wrong_result).append(name)
-    return DeltaCheck(wrong_base, wrong_result, None if after is None else _wrong_tuned(after, deltas[-1]))
+    expected = {name: entry.result for name, entry in deltas[-1].entries.items()}
+    return DeltaCheck(wrong_base, wrong_result, None if after is None else wrong_weights(after, expected))
 
 
-def _wrong_tuned(tuned: Checkpoint, delta: AnyDelta) -> list[str]:
+def wrong_weights(checkpoint: Checkpoint, expected: Mapping[str, str]) -> list[str]:
+    """Return the parameters of a checkpoint that do not have the expected fingerprints, 32 digits each by name."""
     wrong = []
-    for name, pieces in tuned.pieces(CHUNK):
+    for name, pieces in checkpoint.pieces(CHUNK):
         sums, start = (0, 0), 0
         for piece in pieces:
             sums = added(sums, subnet_kernels.fingerprint(piece, offset=start))
             start += piece.numel()
-        if format_fingerprint(sums) != delta.entries[name].result:
+        if format_fingerprint(sums) != expected.get(name):
             wrong.append(name)
     return wrong

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import glob
+import itertools
 import json
 import os
 import signal
@@ -16,9 +19,9 @@ import pytest
 from delta_checkpoints import contents, save_pair, unchanged, weights
 
 from subnet_ft.checkpoints.tiny import save_tiny
-from subnet_ft.deltas import apply_delta, export_delta, revert_delta
+from subnet_ft.deltas import apply_delta, export_delta, in_place, revert_delta
 from subnet_ft.deltas.in_place import JOURNAL, STAGED, read_journal
-from subnet_ft.errors import DeltaError, DeltaMismatchError
+from subnet_ft.errors import DeltaError, DeltaFileError, DeltaMismatchError
 
 SUFFIX = ".delta.safetensors"
 STEPS = ("replace", "fsync", "unlink", "pwrite", "open", "truncate")
@@ -185,13 +188,190 @@ def test_revert_undoes_one_delta_after_the_other(tmp_path: Path) -> None:
     before = contents(first)
     apply_delta(first, one, in_place=True)
     apply_delta(first, two, in_place=True)
-    assert {path.name for path in first.glob(f"*{SUFFIX}")} == {f"undo-001{SUFFIX}", f"undo-002{SUFFIX}"}
+    assert {path.name for path in first.glob(f"*{SUFFIX}")} == {f".undo-001{SUFFIX}", f".undo-002{SUFFIX}"}
     revert_delta(first)
     assert weights(first) == weights(second)
     revert_delta(first)
     assert contents(first) == before
     with pytest.raises(DeltaError, match="no delta was applied to it in place"):
         revert_delta(first)
+
+
+def test_revert_undoes_a_chain_of_three_as_one(tmp_path: Path) -> None:
+    folders = list(save_pair(tmp_path / "1", seed=1))
+    folders += [save_pair(tmp_path / str(seed), seed=seed)[1] for seed in (2, 3)]
+    chain = [
+        export_delta(before, after, tmp_path / f"{number}{SUFFIX}")
+        for number, (before, after) in enumerate(itertools.pairwise(folders))
+    ]
+    base, before = folders[0], contents(folders[0])
+    apply_delta(base, chain, in_place=True)
+    assert weights(base) == weights(folders[3])
+    revert_delta(base)
+    assert contents(base) == before
+    for delta in chain:
+        apply_delta(base, delta, in_place=True)
+    for folder in folders[2::-1]:
+        revert_delta(base)
+        if folder != base:
+            assert weights(base) == weights(folder)
+    assert contents(base) == before
+    apply_delta(base, chain[0], in_place=True)
+    with unchanged(base), pytest.raises(DeltaMismatchError, match="it has been applied already"):
+        apply_delta(base, chain[0], in_place=True)
+
+
+def test_apply_in_place_leaves_no_other_file_that_an_engine_would_load(tmp_path: Path) -> None:
+    base, tuned = save_pair(tmp_path)
+    delta = export_delta(base, tuned, tmp_path / f"d{SUFFIX}")
+    apply_delta(base, delta, in_place=True)
+    assert glob.glob(str(base / "*.safetensors")) == [str(base / "model.safetensors")]  # as vLLM does
+    assert (base / f".undo-001{SUFFIX}").exists()
+
+
+def test_apply_in_place_keeps_modes_and_leaves_hard_links_alone(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, delta = pair
+    file = sorted(base.glob("*.safetensors"))[0]
+    file.chmod(0o600)
+    os.link(file, tmp_path / "other")
+    before = file.read_bytes()
+    apply_delta(base, delta, in_place=True)
+    assert weights(base) == weights(tuned)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "other").read_bytes() == before
+    revert_delta(base)
+    assert file.read_bytes() == before
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def replacing(base: Path, delta: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Stop an `apply` after its first weight file took its place; returns the new ones of the others."""
+    steps = count_steps(monkeypatch, lambda: apply_delta(base, delta, in_place=True))
+    revert_delta(base)
+    for last in range(steps, 0, -1):
+        with pytest.raises(Killed):
+            run_until(monkeypatch, lambda last=last: apply_delta(base, delta, in_place=True), last - 1)
+        waiting = sorted(base.glob(f"model*{STAGED}"))
+        if len(waiting) == 2:
+            return waiting
+        revert_delta(base)
+    raise AssertionError("never two of three")
+
+
+def test_an_interrupted_apply_whose_new_files_are_gone_is_not_called_finished(
+    pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, delta = pair
+    waiting = replacing(base, delta, monkeypatch)
+    waiting[0].unlink()
+    for job in (lambda: apply_delta(base, delta, in_place=True), lambda: revert_delta(base)):
+        with pytest.raises(DeltaError, match=r"in the middle of `apply`, and .* tensors are not what that leads to"):
+            job()
+        journal = read_journal(base)
+        assert journal is not None
+        assert journal.phase == "replacing"
+
+
+def test_an_interrupted_apply_without_its_undo_is_finished_but_not_undone(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned, delta = pair
+    replacing(base, delta, monkeypatch)
+    undo = base / f".undo-001{SUFFIX}"
+    kept = undo.read_bytes()
+    undo.unlink()
+    with unchanged(base), pytest.raises(DeltaError, match="is gone, so nothing can be undone"):
+        revert_delta(base)
+    undo.write_bytes(delta.read_bytes())
+    with unchanged(base), pytest.raises(DeltaError, match="does not belong to the `apply` that was interrupted"):
+        revert_delta(base)
+    undo.write_bytes(kept[:-1])
+    with unchanged(base), pytest.raises(DeltaFileError, match="truncated"):
+        revert_delta(base)
+    undo.unlink()
+    apply_delta(base, delta, in_place=True)
+    assert weights(base) == weights(tuned)
+
+
+def test_an_interruption_behind_the_point_of_no_return_throws_nothing_away(
+    pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, delta = pair
+    before = contents(base)
+
+    def interrupt(folder: Path) -> None:
+        journal = read_journal(base)
+        if journal is not None and journal.phase == "replacing":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(in_place, "sync_folder", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            apply_delta(base, delta, in_place=True)
+    assert len(list(base.glob(f"model*{STAGED}"))) == 3
+    revert_delta(base)
+    assert contents(base) == before
+
+
+@pytest.mark.parametrize("step", ["pwrite", "truncate", "fsync", "open", "replace"])
+def test_apply_in_place_on_a_full_or_read_only_disk_says_so_and_changes_nothing(
+    step: str, pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, delta = pair
+    original = getattr(os, step)
+    for number in range(3):
+        calls = 0
+
+        def full(*arguments: Any, number: int = number, **settings: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > number and calls < number + 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*arguments, **settings)
+
+        with unchanged(base), monkeypatch.context() as context:
+            context.setattr(os, step, full)
+            with pytest.raises(DeltaError, match="No space left on device"):
+                apply_delta(base, delta, in_place=True)
+        leftover = base / (JOURNAL + STAGED)
+        assert not leftover.exists()
+
+
+def test_apply_in_place_starts_over_files_that_lost_their_journal(pair: tuple[Path, Path, Path]) -> None:
+    base, tuned, delta = pair
+    for file in base.glob("*.safetensors"):
+        file.with_name(file.name + STAGED).write_text("left behind")
+    apply_delta(base, delta, in_place=True)
+    assert weights(base) == weights(tuned)
+    assert not list(base.glob(f"*{STAGED}"))
+
+
+def test_another_delta_may_follow_an_apply_that_changed_nothing_yet(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, delta = pair
+    with pytest.raises(Killed):
+        run_until(monkeypatch, lambda: apply_delta(base, delta, in_place=True), 20)
+    journal = read_journal(base)
+    assert journal is not None
+    assert journal.phase == "preparing"
+    other = save_pair(tmp_path / "2", seed=2, shard="20KB")[1]
+    apply_delta(base, export_delta(base, other, tmp_path / f"2{SUFFIX}"), in_place=True)
+    assert weights(base) == weights(other)
+
+
+def test_apply_in_place_refuses_a_folder_that_cannot_be_locked(
+    pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, delta = pair
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    with unchanged(base), monkeypatch.context() as context:
+        context.setattr(fcntl, "flock", refuse)
+        with pytest.raises(DeltaError, match=r"cannot be locked \(Bad file descriptor\)"):
+            apply_delta(base, delta, in_place=True)
 
 
 def test_revert_refuses_weights_that_changed_since(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -228,15 +408,32 @@ def test_apply_in_place_refuses_while_another_job_is_unfinished(
         "[1]",
         json.dumps({"action": "apply"}),
         json.dumps({"action": "apply", "phase": "replacing", "result": "", "undo": "../x", "files": []}),
-        json.dumps(
-            {"action": "apply", "phase": "replacing", "result": "", "undo": f"undo-001{SUFFIX}", "files": ["../x"]}
+        *(
+            json.dumps(
+                {"action": "apply", "phase": "replacing", "result": "", "undo": f".undo-001{SUFFIX}", "files": files}
+            )
+            for files in (
+                ["../x"],
+                [".."],
+                ["."],
+                [""],
+                ["/etc/passwd"],
+                ["a\0b"],
+                ["\ud800"],
+                [3],
+                "model.safetensors",
+                {},
+            )
         ),
+        json.dumps({"action": "apply", "phase": "x", "result": "", "undo": f".undo-001{SUFFIX}", "files": []}),
+        json.dumps({"action": "apply", "phase": "replacing", "result": 3, "undo": f".undo-001{SUFFIX}", "files": []}),
+        "[" * 100_000,
     ],
 )
 def test_revert_refuses_a_journal_that_lies(pair: tuple[Path, Path, Path], journal: str) -> None:
     base, _, _ = pair
     (base / JOURNAL).write_text(journal)
-    with pytest.raises(DeltaError, match=r"journal\.json` cannot be read"):
+    with unchanged(base), pytest.raises(DeltaError, match=r"journal\.json` cannot be read"):
         revert_delta(base)
 
 
