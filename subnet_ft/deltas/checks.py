@@ -109,8 +109,9 @@ def check_same_tensors(
             )
         if dtype != entry.dtype:
             raise DeltaMismatchError(
-                f"`{name}` is {entry.dtype} in {left} and {dtype} in {right}. A delta holds bits, so "
-                "the dtypes must be the same: save the model in the other dtype first."
+                f"`{name}` is {entry.dtype} in {left} and {dtype} in {right}. A delta holds bits, so the dtypes must "
+                f"be the same: load the latter with `from_pretrained(..., dtype=torch.{entry.dtype})`, save it with "
+                "`save_pretrained`, and use that folder."
             )
 
 
