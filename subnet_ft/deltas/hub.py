@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from subnet_ft.deltas.checks import base_digest, result_digest
-from subnet_ft.deltas.download import HUB_FILE, asking_the_hub, download
+from subnet_ft.deltas.download import HUB, HUB_FILE, asking_the_hub, download
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.writing import check_writable, sync_folder
 from subnet_ft.errors import DeltaError
@@ -110,8 +110,8 @@ def model_card(delta: DeltaFile, repo: str, *, evidence: Sequence[str] = ()) -> 
             f"A sparse delta of {base}: the new values of the weights that training changed. Applied to that base it",
             "is the tuned model, bit for bit; another base is refused.",
             *("", "| | |", "|---|---|", *(f"| {key} | `{value}` |" for key, value in rows.items()), ""),
-            *("## How to apply it", "", "```", f"subnet-ft delta pull {repo} -o {HUB_FILE}"),
-            *(f"subnet-ft delta apply {name if known else 'BASE'} {HUB_FILE} -o FOLDER", "```", ""),
+            *("## How to apply it", "", "```"),
+            *(f"subnet-ft delta apply {name if known else 'BASE'} {HUB}{repo} -o FOLDER", "```", ""),
             *("## What the report says", "", *said, ""),
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,74 @@ from delta_checkpoints import record, save_pair
 
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.deltas import Delta, TensorDelta, export_delta
+from subnet_ft.deltas.checks import base_digest, result_digest
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "delta_format.md").read_text(encoding="utf-8")
 SUFFIX = ".delta.safetensors"
 
 
-@pytest.fixture(scope="module")
-def reader() -> dict[str, Any]:
-    """The names that the page's own program defines."""
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+def defined(heading: str, packages: set[str]) -> dict[str, Any]:
+    """Return the names that the page's own program under a heading defines; it may import these packages only."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    (program,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     assert len(program.splitlines()) <= 60
     imported = {name for node in ast.walk(ast.parse(program)) for name in getattr(node, "names", ())}
-    assert {alias.name for alias in imported} == {"hashlib", "json", "struct", "numpy", "zstandard"}
+    assert {alias.name for alias in imported} == {"hashlib", "json", "struct", "numpy", *packages}
     names: dict[str, Any] = {}
     exec(compile(program, "docs/delta_format.md", "exec"), names)
     return names
+
+
+@pytest.fixture(scope="module")
+def reader() -> dict[str, Any]:
+    """The names that the page's reader defines."""
+    return defined("An independent reader", {"zstandard"})
+
+
+@pytest.fixture(scope="module")
+def writer() -> dict[str, Any]:
+    """The names that the page's writer defines."""
+    return defined("An independent writer", set())
+
+
+def test_page_writer_makes_the_example(writer: dict[str, Any], tmp_path: Path) -> None:
+    base = {"w": torch.arange(1, 11).bfloat16().view(2, 5), "norm": torch.tensor([0.5]).bfloat16()}
+    tuned = {"w": base["w"].clone(), "norm": base["norm"]}
+    tuned["w"].view(-1)[1], tuned["w"].view(-1)[8] = 2.5, -1.0
+    bits = [{name: weight.view(torch.int16).numpy() for name, weight in model.items()} for model in (base, tuned)]
+    writer["write_delta"](tmp_path / f"d{SUFFIX}", *bits, "tiny", {"kind": "example"})
+    assert (tmp_path / f"d{SUFFIX}").read_bytes() == example()
+
+
+def test_page_writer_makes_the_file_of_export(writer: dict[str, Any], tmp_path: Path) -> None:
+    for family, dtype, integers in (("mixtral", torch.bfloat16, torch.int16), ("llama", torch.float32, torch.int32)):
+        pair = save_pair(tmp_path / family, family, dtype=dtype)
+        delta = export_delta(*pair, tmp_path / f"{family}{SUFFIX}")
+        models = [
+            {name: tensor.clone().view(integers).numpy() for name, tensor in open_checkpoint(folder).tensors()}
+            for folder in pair
+        ]
+        theirs = tmp_path / f"{family}-2{SUFFIX}"
+        writer["write_delta"](theirs, *models, delta.base.name, delta.header.source)
+        assert theirs.read_bytes() == delta.path.read_bytes()
+
+
+def test_page_says_what_the_digests_and_the_fingerprint_of_a_mask_are(tmp_path: Path) -> None:
+    delta = export_delta(*save_pair(tmp_path), tmp_path / f"d{SUFFIX}").delta()
+    for digest, prints in ((base_digest(delta), delta.base.fingerprints), (result_digest(delta), delta.result)):
+        lines = b"".join(name.encode() + b"\0" + prints[name].encode() + b"\n" for name in sorted(prints))
+        assert hashlib.sha256(lines).hexdigest() == digest
+    mask = hashlib.sha256()
+    for name in sorted(delta.tensors):
+        tensor = delta.tensors[name]
+        mask.update(name.encode() + b"\0" + str(tensor.shape).encode() + b"\0" + str(tensor.count).encode() + b"\0")
+        mask.update(tensor.bits.numpy().tobytes())
+    assert mask.hexdigest() == delta.mask.fingerprint
+
+
+def example() -> bytes:
+    rows = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+)", PAGE, flags=re.MULTILINE)
+    return bytes.fromhex("".join(rows))
 
 
 def test_page_has_the_bytes_of_its_example(tmp_path: Path) -> None:
@@ -40,8 +94,7 @@ def test_page_has_the_bytes_of_its_example(tmp_path: Path) -> None:
         "norm": TensorDelta(torch.empty(0, dtype=torch.uint8), base["norm"][:0], (1,)),
     }
     delta = Delta(tensors, record(base, "tiny"), record(tuned).fingerprints, {"kind": "example"})
-    rows = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+)", PAGE, flags=re.MULTILINE)
-    assert bytes.fromhex("".join(rows)) == delta.save(tmp_path / f"d{SUFFIX}").read_bytes()
+    assert example() == delta.save(tmp_path / f"d{SUFFIX}").read_bytes()
 
 
 @pytest.mark.parametrize("form", ["raw", "zstd", "mask"])

@@ -44,7 +44,7 @@ def test_push_and_pull_give_the_same_file_and_a_card_with_the_report(
     assert hub.asked == [f"create {REPO} private=True", HUB_FILE, "README.md"]
     card = (hub.folder / "README.md").read_text()
     assert delta.sha256 in card
-    assert f"subnet-ft delta pull {REPO}" in card
+    assert f"subnet-ft delta apply BASE hub:{REPO} -o FOLDER\n" in card
     assert f"Verdict: {report.verdict}. {report.verdict_reason}" in card
     assert all(f"Control {name}: {found.name}" in card for name, found in report.control_verdicts.items())
     pulled = tmp_path / "new" / "b.delta.safetensors"
