@@ -89,7 +89,9 @@ def compose_deltas(
     is_chain = _is_chain(left, right)
     if not is_chain:
         check_one_base(left, right)
-    checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(base or _named_folder(left))
+    if not isinstance(base, Checkpoint):
+        base = open_checkpoint(_named_folder(left) if base is None else base)
+    checkpoint = base
     check_fits(left, checkpoint)
     source = {"kind": "compose", "of": [left.base.name, right.base.name], "on_conflict": on_conflict}
     record = ModelRecord(left.base.name, left.base.revision)

@@ -13,7 +13,7 @@ from pathlib import Path
 from subnet_ft.deltas.checks import base_digest, result_digest
 from subnet_ft.deltas.download import HUB, HUB_FILE, asking_the_hub, download
 from subnet_ft.deltas.file import DeltaFile
-from subnet_ft.deltas.writing import check_writable, sync_folder
+from subnet_ft.deltas.writing import check_writable, sync_folder, writing
 from subnet_ft.errors import DeltaError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -67,21 +67,22 @@ def pull_delta(repo: str, path: str | Path, *, revision: str | None = None) -> D
         The file, opened: its header and its SHA-256 are checked before it takes its place.
 
     Raises:
-        DeltaFileError: What was downloaded is damaged, or no delta.
+        DeltaFileError: What was downloaded is damaged, or no delta, or `path` cannot be written.
         DeltaError: The Hub cannot be reached, or has no such file.
     """
     target = Path(path)
     check_writable(target)
     found = download(repo, revision)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as staging:
-        copied = Path(staging) / target.name
-        shutil.copyfile(found, copied)
-        DeltaFile(copied)
-        with copied.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(copied, target)
-    sync_folder(target.absolute().parent)
+    with writing(target):
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as staging:
+            copied = Path(staging) / target.name
+            shutil.copyfile(found, copied)
+            DeltaFile(copied)
+            with copied.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(copied, target)
+        sync_folder(target.absolute().parent)
     return DeltaFile(target)
 
 

@@ -102,7 +102,7 @@ class DeltaWriter:
         check_writable(self.path)
 
     def __enter__(self) -> DeltaWriter:
-        with _writing(self.path):
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.")
             self._waiting = {width: self._beside(str(width)).open("wb") for width in self._stored}
@@ -115,7 +115,7 @@ class DeltaWriter:
             for file in self._waiting.values():
                 file.close()
             if error is None:
-                with _writing(self.path):
+                with writing(self.path):
                     self._finish()
         finally:
             self._folder.cleanup()
@@ -136,7 +136,7 @@ class DeltaWriter:
         whole = values.contiguous().as_strided((values.numel(),), (1,))
         data: Any = whole.view(torch.uint8).numpy().data
         width, length = values.element_size(), values.numel()
-        with _writing(self.path):
+        with writing(self.path):
             if self._header.encoding == "zstd":
                 frame = compress(data)
                 dtype, width, length = "U8", 1, len(frame)
@@ -181,7 +181,7 @@ def check_writable(path: Path) -> None:
     """
     if not path.name.endswith(SUFFIX):
         raise DeltaFileError(f"`{path}` does not end in `{SUFFIX}`. Name it `{path.name.partition('.')[0]}{SUFFIX}`.")
-    with _writing(path):
+    with writing(path):
         if path.is_dir():
             raise DeltaFileError(f"`{path}` is a folder. Name a file in it, such as `{path / ('run' + SUFFIX)}`.")
         ancestor = path.absolute().parent
@@ -201,7 +201,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system raises while `path` is written into a DeltaFileError that names it."""
     try:
         yield
     except OSError as error:

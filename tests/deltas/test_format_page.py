@@ -5,17 +5,24 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from delta_checkpoints import record, save_pair
+from delta_checkpoints import contents, record, save_pair
+from hub_stand_in import REPO, stand_in
+from report_evidence import full_report
 
 from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.cli import main
+from subnet_ft.cli.parser import parse
 from subnet_ft.deltas import Delta, TensorDelta, export_delta
 from subnet_ft.deltas.checks import base_digest, result_digest
+from subnet_ft.evidence.report import write_report
+from subnet_ft.masks import extract
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "delta_format.md").read_text(encoding="utf-8")
 SUFFIX = ".delta.safetensors"
@@ -78,6 +85,34 @@ def test_page_says_what_the_digests_and_the_fingerprint_of_a_mask_are(tmp_path: 
         mask.update(name.encode() + b"\0" + str(tensor.shape).encode() + b"\0" + str(tensor.count).encode() + b"\0")
         mask.update(tensor.bits.numpy().tobytes())
     assert mask.hexdigest() == delta.mask.fingerprint
+
+
+def test_page_commands_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path / "hub", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    save_pair(tmp_path)
+    shutil.copytree("base", "changed")
+    extract("base", "tuned").save("m.subnet.safetensors")
+    for name, seed in (("A", 2), ("B", 3)):
+        other = save_pair(tmp_path / name, seed=seed)[1]
+        export_delta("base", other, f"{name}{SUFFIX}")
+    block = PAGE.split("```\n")[1]
+    lines = [line.partition("  #")[0].strip() for line in block.splitlines()]
+    assert len(lines) > 10
+    for number, line in enumerate(lines):
+        in_place = "--in-place" in line or " revert " in line
+        values = {"BASE": "base", "TUNED": "tuned", "MASK": "m.subnet.safetensors", "OWNER/NAME": REPO, "DIR": "report"}
+        values["FOLDER"] = "changed" if in_place else f"new-{number}"
+        words = [values.get(word, word) for word in line.replace("[", "").replace("]", "").split()]
+        assert words[0] == "subnet-ft"
+        assert parse(words[1:]).command is not None
+        if "to-shira" in line:  # which refuses most deltas
+            continue
+        if "push" in line:
+            write_report(full_report(), tmp_path / "report")
+        code = main([*words[1:], "-q"] if "--mask-reference" not in line else [*words[1:7], "-q"])
+        assert code == 0, line
+    assert contents(tmp_path / "changed") == contents(tmp_path / "base")
 
 
 def example() -> bytes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
-from delta_checkpoints import save_pair
+from delta_checkpoints import save_pair, unchanged
 from hub_stand_in import REPO, Hub, stand_in
 from report_evidence import full_report
 
@@ -69,6 +70,23 @@ def test_a_damaged_download_leaves_what_was_there(hub: Hub, delta: DeltaFile, tm
     with pytest.raises(DeltaFileError, match="damaged"):
         pull_delta(REPO, there)
     assert there.read_bytes() == delta.path.read_bytes()
+
+
+def test_pull_to_a_full_disk_names_the_file_and_leaves_what_was_there(
+    hub: Hub, delta: DeltaFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(delta.path, hub.folder / HUB_FILE)
+    there = tmp_path / "b.delta.safetensors"
+    there.write_text("there")
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with unchanged(tmp_path), monkeypatch.context() as context:
+            context.setattr(os, name, full)
+            with pytest.raises(DeltaFileError, match="cannot be written: No space left on device"):
+                pull_delta(REPO, there)
 
 
 def test_a_delta_without_positions_and_a_missing_file_are_refused_before_anything_is_asked(
