@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.checkpoints.cache import cache_folder
 from subnet_ft.deltas.checks import AnyDelta, base_digest, result_digest
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.header import SUFFIX
@@ -64,6 +65,7 @@ class Journal:
 def apply_in_place(folder: Path, deltas: Sequence[AnyDelta]) -> Path:
     """Change the weights of a folder and keep what is replaced; `apply_delta` says more."""
     result = result_digest(deltas[-1])
+    _refuse_cache(folder)
     with _locked(folder):
         unfinished = read_journal(folder)
         if unfinished is not None and unfinished.phase == "replacing":
@@ -267,6 +269,17 @@ def _is_file_name(name: Any) -> bool:
 
 def _staged(file: Path) -> Path:
     return file.with_name(file.name + STAGED)
+
+
+def _refuse_cache(folder: Path) -> None:
+    from huggingface_hub import constants
+
+    for owner, cache in (("the Hub's client", Path(constants.HF_HUB_CACHE)), ("subnet-ft", cache_folder())):
+        if folder.resolve().is_relative_to(cache.resolve()):
+            raise DeltaError(
+                f"`{folder}` is in the cache of {owner}, where everybody finds the base. Apply the delta to a new "
+                "folder (`-o`)."
+            )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import glob
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from delta_checkpoints import contents, save_pair, unchanged, weights
 
+from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.deltas import apply_delta, export_delta, in_place, revert_delta
 from subnet_ft.deltas.in_place import JOURNAL, STAGED, read_journal
@@ -447,6 +450,23 @@ def test_apply_in_place_refuses_links_and_what_is_no_folder(pair: tuple[Path, Pa
     with pytest.raises(DeltaError, match="is a link"):
         apply_delta(base, delta, in_place=True)
     assert not (base / JOURNAL).exists()
+
+
+def test_apply_in_place_refuses_what_lies_in_a_cache(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, delta = pair
+    monkeypatch.setenv("SUBNET_FT_CACHE", str(tmp_path / "ours"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "theirs"))
+    opened = open_checkpoint("tiny:llama")
+    copied = Path(shutil.copytree(base, tmp_path / "theirs" / "models--a--b" / "snapshots" / "0"))
+    (tmp_path / "link").symlink_to(copied)
+    with unchanged(tmp_path):
+        for place, owner in ((opened, "subnet-ft"), (opened.folder, "subnet-ft"), (copied, "the Hub's client")):
+            with pytest.raises(DeltaError, match=f"is in the cache of {owner}"):
+                apply_delta(place, delta, in_place=True)
+        with pytest.raises(DeltaError, match="is in the cache of the Hub's client"):
+            apply_delta(tmp_path / "link", delta, in_place=True)
 
 
 def test_apply_in_place_keeps_others_out_while_it_runs(
