@@ -117,6 +117,53 @@ def test_revert_stopped_at_every_step_is_finished(
         assert left == old, last
 
 
+def fail_once(monkeypatch: pytest.MonkeyPatch, job: Callable[[], object], number: int, error: BaseException) -> None:
+    """Run a job of which one step fails; those after it, of its own cleaning up, do not."""
+    done = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any, **settings: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == number + 1:
+                raise error
+            return function(*arguments, **settings)
+
+        return step
+
+    with monkeypatch.context() as context:
+        for name in STEPS:
+            context.setattr(os, name, counted(getattr(os, name)))
+        job()
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_apply_in_place_after_one_failing_step_is_undone_or_goes_on(
+    kind: type[BaseException], pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned, delta = pair
+    old, new = contents(base), weights(tuned)
+    steps = count_steps(monkeypatch, lambda: apply_delta(base, delta, in_place=True))
+    revert_delta(base)
+    waited = 0
+    for number in range(steps):
+        with pytest.raises((DeltaError, KeyboardInterrupt)):
+            fail_once(
+                monkeypatch, lambda: apply_delta(base, delta, in_place=True), number, kind(5, "Input/output error")
+            )
+        journal = read_journal(base)
+        if journal is None and weights(base) != new:
+            assert contents(base) == old, number
+            continue
+        waited += journal is not None and journal.phase == "replacing"
+        if number % 2 and journal is not None:
+            apply_delta(base, delta, in_place=True)
+            assert weights(base) == new, number
+        revert_delta(base)
+        assert contents(base) == old, number
+    assert waited
+
+
 KILLED = """
 import os, signal, sys
 from subnet_ft.deltas import apply_delta, export_delta, revert_delta
