@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -194,6 +195,21 @@ def save_model(
     with _without_bars():
         model.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
+
+
+def save_config(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model's config as `save_pretrained` does, without its weights.
+
+    Args:
+        model: In memory; FSDP2 may have put its own class before the model's.
+        folder: Gets config.json, and generation_config.json of a model that writes text.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if model.can_generate():  # type: ignore[no-untyped-call]
+        model.generation_config.save_pretrained(folder)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.checkpoints.models import save_config
+from subnet_ft.checkpoints.parts import SHARDED
 from subnet_ft.errors import CheckpointError
 from subnet_ft.masks import by_canonical_name
 from subnet_ft.optim import full_state_dict, load_sharded, save_sharded
@@ -18,8 +20,6 @@ from subnet_ft.training.delta_checkpoints import holds_delta, load_delta
 
 logger = logging.getLogger(__name__)
 
-SHARDED = "sharded"
-"""Folder in a checkpoint where every process has written its part."""
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
 BUFFERS = "subnet_buffers.pt"
@@ -43,7 +43,7 @@ def save_optimizer(trainer: Any, checkpoint: Path) -> None:
     if saves_in_parts(trainer):
         save_sharded(model, optimizer, checkpoint / SHARDED)
         if trainer.args.should_save:
-            model.config.save_pretrained(checkpoint)
+            save_config(model, checkpoint)
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(checkpoint)
     else:
