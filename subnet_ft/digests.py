@@ -12,6 +12,7 @@ from typing import Any
 # Beside the weights: what decides how a checkpoint is loaded, tokenized and prompted.
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _ADAPTER = "adapter_model.safetensors"
+_PARTS = ("shard-*.safetensors", "sharded/shard-*.safetensors")
 _NOT_THE_MODEL = ("stage.json", "started.json", "log.json", "dynamics.json")
 
 
@@ -19,6 +20,8 @@ def checkpoint_sha256(folder: Path) -> str:
     """Return the SHA-256 of a model's or an adapter's weights, config, tokenizer and templates, by name and content."""
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    if not any((folder / name).is_file() for name in names):
+        names = {str(path.relative_to(folder)) for pattern in _PARTS for path in folder.glob(pattern)}
     names.add(_ADAPTER)
     names |= {path.name for pattern in _SIDE_FILES for path in folder.glob(pattern)} - set(_NOT_THE_MODEL)
     digest = hashlib.sha256()

@@ -39,6 +39,17 @@ def test_checkpoint_sha256_reads_every_shard(tmp_path: Path) -> None:
     assert checkpoint_sha256(tmp_path) != start
 
 
+@pytest.mark.parametrize("where", [".", "sharded"])
+def test_checkpoint_sha256_reads_every_part(where: str, tmp_path: Path) -> None:
+    (tmp_path / where).mkdir(exist_ok=True)
+    parts = [tmp_path / where / f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"weights")
+    start = checkpoint_sha256(tmp_path)
+    parts[-1].write_bytes(b"others")
+    assert checkpoint_sha256(tmp_path) != start
+
+
 def test_json_sha256_depends_on_order_and_values() -> None:
     assert json_sha256([1, {"a": 1, "b": 2}]) == json_sha256([1, {"b": 2, "a": 1}])
     assert len({json_sha256([1, 2]), json_sha256([2, 1]), json_sha256([12])}) == 3

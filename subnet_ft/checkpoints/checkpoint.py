@@ -241,12 +241,10 @@ def _without_config(folder: Path) -> str:
             "`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(merged)`, then use "
             "the merged folder."
         )
-    steps = sorted(
-        (entry for entry in folder.glob("checkpoint-*") if (entry / "config.json").is_file()),
-        key=lambda entry: (len(entry.name), entry.name),
-    )
-    if steps:
-        return f"`{folder}` has no config.json, but checkpoints inside it. Name one of them, such as `{steps[-1]}`."
+    steps = sorted(folder.glob("checkpoint-*"), key=lambda entry: (len(entry.name), entry.name))
+    whole = [entry for entry in steps if (entry / "config.json").is_file()]
+    if whole:
+        return f"`{folder}` has no config.json, but checkpoints inside it. Name one of them, such as `{whole[-1]}`."
     gguf = sorted(folder.glob("*.gguf"))
     if gguf:
         return f"`{folder}` has no config.json, but a GGUF inside it. Name the file: `{gguf[0]}`."
@@ -258,7 +256,7 @@ def _without_config(folder: Path) -> str:
             "tokenizer's files there from the model that the run started from, or call "
             f"`model.config.save_pretrained({str(folder)!r})`."
         )
-    pickled = pickled_parts(folder)
+    pickled = next(filter(None, map(pickled_parts, (folder, *reversed(steps)))), None)
     if pickled:
         return pickled
     names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"

@@ -208,7 +208,7 @@ def save_config(model: PreTrainedModel, folder: Path) -> None:
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.save_pretrained(folder)
-    if model.can_generate():  # type: ignore[no-untyped-call]
+    if model.can_generate():
         model.generation_config.save_pretrained(folder)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from subnet_ft.checkpoints.parts import SHARDED
 from subnet_ft.errors import CheckpointError
 from subnet_ft.optim.sharded_state import FACTS
 from subnet_ft.training.saving import FORMAT, MANIFEST, digests, remove
-from subnet_ft.training.sharded_checkpoints import OPTIMIZER, SCHEDULER, SHARDED, is_in_parts
+from subnet_ft.training.sharded_checkpoints import OPTIMIZER, SCHEDULER, is_in_parts
 from subnet_ft.training.snapshots import SNAPSHOTS, Snapshots
 
 logger = logging.getLogger(__name__)
