@@ -17,8 +17,10 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from small_runs import plain
 
+from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import tiny_model
 from subnet_ft.errors import TrainerError
+from subnet_ft.optim.frozen import weights_digest
 from subnet_ft.training import restrict
 from subnet_ft.training.saving import MANIFEST
 
@@ -141,6 +143,19 @@ def test_checkpoints_hold_whole_files_or_a_part_per_process(spread: Spread) -> N
     assert {"sharded/optimizer.json", "scheduler.pt", "config.json", MANIFEST} <= parts
     assert sum(file.startswith("sharded/shard-") for file in parts) == spread.most
     assert not {"model.safetensors", "optimizer.pt"} & parts
+
+
+def test_a_checkpoint_in_parts_opens_as_the_model_that_was_trained(spread: Spread) -> None:
+    run = "DPO, fsdp, in parts"
+    checkpoint = open_checkpoint(spread.folder / str(spread.most) / run / "checkpoint-2")
+    model = tiny_model("llama", dtype=torch.float32, seed=9)
+    named = dict(model.named_parameters())
+    assert checkpoint.is_in_parts
+    assert list(checkpoint.specs) == list(named)
+    with torch.no_grad():
+        for name, tensor in checkpoint.tensors():
+            named[name].copy_(tensor)
+    assert weights_digest(model) == spread.run(run, spread.most)["digests"]["2"]
 
 
 def test_foreign_masks_and_mixed_precision_are_refused_in_every_process(spread: Spread) -> None:
