@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -15,13 +16,16 @@ from subnet_ft.errors import DeltaMismatchError, SwapError
 from subnet_ft.masks import ModelRecord
 from subnet_ft.optim.shards import local
 
+_Marks = dict[str, tuple[int, int]]
+"""Address and version counter of the weights, by name."""
+
 
 class HotSwap:
-    """Deltas of one base by name, switched like adapters: a switch is two passes over the weights that change.
+    """Deltas of one base by name, switched like adapters: a switch is one pass over the weights that change.
 
-    Invariant: the model is the base, or the base with the one delta that `active` names, bit for bit. Beside the model
-    it holds the values and the mask of every delta; those of the base that are not in the model take the place of the
-    active delta's.
+    Invariant: the model is the base, or the base with the one delta that `active` names, bit for bit; the base, after a
+    switch that fails. Beside the model it holds the values and the mask of every delta; those of the base that are not
+    in the model take the place of the active delta's. Threads switch one after the other; none may compute meanwhile.
 
     The base is checked with the first delta: one pass over all weights. Later it is checked again only where torch says
     that somebody wrote to a weight.
@@ -38,7 +42,8 @@ class HotSwap:
         self._swaps: dict[str, WeightSwap] = {}
         self._base: ModelRecord | None = None
         self._parameters: dict[str, torch.nn.Parameter] = {}
-        self._seen: list[tuple[int, int]] = []
+        self._seen: _Marks = {}
+        self._lock = threading.RLock()
 
     @property
     def names(self) -> list[str]:
@@ -48,7 +53,8 @@ class HotSwap:
     @property
     def active(self) -> str | None:
         """The name of the delta in the model; `None`: the model is the base."""
-        return next((name for name, swap in self._swaps.items() if swap.is_in), None)
+        with self._lock:
+            return next((name for name, swap in self._swaps.items() if swap.is_in), None)
 
     @property
     def nbytes(self) -> int:
@@ -62,15 +68,16 @@ class HotSwap:
             SwapError: There is a delta of that name.
             DeltaMismatchError: The model is not the base of the delta, or the delta has another base than the others.
         """
-        if name in self._swaps:
-            raise SwapError(f"There is a delta `{name}` already. Remove it first, or choose another name.")
-        reshard(self._model)
-        parameters = parameters_of(self._model, delta)
-        if self._base is None:
-            check_weights(parameters, delta.base, parameters)
-            self._base, self._parameters, self._seen = delta.base, parameters, _marks(parameters)
-        self._check_same_base(name, delta.base)
-        self._swaps[name] = swap_of(self._model, delta, self._parameters, name=f"the delta `{name}`")
+        with self._lock:
+            if name in self._swaps:
+                raise SwapError(f"There is a delta `{name}` already. Remove it first, or choose another name.")
+            reshard(self._model)
+            parameters = parameters_of(self._model, delta)
+            if self._base is None:
+                check_weights(parameters, delta.base, parameters)
+                self._base, self._parameters, self._seen = delta.base, parameters, _marks(parameters)
+            self._check_same_base(name, delta.base)
+            self._swaps[name] = swap_of(self._model, delta, self._parameters, name=f"the delta `{name}`")
 
     def remove(self, name: str) -> None:
         """Forget a delta; one that is active is taken out first.
@@ -78,9 +85,10 @@ class HotSwap:
         Raises:
             SwapError: There is none of that name, or somebody wrote to the weights.
         """
-        if self._find(name).is_in:
-            self.deactivate()
-        del self._swaps[name]
+        with self._lock:
+            if self._find(name).is_in:
+                self.deactivate()
+            del self._swaps[name]
 
     def activate(self, name: str) -> None:
         """Make the model the base with this delta, whatever it was before.
@@ -89,12 +97,18 @@ class HotSwap:
             SwapError: There is none of that name, something else is in the model, or somebody wrote to its weights.
             DeltaMismatchError: The weights are not those of the base any more.
         """
-        swap = self._find(name)
-        if swap.is_in:
-            return
-        self.deactivate()
-        self._check_unwritten()
-        swap.put_in()
+        with self._lock:
+            swap, active = self._find(name), self.active
+            if name == active:
+                return
+            if active is not None:
+                before = self._swaps[active]
+                if before.is_untouched and not self._written(without=before.names):
+                    swap.take_the_place_of(before)
+                    return
+            self.deactivate()
+            self._check_unwritten()
+            swap.put_in()
 
     def deactivate(self) -> None:
         """Make the model the base.
@@ -102,16 +116,17 @@ class HotSwap:
         Raises:
             SwapError: Somebody wrote to the weights of the delta that was in the model.
         """
-        active = self.active
-        if active is not None:
-            self._swaps[active].take_out()
+        with self._lock:
+            active = self.active
+            if active is not None:
+                self._swaps[active].take_out()
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
         """Inside, this delta is active, or none; afterwards, the one that was before."""
         before = self.active
-        self._switch(name)
         try:
+            self._switch(name)
             yield
         finally:
             self._switch(before)
@@ -140,14 +155,26 @@ class HotSwap:
     def _check_unwritten(self) -> None:
         """Compare the weights with the base where torch says that somebody wrote to one."""
         assert self._base is not None
-        seen = _marks(self._parameters)
-        if seen != self._seen:
-            names = [n for n, old, new in zip(self._parameters, self._seen, seen, strict=True) if old != new]
-            check_weights(self._parameters, self._base, names)
-            self._seen = seen
+        written = self._written()
+        if written:
+            check_weights(self._parameters, self._base, written)
+            self._seen = _marks(self._parameters)
+
+    def _written(self, without: Collection[str] = ()) -> list[str]:
+        """Return the names of the weights that torch wrote to, or that have another storage.
+
+        Args:
+            without: Those that an active delta changes, which look written to; of them, only the storage counts.
+        """
+        found = _marks(self._parameters)
+        return [
+            name
+            for name, (storage, version) in self._seen.items()
+            if found[name][0] != storage or (found[name][1] != version and name not in without)
+        ]
 
 
-def _marks(parameters: dict[str, torch.nn.Parameter]) -> list[tuple[int, int]]:
+def _marks(parameters: dict[str, torch.nn.Parameter]) -> _Marks:
     """Return numbers that change when torch writes to a weight or gives it another storage."""
-    held = [local(parameter) for parameter in parameters.values()]
-    return [(weight.data_ptr(), -1 if weight.is_inference() else weight._version) for weight in held]
+    held = {name: local(parameter) for name, parameter in parameters.items()}
+    return {name: (w.data_ptr(), -1 if w.is_inference() else w._version) for name, w in held.items()}

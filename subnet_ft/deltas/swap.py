@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 import torch
 import torch.distributed as dist
-from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]  # its name says why
-from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
-import subnet_kernels
 from subnet_ft.checkpoints.listing import listing
+from subnet_ft.deltas.counters import VersionCounters
+from subnet_ft.deltas.pieces import Piece, pieces_of, side_by_side
 from subnet_ft.errors import DeltaError, SwapError
 from subnet_ft.masks import SubnetMask, TensorMask
 from subnet_ft.masks.slices import count_before
-from subnet_ft.optim.shards import local, local_flat, part_mask, part_of
+from subnet_ft.optim.shards import local, part_mask, part_of
 from subnet_kernels import BitMask
-from subnet_kernels.dispatch import choose
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
 
-# What is in a model now, by parameter; nothing else may enter, so that no two are undone in the wrong order.
-_inside: MutableMapping[torch.Tensor, str] = WeakIdKeyDictionary()
-_lock = threading.Lock()
-
-_LARGE = 1 << 20
-"""Weights from which on a kernel for the CPU divides one tensor among threads."""
-
 _TRIES = 3
-"""How often a tensor is tried that a signal interrupts."""
+"""How often a piece is tried that a signal interrupts."""
+
+
+class _Occupant:
+    """Whose values are in a model.
+
+    Args:
+        name: What they are, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+# What is in a model now, by parameter; nothing else may enter, so that no two are undone in the wrong order.
+_inside: MutableMapping[torch.Tensor, _Occupant] = WeakIdKeyDictionary()
+# A collected block may leave its model while this thread enters another.
+_lock = threading.RLock()
 
 
 class WeightSwap:
@@ -68,116 +75,175 @@ class WeightSwap:
     ) -> None:
         self.name = name
         self._model = model
-        self._parameters = list(parameters.values())
-        self._parts = []
+        self._parameters = dict(parameters)
+        self._pieces: dict[tuple[str, int], Piece] = {}
         for tensor, parameter in parameters.items():
             if mask.tensors[tensor].count:
                 bits, start = _mask_of(tensor, parameter, mask.tensors[tensor])
-                held = values(tensor)[start : start + bits.count].to(bits.device, copy=True)
-                if held.numel() != bits.count or held.dtype != parameter.dtype:
+                given = values(tensor)[start : start + bits.count]
+                if given.numel() != bits.count or given.dtype != parameter.dtype:
                     raise DeltaError(
-                        f"{name} has {held.numel():,} values of {held.dtype} for the {bits.count:,} weights of "
+                        f"{name} has {given.numel():,} values of {given.dtype} for the {bits.count:,} weights of "
                         f"`{tensor}` that its bits set, which are {parameter.dtype}."
                     )
-                self._parts.append(_Part(tensor, parameter, bits, held))
-        self._counters: _Counters | None = None
+                for piece in pieces_of(tensor, parameter, bits, given):
+                    self._pieces[tensor, piece.start] = piece
+        self._devices = {piece.mask.device for piece in self._pieces.values()}
+        self._occupant: _Occupant | None = None
+        self._counters: VersionCounters | None = None
 
     @property
     def is_in(self) -> bool:
         """Whether the values are in the model."""
-        return self._counters is not None
+        return self._occupant is not None
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether they are in the model, and torch says that nobody wrote to their tensors since."""
+        return self._counters is not None and not self._counters.written()
+
+    @property
+    def names(self) -> set[str]:
+        """Of the tensors that change."""
+        return {name for name, _ in self._pieces}
 
     @property
     def values_nbytes(self) -> int:
         """Bytes of the values."""
-        return sum(part.values.nbytes for part in self._parts)
+        return sum(piece.values.nbytes for piece in self._pieces.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the values, and of the masks that say where they belong."""
-        return self.values_nbytes + sum(part.mask.nbytes for part in self._parts)
+        return self.values_nbytes + sum(piece.mask.nbytes for piece in self._pieces.values())
 
     def put_in(self) -> None:
         """Give the model the values, and keep those that it had.
 
         Raises:
-            SwapError: Values are in the model already, these or others, or a weight was cast or moved.
+            SwapError: Values are in the model already, these or others, or a weight was cast, moved or replaced.
         """
-        self._enter()
+        occupant = _Occupant(self.name)
         try:
-            reshard(self._model)
-            for part in self._parts:
-                part.check()
-            counters = _Counters([local(part.parameter) for part in self._parts])
-            try:
-                self._side_by_side(lambda part: part.bring(inside=True))
-                counters.mark()
-            except BaseException:
-                self._bring_out()
-                counters.restore()
-                raise
+            self._enter(occupant)
+            self._check_place()
+            self._counters = VersionCounters(self._weights())
+            side_by_side(Piece.bring_in, list(self._pieces.values()), self._devices)
+            self._counters.mark()
+            torch.clear_autocast_cache()  # of copies in another dtype, which autocast would go on using
         except BaseException:
-            self._leave()
+            if self._occupant is occupant:
+                self._undo()
             raise
-        self._counters = counters
-        torch.clear_autocast_cache()  # of copies in another dtype, which autocast would go on using
+
+    def take_the_place_of(self, other: WeightSwap) -> None:
+        """Give the model these values instead of those of `other`, which are in it: one pass over its weights.
+
+        Whatever goes wrong, neither is in the model afterwards.
+
+        Args:
+            other: Values for the same parameters of the same model. In-out.
+
+        Raises:
+            SwapError: Somebody wrote to the weights of `other`, or a weight was cast, moved or replaced.
+        """
+        if not other.is_untouched or other._replaced():
+            other.take_out()
+        if other._occupant is None:
+            self.put_in()
+            return
+
+        def exchange(key: tuple[str, int]) -> None:
+            if key in other._pieces:
+                other._pieces[key].bring_out()
+            if key in self._pieces:
+                self._pieces[key].bring_in()
+
+        try:
+            self._check_place()
+            self._occupant = other._occupant
+            assert other._counters is not None
+            other._counters.restore()
+            self._counters = VersionCounters(self._weights())
+            side_by_side(exchange, list({**other._pieces, **self._pieces}), self._devices | other._devices)
+            changed = other._changed()
+            if changed:
+                raise _written_error(other.name, changed)
+            self._counters.mark()
+            torch.clear_autocast_cache()
+            self._occupant.name = self.name
+            other._counters = other._occupant = None
+        except BaseException:
+            try:
+                if self._occupant is not None:
+                    self._bring_out()
+            finally:
+                self._counters = self._occupant = None
+                other._undo()
+            raise
 
     def take_out(self) -> None:
         """Give the model back the values that it had, and keep these; nothing happens where they are not in it.
 
         Raises:
-            SwapError: Somebody wrote to the weights, cast or moved them in between. Whatever can be put back, is.
+            SwapError: Somebody wrote to the weights, cast, moved or replaced them in between. Whatever can be put back,
+                is.
         """
-        counters = self._counters
-        if counters is None:
+        if self._occupant is None:
             return
         reshard(self._model)
-        written = [self._parts[index].name for index in counters.written()]
+        written = [] if self._counters is None else self._counters.written()
         failed = self._bring_out()
-        changed = [part.name for part in self._parts if not part.inside and not part.is_whole()]
-        if not (written or failed or changed):
-            counters.restore()
+        written += self._replaced()
+        changed = self._changed()
+        if self._counters is not None and not (written or failed or changed):
+            self._counters.restore()
         self._counters = None
-        self._leave()
         torch.clear_autocast_cache()
+        self._leave()
         if failed:
             raise SwapError(f"{failed[0]} {self.name} is still in it there: load the model again.")
         if written or changed:
-            names = list(dict.fromkeys([*changed, *written]))
-            raise SwapError(
-                f"Somebody wrote to {len(names)} tensors while {self.name} was in the model: {listing(names)}. The "
-                "weights under its mask are those from before again; what was written to others is still there. Load "
-                "the model again, and take the values out before weights are trained or loaded."
-            )
+            raise _written_error(self.name, [*changed, *written])
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
         """Inside, the values are in the model; afterwards, it is what it was."""
-        self.put_in()
+        if self._occupant is not None:
+            raise SwapError(f"{self.name} is in the model already. Leave the block that applies it first.")
         try:
+            self.put_in()
             yield
+            self.take_out()
         except BaseException:
             # What went wrong inside is what the caller has to know.
             with contextlib.suppress(SwapError):
                 self.take_out()
             raise
-        self.take_out()
+
+    def _undo(self) -> None:
+        """Bring out what is in, after an error while values changed places."""
+        failed = self._bring_out()
+        if self._counters is not None and not failed:
+            self._counters.restore()
+        self._counters = None
+        self._leave()
 
     def _bring_out(self) -> list[SwapError]:
         """Exchange what is in; what a signal raises in between is raised when everything is out."""
         failed: list[SwapError] = []
         interrupt: BaseException | None = None
         try:
-            self._side_by_side(lambda part: part.bring(inside=False))
+            side_by_side(Piece.bring_out, list(self._pieces.values()), self._devices)
         except SwapError:
             pass  # the same one comes again
         except BaseException as error:
             interrupt = error
         # One by one, whatever is not out yet.
-        for part in self._parts:
+        for piece in self._pieces.values():
             for _ in range(_TRIES):
                 try:
-                    part.bring(inside=False)
+                    piece.bring_out()
                     break
                 except SwapError as error:
                     failed.append(error)
@@ -185,120 +251,63 @@ class WeightSwap:
                 except BaseException as error:
                     interrupt = error
         if interrupt is not None:
-            self._counters = None
-            self._leave()
             raise interrupt
         return failed
 
-    def _side_by_side(self, action: Callable[[_Part], None]) -> None:
-        """Do something with every part; on the CPU those that no kernel divides among threads side by side."""
-        large = [part for part in self._parts if part.mask.num_elements >= _LARGE]
-        small = [part for part in self._parts if part.mask.num_elements < _LARGE]
-        for part in large:
-            action(part)
+    def _changed(self) -> list[str]:
+        """Return the names of the tensors whose values did not come out as they went in."""
+        return list(dict.fromkeys(name for (name, _), piece in self._pieces.items() if piece.is_intact is False))
 
-        def in_turn(parts: list[_Part]) -> None:
-            for part in parts:
-                action(part)
+    def _check_place(self) -> None:
+        """Raise SwapError unless the model's weights are those that the values were prepared for."""
+        reshard(self._model)
+        replaced = self._replaced()
+        if replaced:
+            raise SwapError(
+                f"{len(replaced)} parameters of the model are not those that {self.name} was prepared for: "
+                f"{listing(replaced)}. Somebody put others in their place (`load_state_dict(..., assign=True)`, "
+                "`fully_shard`); prepare the values again, for the model as it is."
+            )
+        for piece in self._pieces.values():
+            piece.weights()
 
-        device = torch.device("cpu")
-        on_cpu = all(part.mask.device == device for part in small)
-        if on_cpu and choose("swap", device).backend == "cpu":
-            from subnet_kernels.cpu.threads import num_threads, run
+    def _replaced(self) -> list[str]:
+        """Return the names of the parameters that are not in the model any more."""
+        present = {id(parameter) for parameter in self._model.parameters()}
+        return [name for name, parameter in self._parameters.items() if id(parameter) not in present]
 
-            ways = min(num_threads(), os.cpu_count() or 1)
-            run(in_turn, [(small[way::ways],) for way in range(ways)])
-        else:
-            in_turn(small)
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: local(self._parameters[name]) for name, _ in self._pieces}
 
-    def _enter(self) -> None:
+    def _enter(self, occupant: _Occupant) -> None:
         with _lock:
-            taken = next((_inside[parameter] for parameter in self._parameters if parameter in _inside), None)
+            found = (_inside[parameter] for parameter in self._parameters.values() if parameter in _inside)
+            taken = next(found, None)
             if taken is not None:
                 raise SwapError(
-                    f"{self.name} cannot enter the model, because {taken} is in it. One at a time: leave the block "
-                    "that applies it, or deactivate it, and use a copy of the model where both are needed at once."
+                    f"{self.name} cannot enter the model, because {taken.name} is in it. One at a time: leave the "
+                    "block that applies it, or deactivate it, and use a copy of the model where both are needed at "
+                    "once."
                 )
-            for parameter in self._parameters:
-                _inside[parameter] = self.name
+            self._occupant = occupant
+            for parameter in self._parameters.values():
+                _inside[parameter] = occupant
 
     def _leave(self) -> None:
         with _lock:
-            for parameter in self._parameters:
-                _inside.pop(parameter, None)
+            for parameter in self._parameters.values():
+                if self._occupant is not None and _inside.get(parameter) is self._occupant:
+                    del _inside[parameter]
+            self._occupant = None
 
 
-class _Part:
-    """The values of one tensor, or of the part of it that this process holds.
-
-    Args:
-        name: Of the parameter.
-        parameter: (N,) in any shape. In-out.
-        mask: K bits of N.
-        values: (K,) in the parameter's dtype, contiguous. In-out.
-    """
-
-    def __init__(self, name: str, parameter: torch.nn.Parameter, mask: BitMask, values: torch.Tensor) -> None:
-        self.name, self.parameter, self.mask, self.values = name, parameter, mask, values
-        self.inside = False
-        self._own = subnet_kernels.fingerprint(values)
-        self._is_unsure = False
-
-    def check(self) -> None:
-        """Raise SwapError unless the weights are where they were, in the dtype that they had."""
-        weights = local(self.parameter)
-        found = (weights.dtype, weights.device, weights.numel())
-        expected = (self.values.dtype, self.mask.device, self.mask.num_elements)
-        if found != expected or not weights.is_contiguous():
-            raise SwapError(
-                f"`{self.name}` is {found[0]} on {found[1]} with {found[2]:,} weights, and its values are "
-                f"{expected[0]} on {expected[1]} for {expected[2]:,}; both must be contiguous. Cast and move the model "
-                "before values are prepared for it, or after they are out."
-            )
-
-    def bring(self, *, inside: bool) -> None:
-        """Exchange values and weights unless they are on that side; it can be tried again after an interrupt."""
-        if self._is_unsure:
-            # Equal values are on both sides.
-            self.inside, self._is_unsure = not self.is_whole(), False
-        if self.inside is inside:
-            return
-        self.check()
-        self._is_unsure = True
-        subnet_kernels.swap(local_flat(self.parameter), self.mask, self.values)
-        self.inside = inside
-        self._is_unsure = False
-
-    def is_whole(self) -> bool:
-        """Whether the values held are those that were given."""
-        return subnet_kernels.fingerprint(self.values) == self._own
-
-
-class _Counters:
-    """The version counters of weights, as they were.
-
-    Args:
-        weights: Views that share their counters; those made under `torch.inference_mode` have none.
-    """
-
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        self._counted = [index for index, weight in enumerate(weights) if not weight.is_inference()]
-        self._weights = tuple(weights[index] for index in self._counted)
-        self._before = _unsafe_preserve_version_counter(self._weights)
-
-    def mark(self) -> None:
-        """Count the exchange, whether or not its kernel did."""
-        increment_version(self._weights)
-        self._marked = [weight._version for weight in self._weights]
-
-    def written(self) -> list[int]:
-        """Return the indices of the weights that torch wrote to since `mark`."""
-        pairs = zip(self._counted, self._weights, self._marked, strict=True)
-        return [index for index, weight, version in pairs if weight._version != version]
-
-    def restore(self) -> None:
-        """Set the counters back: the weights have their bits again."""
-        self._before.__exit__(None, None, None)
+def _written_error(name: str, tensors: list[str]) -> SwapError:
+    names = list(dict.fromkeys(tensors))
+    return SwapError(
+        f"Somebody wrote to {len(names)} tensors while {name} was in the model: {listing(names)}. The weights under "
+        "its mask are those from before again; what was written to others is still there. Load the model again, "
+        "and take the values out before weights are trained or loaded."
+    )
 
 
 def _mask_of(name: str, parameter: torch.nn.Parameter, mask: TensorMask) -> tuple[BitMask, int]:

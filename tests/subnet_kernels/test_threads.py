@@ -32,6 +32,18 @@ def test_run_calls_side_by_side() -> None:
     assert sorted(threads.run(together.wait, [(), ()])) == [0, 1]
 
 
+def test_run_inside_a_task_stays_on_its_thread() -> None:
+    """More tasks than the pool has threads, which all wait for tasks of their own, would wait for ever."""
+
+    def outer() -> list[int]:
+        assert threads.num_threads() == 1
+        return threads.run(threading.get_ident, [(), (), ()])
+
+    found = threads.run(outer, [()] * (4 * (os.cpu_count() or 1)))
+    assert all(len(set(idents)) == 1 for idents in found)
+    assert threads.num_threads() == torch.get_num_threads()
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_run_raises_after_all_have_ended(failing: int) -> None:
     ended = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -11,32 +12,46 @@ from typing import Any
 import torch
 
 _pools: dict[int, ThreadPoolExecutor] = {}
+_this_thread = threading.local()
 
 
 def num_threads() -> int:
-    """Return how many threads an op may use: `torch.get_num_threads()`."""
-    return torch.get_num_threads()
+    """Return how many threads an op may use: `torch.get_num_threads()`, and one inside a task of `run`."""
+    return 1 if _is_in_task() else torch.get_num_threads()
 
 
 def run(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Call `function` once per task, side by side; the caller's own thread takes the first one.
 
     Args:
-        function: Must release the interpreter lock to gain anything.
+        function: Must release the interpreter lock to gain anything. Ops that it calls stay on its thread: waiting
+            for a thread of the pool inside one could last for ever.
         tasks: Its arguments, one tuple per call; as many as `num_threads()` is best.
 
     Returns:
         What the calls returned, in order; the first exception, or an interrupt, is raised after all have ended.
     """
-    if len(tasks) <= 1:
+    if len(tasks) <= 1 or _is_in_task():
         return [function(*task) for task in tasks]
     futures: list[Future[Any]] = []
     try:
-        futures.extend(_pool().submit(function, *task) for task in tasks[1:])
-        first = function(*tasks[0])
+        futures.extend(_pool().submit(_in_task, function, task) for task in tasks[1:])
+        first = _in_task(function, tasks[0])
     finally:
         _wait_for(futures)
     return [first, *(future.result() for future in futures)]
+
+
+def _is_in_task() -> bool:
+    return getattr(_this_thread, "is_in_task", False)
+
+
+def _in_task(function: Callable[..., Any], task: tuple[Any, ...]) -> Any:
+    _this_thread.is_in_task = True
+    try:
+        return function(*task)
+    finally:
+        del _this_thread.is_in_task
 
 
 def split(num_items: int, parts: int | None = None) -> list[tuple[int, int]]:
