@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import subnet_kernels
@@ -90,7 +91,7 @@ class TensorPatch:
         """Return what changes the parameter back; only with `keep`, after the last piece."""
         assert self._bits is not None
         entry = self._deltas[0].entries[self.name]
-        values = torch.cat(self._kept) if self._kept else self._tensors[0].values
+        values = joined(self._kept) if self._kept else self._tensors[0].values
         result = self._deltas[-1].entries[self.name].result
         back = TensorEntry(entry.shape, entry.dtype, values.numel(), base=result, result=entry.base)
         return back, TensorDelta.build(self._bits, values, entry.shape)
@@ -198,6 +199,17 @@ class Patch:
 
 def _at(write: Write, key: str) -> Callable[[int, torch.Tensor], None]:
     return lambda offset, data: write(key, offset, data)
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Put flat tensors of one dtype one after another, in this thread: torch's own threads would wait for each other.
+
+    Args:
+        parts: At least one.
+    """
+    whole = torch.empty(sum(part.numel() for part in parts), dtype=parts[0].dtype)
+    np.concatenate([part.view(torch.uint8).numpy() for part in parts], out=whole.view(torch.uint8).numpy())
+    return whole
 
 
 def added(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:
