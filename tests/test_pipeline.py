@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.deltas import DeltaFile, apply_delta
-from subnet_ft.errors import MaskFileError, MaskMismatchError, StageError
-from subnet_ft.masks import SubnetMask, extract
+from subnet_ft.errors import MaskFileError, MaskMismatchError, StageError, TrainerError
+from subnet_ft.masks import SubnetMask, control_mask, extract
 from subnet_ft.optim import MaskedAdamW
 from subnet_ft.pipeline import Pipeline, load_checked_recipe
 from subnet_ft.recipe import Recipe
+from subnet_ft.training.delta_checkpoints import DELTA
 from subnet_ft.verification import has_failed, verify
 
 SHORT = [
@@ -152,6 +153,51 @@ def test_pipeline_resumes_an_interrupted_run_to_the_same_bits(
     resumed = Pipeline(recipe(algorithm, tmp_path / "run", "method=full")).train()
     assert resumed.results["resumed_from"] == "checkpoint-2"
     _assert_same_full_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("grpo", ["subnet.optimizer.master=remainder"]),
+        ("dpo", ["reference.source=policy"]),
+    ],
+)
+def test_pipeline_resumes_from_checkpoints_that_hold_a_delta_to_the_same_bits(
+    algorithm: str, options: list[str], request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside dense ones of the full run, and with a mask that leaves most weights out."""
+    finished: Path = request.getfixturevalue(f"{algorithm}_run")
+    mask = control_mask(SubnetMask.load(finished / "mask.subnet.safetensors"), "uniform", seed=3)
+    assert 0 < mask.density < 1
+    source = f"subnet.source={{kind: file, path: {mask.save(tmp_path / 'm.subnet.safetensors')}}}"
+    method = ["method=subnet", source, "training.save_steps=1", *options]
+    straight = Pipeline(recipe(algorithm, tmp_path / "straight", *method)).train()
+    delta, run = ["subnet.save_only_delta=true", "subnet.save_total_bytes=1"], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _stop_at_step(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(recipe(algorithm, run, *method, *delta)).train()
+    (checkpoint,) = (run / "subnet" / "trainer").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-3"
+    assert [path.name for path in checkpoint.glob("*.safetensors")] == [DELTA]
+    resumed = Pipeline(recipe(algorithm, run, *method, *delta)).train()
+    assert resumed.results["resumed_from"] == "checkpoint-3"
+    assert resumed.results["sha256"] == straight.results["sha256"]
+    assert resumed.results["delta"]["density"] == straight.results["delta"]["density"]
+
+
+def test_train_in_full_and_of_adapters_keeps_dense_checkpoints_under_save_only_delta(tmp_path: Path) -> None:
+    options = ["subnet.save_only_delta=true", "keep_checkpoints=true", "training.max_steps=2", "training.save_steps=1"]
+    for method, file in (("full", "model.safetensors"), ("lora", "adapter_model.safetensors")):
+        stage = Pipeline(recipe("dpo", tmp_path / "run", *options, f"method={method}")).train()
+        assert [path.name for path in (stage.folder / "trainer" / "checkpoint-1").glob("*.safetensors")] == [file]
+
+
+def test_train_refuses_save_only_delta_before_the_full_run_where_the_subnetwork_run_would(tmp_path: Path) -> None:
+    options = ["model.name=tiny:deepseek_v3", "subnet.save_only_delta=true", "method=full"]
+    with pytest.raises(TrainerError, match=r"the model saves \d other tensors: .*e_score_correction_bias"):
+        Pipeline(recipe("dpo", tmp_path / "run", *options)).train()
+    assert not (tmp_path / "run" / "full" / "trainer").exists()
 
 
 @pytest.mark.parametrize("algorithm", ["reward", "distilling_step_by_step"])

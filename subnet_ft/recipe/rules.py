@@ -41,6 +41,7 @@ def check_combinations(parser: Parser, recipe: Recipe) -> None:
         (("reference", "algorithm", "training"), _reference),
         (("subnet.optimizer.clip_norm", "subnet.log_norms", "training"), _whole_norm),
         (("subnet.audit_steps",), _audits),
+        (("subnet.save_only_delta", "subnet.save_total_bytes", "training"), _checkpoints),
         (("controls",), controls),
         (("baselines",), baselines),
         (("repeats", "seed"), repeats),
@@ -127,6 +128,22 @@ def _audits(recipe: Recipe) -> Problems:
     steps = recipe.subnet.audit_steps
     if steps is not None and steps < 1:
         yield "subnet.audit_steps", f"must be >= 1, or null for no audits, got {steps}"
+
+
+def _checkpoints(recipe: Recipe) -> Problems:
+    size = recipe.subnet.save_total_bytes
+    if size is not None and size < 1:
+        yield "subnet.save_total_bytes", f"must be >= 1, or null for no limit, got {size}"
+    asked = {"subnet.save_only_delta": recipe.subnet.save_only_delta, "subnet.save_total_bytes": size is not None}
+    if recipe.training.get("save_strategy") == "no":
+        for key in (key for key, is_asked in asked.items() if is_asked):
+            yield key, "not used with `training.save_strategy: no`, which saves no checkpoints; remove one of them"
+    pushes = recipe.training.get("push_to_hub") and recipe.training.get("hub_strategy", "every_save") == "every_save"
+    if recipe.subnet.save_only_delta and pushes:
+        yield (
+            "subnet.save_only_delta",
+            "leaves `training.hub_strategy: every_save` no dense weights to push; set that to `end` or `checkpoint`",
+        )
 
 
 def _trains_on_rows(recipe: Recipe) -> bool:

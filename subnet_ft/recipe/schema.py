@@ -70,6 +70,13 @@ class SubnetSpec:
     log_norms: bool = False
     """Log the norm on the mask and that of the whole gradient beside the one that clipping goes by."""
 
+    save_only_delta: bool = False
+    """In runs that leave weights out, let trainer checkpoints hold a delta of the base instead of dense weights."""
+
+    save_total_bytes: int | None = None
+    """Keep as many trainer checkpoints of a run as fit into so many bytes, beside `training.save_total_limit`; the
+    newest stays in any case."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSpec:

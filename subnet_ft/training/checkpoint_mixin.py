@@ -120,12 +120,16 @@ class CheckpointMixin(_Base):
         if self._only_delta is None or self._staging is None or output_dir is None:
             super()._save(output_dir, *args, **kwargs)
         elif self.args.should_save:
+            from transformers.trainer import TRAINING_ARGS_NAME
+
             folder, model = Path(output_dir), self._own_model
             folder.mkdir(parents=True, exist_ok=True)
             self._only_delta.write(model, folder, step=self.state.global_step)
-            for part in (model.config, getattr(model, "generation_config", None), self.processing_class):
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
                 if part is not None:
                     part.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # pushed once it is in its place
@@ -160,6 +164,7 @@ class CheckpointMixin(_Base):
             publish(written, run_folder / name, facts)
             rotate(
                 run_folder,
+                newest=run_folder / name,
                 limit=self.args.save_total_limit,
                 best=self.state.best_model_checkpoint,
                 max_bytes=self.subnet_options.save_total_bytes,

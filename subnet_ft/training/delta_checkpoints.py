@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,34 +29,53 @@ def holds_delta(checkpoint: Path) -> bool:
     return (checkpoint / DELTA).is_file()
 
 
+_INSTEAD = "Leave `save_only_delta` off; the checkpoints are dense then."
+
+
 def check_only_delta(trainer: Trainer) -> None:
     """Refuse a trainer whose checkpoints need more than a delta of its parameters.
 
     Raises:
-        TrainerError: Its model is sharded by FSDP2, has adapters, or keeps state that a delta cannot hold.
+        TrainerError: Its model is sharded by FSDP2, has adapters, or keeps state that a delta cannot hold; or it pushes
+            weights out of its checkpoints.
     """
     from accelerate.utils import is_peft_model
 
-    model: Any = trainer.model
-    instead = "Leave `save_only_delta` off; the checkpoints are dense then."
+    args = trainer.args
     if trainer.is_fsdp_enabled:
         raise TrainerError(
             "`save_only_delta=True` reads the whole weights in one process, and FSDP2 shards them. Leave it off, or "
             "train under DDP; `subnet-ft delta export` makes a delta of any dense checkpoint."
         )
-    if is_peft_model(model):
-        raise TrainerError(f"`save_only_delta=True` is of no use to PEFT adapters, whose files are small. {instead}")
+    if is_peft_model(trainer.model):
+        raise TrainerError(f"`save_only_delta=True` is of no use to PEFT adapters, whose files are small. {_INSTEAD}")
+    if args.push_to_hub and args.hub_strategy == "every_save":
+        raise TrainerError(
+            "`push_to_hub=True` with `hub_strategy='every_save'` pushes the dense weights of every checkpoint, and "
+            "under `save_only_delta=True` there are none. Set `hub_strategy` to `end`, or to `checkpoint`, which "
+            "pushes the checkpoint as it is."
+        )
+    assert trainer.model is not None
+    check_held_by_delta(trainer.model)
+
+
+def check_held_by_delta(model: torch.nn.Module) -> None:
+    """Refuse a model that saves more than parameters in dtypes that a delta holds.
+
+    Raises:
+        TrainerError: It does; the message names the tensors.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     others = sorted(model.state_dict().keys() - parameters.keys())
     if others:
         raise TrainerError(
-            f"A delta holds parameters, and the model saves {len(others)} other tensors: {listing(others)}. {instead}"
+            f"A delta holds parameters, and the model saves {len(others)} other tensors: {listing(others)}. {_INSTEAD}"
         )
     odd = sorted(name for name, parameter in parameters.items() if parameter.dtype not in DTYPES.values())
     if odd:
         raise TrainerError(
             f"A delta holds {', '.join(DTYPES)}, and `{odd[0]}` is {parameters[odd[0]].dtype} ({len(odd)} such "
-            f"tensors). {instead}"
+            f"tensors). {_INSTEAD}"
         )
 
 

@@ -103,6 +103,8 @@ def _check_sharded(recipe: Recipe, methods: Sequence[str]) -> None:
         asked.append("`evidence.dynamics_steps` compares whole weights while it trains")
     if recipe.subnet.source.steps is not None and recipe.subnet.source.kind != "early":
         asked.append(f"`subnet.source.kind: {recipe.subnet.source.kind}` reads whole moments")
+    if recipe.subnet.save_only_delta:
+        asked.append("`subnet.save_only_delta` reads whole weights in one process")
     if asked:
         raise LaunchError(
             f"The launcher asks for FSDP, under which every process holds parts of the weights, but {asked[0]}. Launch "

@@ -29,6 +29,7 @@ from subnet_ft.recipe.methods import METHODS, Method, training_of
 from subnet_ft.recipe.schema import MethodSpec
 from subnet_ft.training.adapters import index_nbytes, left_as_built, prompt_texts
 from subnet_ft.training.algorithms import ALGORITHMS, run_config
+from subnet_ft.training.delta_checkpoints import check_held_by_delta
 from subnet_ft.training.dynamics import DYNAMICS, TrainingDynamics
 from subnet_ft.training.launch_check import check_trainer_joined
 from subnet_ft.training.peak_memory import PeakMemory
@@ -136,6 +137,8 @@ def train(
     # All weights are trained, saved and compared in one dtype.
     undo_upcasts(loaded, dtype=spec.dtype)
     _refuse_other_dtypes(loaded, base, spec.dtype)
+    if recipe.subnet.save_only_delta:  # in the full run, too: hours before the subnetwork run asks
+        check_held_by_delta(loaded)
     model: Any = loaded
     settings = recipe.methods.get(method, MethodSpec())
     is_adapter = METHODS[method].trains == "adapter"
@@ -171,6 +174,9 @@ def train(
         log_norms=recipe.subnet.log_norms,
         # A full run has nothing to spare: every weight would be held. Its losses are the same either way.
         free_reference=recipe.reference.source == "policy" and mask.density < 1.0,
+        # So has its checkpoint: with a bit more per weight it would be larger than the dense one.
+        save_only_delta=recipe.subnet.save_only_delta and mask.density < 1.0 and not is_adapter,
+        save_total_bytes=recipe.subnet.save_total_bytes,
     )
 
     last = _resumes_from(folder / TRAINER)

@@ -85,11 +85,15 @@ def _set_aside(checkpoint: Path) -> Path:
     return discarded
 
 
-def rotate(run_folder: Path, *, limit: int | None, best: str | None, max_bytes: int | None = None) -> None:
+def rotate(
+    run_folder: Path, *, newest: Path, limit: int | None, best: str | None, max_bytes: int | None = None
+) -> None:
     """Remove the oldest checkpoints beyond `save_total_limit` and `save_total_bytes`; the newest and the best one stay.
 
     Args:
         run_folder: Where the checkpoints are.
+        newest: The one just written, which is known to be whole. The times of the others only say which is older:
+            whoever changes a file in a checkpoint makes it look newer.
         limit: How many may stay; `None` and numbers below 1: all.
         best: Path of the best one so far.
         max_bytes: How many bytes all that stay may take.
@@ -100,10 +104,10 @@ def rotate(run_folder: Path, *, limit: int | None, best: str | None, max_bytes: 
     if limit is None and max_bytes is None:
         return
     checkpoints = [Path(path) for path in sort_checkpoints(str(run_folder), use_mtime=True)]
-    kept = {*checkpoints[-1:], *([Path(best)] if best is not None else [])}
+    kept = {path.resolve() for path in (newest, *([Path(best)] if best is not None else []))}
     sizes = {path: size_of(path) for path in checkpoints} if max_bytes is not None else {}
     count, total = len(checkpoints), sum(sizes.values())
-    for checkpoint in [path for path in checkpoints if path not in kept]:
+    for checkpoint in [path for path in checkpoints if path.resolve() not in kept]:
         too_many = limit is not None and count > max(limit, len(kept))
         if not too_many and (max_bytes is None or total <= max_bytes):
             break

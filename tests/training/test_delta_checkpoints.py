@@ -8,15 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import FIRST_IS_BEST, FROZEN, SAVES, cut_off, damaged, restricted, steps_of, usual_mask
+from helpers import random_mask
+from small_runs import (
+    FIRST_IS_BEST,
+    FROZEN,
+    SAVES,
+    cut_off,
+    damaged,
+    mask_of,
+    plain,
+    restricted,
+    steps_of,
+    usual_mask,
+)
 from training.adapted import adapted, half_of_the_adapter
 from training.masked_runs import Watch, same_state, same_weights, state_of, weights_of
+from transformers.trainer_utils import HubStrategy
 
 from subnet_ft.checkpoints import open_checkpoint
-from subnet_ft.checkpoints.tiny import tiny_model
+from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
 from subnet_ft.deltas import DeltaFile, apply_delta
 from subnet_ft.errors import CheckpointError, DeltaMismatchError, OptimizerStateError, TrainerError
-from subnet_ft.training import MaskSchedule
+from subnet_ft.training import MaskSchedule, restrict
 from subnet_ft.training.delta_checkpoints import DELTA, load_delta
 
 ONLY_DELTA: dict[str, Any] = {"subnet": {"save_only_delta": True}, **SAVES}
@@ -59,6 +72,78 @@ def test_each_checkpoint_with_its_base_is_the_dense_one(finished: Path, dense: A
         assert DeltaFile(checkpoint / DELTA).header.source == {"kind": "checkpoint", "step": step}
 
 
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("llama", torch.float16),  # tied
+        ("qwen2", torch.bfloat16),
+        ("mixtral", torch.bfloat16),  # other names and shapes on disk
+        ("gpt_neox", torch.bfloat16),  # another name on disk, buffers that are not saved
+        ("gemma2", torch.bfloat16),
+    ],
+)
+def test_checkpoints_of_every_kind_of_model_are_whole_beside_their_base(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tiny_model(family, dtype=dtype).save_pretrained(tmp_path / "base")
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    def build(folder: str) -> Any:
+        model = tiny_model(family, dtype=dtype)
+        trainer = restricted(tmp_path / folder, model=model, mask=random_mask(model, 0.3), max_steps=3, **ONLY_DELTA)
+        trainer.add_callback(Watch(end=lambda step: seen.update({step: weights_of(trainer.model)})))
+        return trainer
+
+    straight = build("run")
+    straight.train()
+    for step, weights in seen.items():
+        file = tmp_path / "run" / f"checkpoint-{step}" / DELTA
+        same_weights(stored(apply_delta(tmp_path / "base", file, tmp_path / f"{step}")), weights)
+    again = build("again")
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    same_weights(weights_of(again.model), weights_of(straight.model))
+    same_state(state_of(again), state_of(straight))
+
+
+class Plain(torch.nn.Module):
+    """A model that is nobody's `PreTrainedModel`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model("llama")
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
+def test_a_model_without_config_is_saved_and_resumed(tmp_path: Path) -> None:
+    trainers = []
+    for _ in range(2):
+        model = Plain()
+        trainers.append(restricted(tmp_path, model=model, mask=random_mask(model, 0.3), **ONLY_DELTA))
+    straight, again = trainers
+    straight.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    same_weights(weights_of(again.model), weights_of(straight.model))
+
+
+def test_a_checkpoint_has_every_other_file_of_a_dense_one(finished: Path, dense: Any) -> None:
+    files, others = (
+        {path.name for path in (folder / "checkpoint-4").iterdir()}
+        for folder in (finished, Path(dense.args.output_dir))
+    )
+    assert files - others == {DELTA}
+    assert others - files == {"model.safetensors"}
+
+
+def test_the_tokenizer_of_the_collator_is_saved_where_the_trainer_has_none(tmp_path: Path) -> None:
+    trainer = restricted(tmp_path, max_steps=1, **ONLY_DELTA)
+    trainer.processing_class, trainer.data_collator.tokenizer = None, tiny_tokenizer()
+    trainer.train()
+    assert (tmp_path / "checkpoint-1" / "tokenizer.json").is_file()
+
+
 def test_it_stores_two_bytes_per_weight_of_the_mask_and_a_bit_per_weight(finished: Path) -> None:
     mask, path = usual_mask(), finished / "checkpoint-1" / DELTA
     bits = sum((tensor.num_elements + 7) // 8 for tensor in mask.tensors.values() if tensor.count)
@@ -75,6 +160,16 @@ def test_a_run_resumes_from_a_delta_to_the_same_bits(step: int, only_delta: bool
     assert steps == list(range(step + 1, 5))
     same_weights(weights_of(again.model), weights_of(dense.model))
     same_state(state_of(again), state_of(dense))
+
+
+def test_a_run_with_dense_checkpoints_goes_on_with_deltas(dense: Any, tmp_path: Path) -> None:
+    shutil.copytree(Path(dense.args.output_dir) / "checkpoint-2", tmp_path / "checkpoint-2")
+    again = restricted(tmp_path, **ONLY_DELTA)
+    again.train(resume_from_checkpoint=True)
+    same_weights(weights_of(again.model), weights_of(dense.model))
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    made = apply_delta(tmp_path / "base", tmp_path / "checkpoint-4" / DELTA, tmp_path / "made")
+    same_weights(stored(made), weights_of(dense.model))
 
 
 def test_a_run_that_was_cut_off_resumes_and_goes_on_writing_deltas(dense: Any, tmp_path: Path) -> None:
@@ -140,6 +235,14 @@ def test_a_weight_outside_the_mask_that_changed_is_not_left_out_in_silence(tmp_p
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_a_mask_that_changed_on_the_way_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    trainer, other = restricted(tmp_path, **ONLY_DELTA), mask_of(seed=5)
+    trainer.add_callback(Watch(end=lambda step: trainer.masked_optimizer.set_mask(other) if step == 2 else None))
+    with pytest.raises(DeltaMismatchError, match="outside the mask changed"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_what_a_delta_of_one_mask_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     trainer = restricted(tmp_path, **ONLY_DELTA)
     trainer.add_callback(MaskSchedule({2: usual_mask()}))
@@ -152,6 +255,12 @@ def test_what_a_delta_of_one_mask_cannot_hold_is_refused_by_name(tmp_path: Path)
     adapter = adapted()
     with pytest.raises(TrainerError, match="`save_only_delta=True` is of no use to PEFT adapters"):
         restricted(tmp_path, model=adapter, mask=half_of_the_adapter(adapter), **ONLY_DELTA)
+    pushing = plain(tmp_path, **SAVES)
+    pushing.args.push_to_hub, pushing.args.hub_strategy = True, HubStrategy.EVERY_SAVE
+    with pytest.raises(TrainerError, match="pushes the dense weights of every checkpoint"):
+        restrict(pushing, usual_mask(), save_only_delta=True)
+    pushing.args.hub_strategy = HubStrategy.CHECKPOINT
+    restrict(pushing, usual_mask(), save_only_delta=True)
 
 
 def test_load_delta_refuses_another_model(finished: Path) -> None:

@@ -90,6 +90,7 @@ def test_check_launch_refuses_engines_and_precisions(
     [
         ("method=lora", "`lora` trains an adapter"),
         ("evidence.dynamics_steps=2", "dynamics_steps"),
+        ("subnet.save_only_delta=true", "`subnet.save_only_delta` reads whole weights"),
         ("subnet.source={kind: gradient, steps: 2, density: 0.1}", "kind: gradient"),
     ],
 )

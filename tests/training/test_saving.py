@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import FIRST_IS_BEST, SAVES, plain, restricted
+from small_runs import FIRST_IS_BEST, SAVES, damaged, plain, restricted
 from training.masked_runs import same_state, same_weights, state_of, weights_of
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
@@ -126,7 +126,7 @@ def test_what_was_not_moved_out_of_the_staging_folder_is_never_found(
     assert read_manifest(written)["global_step"] == 2  # whole, and yet nobody may take it for a checkpoint of the run
     assert newest_complete(tmp_path) is None
     assert get_last_checkpoint(str(tmp_path)) is None
-    rotate(tmp_path, limit=1, best=None)
+    rotate(tmp_path, newest=tmp_path / "checkpoint-1", limit=1, best=None)
     assert written.is_dir()
     clear_staging(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -170,7 +170,8 @@ def test_rotate_keeps_what_transformers_keeps(
             checkpoint.mkdir(parents=True)
             os.utime(checkpoint, (number * 10.0, 999.0 if step == newest else number * 10.0))
     ours, theirs = folders
-    rotate(ours, limit=limit, best=None if best is None else str(ours / f"checkpoint-{best}"))
+    last = ours / f"checkpoint-{newest or 12}"
+    rotate(ours, newest=last, limit=limit, best=None if best is None else str(ours / f"checkpoint-{best}"))
     rotate_checkpoints(
         output_dir=str(theirs), save_total_limit=limit, use_mtime=True,
         best_model_checkpoint=None if best is None else str(theirs / f"checkpoint-{best}"),
@@ -201,8 +202,32 @@ def test_rotate_keeps_what_fits_the_newest_and_the_best(
         (checkpoint / "optimizer.pt").write_bytes(b"123")
         os.utime(checkpoint, (step * 10.0, step * 10.0))
     best_path = None if best is None else str(tmp_path / f"checkpoint-{best}")
-    rotate(tmp_path, limit=limit, best=best_path, max_bytes=max_bytes)
+    rotate(tmp_path, newest=tmp_path / "checkpoint-4", limit=limit, best=best_path, max_bytes=max_bytes)
     assert listed(tmp_path) == [f"checkpoint-{step}" for step in left]
+
+
+@pytest.mark.parametrize("bound", [{"save_total_limit": 1}, {"subnet": {"save_total_bytes": 1}}])
+def test_a_checkpoint_that_somebody_touched_does_not_take_the_place_of_the_one_just_written(
+    bound: dict[str, Any], tmp_path: Path
+) -> None:
+    trainer = restricted(tmp_path, max_steps=2, **SAVES)
+    trainer.train()
+    damaged(tmp_path / "checkpoint-1" / "optimizer.pt")
+    os.utime(tmp_path / "checkpoint-1", (4e9, 4e9))
+    again = restricted(tmp_path, max_steps=3, **SAVES, **bound)
+    again.train(resume_from_checkpoint=True)
+    assert listed(tmp_path) == ["checkpoint-3"]
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-3"
+
+
+def test_rotate_knows_the_best_checkpoint_by_another_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (step * 10.0, step * 10.0))
+    monkeypatch.chdir(tmp_path.parent)
+    relative = Path(tmp_path.name, "checkpoint-1")
+    rotate(tmp_path, newest=tmp_path / "checkpoint-3", limit=1, best=str(relative))
+    assert listed(tmp_path) == ["checkpoint-1", "checkpoint-3"]
 
 
 def test_save_total_bytes_leaves_the_newest(tmp_path: Path) -> None:
