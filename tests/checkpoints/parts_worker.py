@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from subnet_ft.checkpoints.models import save_config
 from subnet_ft.checkpoints.tiny import tiny_model, tiny_tokenizer
@@ -84,6 +86,17 @@ def other_ways(folder: Path, mesh: DeviceMesh) -> None:
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "with optimizer")
 
 
+def transformers_own_way(folder: Path) -> None:
+    """Save a model that transformers itself has sharded, in a release that has a way for it."""
+    if "distributed_checkpoint" not in inspect.signature(PreTrainedModel.save_pretrained).parameters:
+        return
+    from transformers.distributed import DistributedConfig
+
+    config: Any = DistributedConfig(fsdp_size=dist.get_world_size())
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama" / "whole", distributed_config=config, dtype="auto")
+    model.save_pretrained(folder / "transformers", distributed_checkpoint=True)
+
+
 def masked_run(folder: Path, mesh: DeviceMesh) -> None:
     """Take steps in a subnetwork, and save it in parts, as a trainer does, and whole."""
     mask = random_mask(tiny_model("llama"), 0.2)
@@ -111,6 +124,7 @@ def main() -> None:
     every_family(folder, mesh)
     other_ways(folder, mesh)
     masked_run(folder, mesh)
+    transformers_own_way(folder)
     dist.barrier()
     os._exit(0)  # gloo now and then waits for ever when the group is taken down
 
