@@ -10,10 +10,12 @@ import torch
 
 import subnet_kernels
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
+from subnet_ft.checkpoints.listing import listing
 from subnet_ft.deltas.checks import check_same_tensors
 from subnet_ft.deltas.delta import Delta, TensorDelta
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.header import DTYPES, TensorEntry
+from subnet_ft.deltas.in_place import check_settled
 from subnet_ft.deltas.patching import CHUNK, added, joined
 from subnet_ft.deltas.writing import DeltaWriter
 from subnet_ft.errors import DeltaError, DeltaMismatchError
@@ -52,9 +54,11 @@ def export_delta(
 
     Raises:
         CheckpointError: A checkpoint cannot be found or read.
-        DeltaMismatchError: The checkpoints have other tensors, shapes or dtypes, or the mask belongs to another base or
-            leaves out weights that changed.
+        DeltaMismatchError: The checkpoints have other tensors, shapes, dtypes or buffers, or the mask leaves out
+            weights that changed.
+        MaskMismatchError: The mask belongs to another base.
         DeltaFileError: The file cannot be written.
+        DeltaError: `mask_reference` without a mask, or a folder in which `apply_delta` was interrupted.
         MissingDependencyError: zstandard is not installed.
     """
     if mask_reference and mask is None:
@@ -65,6 +69,9 @@ def export_delta(
     shapes = {name: (spec.shape, _dtype_name(spec.dtype)) for name, spec in after.specs.items()}
     entries = {name: TensorEntry(spec.shape, _dtype_name(spec.dtype), 0, "", "") for name, spec in before.specs.items()}
     check_same_tensors(entries, shapes, f"the base `{before.name}`", f"`{after.name}`")
+    for checkpoint in (before, after):
+        check_settled(checkpoint.folder)
+    _check_buffers(before, after)
     if chosen is not None:
         chosen.check_shapes({name: spec.shape for name, spec in before.specs.items()})
     source = {"kind": "export", "tuned": after.name, "tuned_revision": after.revision}
@@ -98,8 +105,9 @@ def masked_delta(
         source: `kind` and what else says where the delta comes from.
 
     Raises:
-        DeltaError: The mask does not record its base.
-        DeltaMismatchError: A weight outside the mask changed, or `weights` are not those of the mask.
+        DeltaError: The mask does not record its base, or `weights` are in another dtype than that.
+        DeltaMismatchError: A weight outside the mask changed, or `frozen` or the base's record lack a parameter.
+        MaskMismatchError: `weights` are not those of the mask.
     """
     base = mask.provenance.base
     if base is None:
@@ -108,8 +116,24 @@ def masked_delta(
     result: dict[str, str] = {}
     by_name = dict(weights)
     mask.check_shapes({name: tuple(weight.shape) for name, weight in by_name.items()})
+    for what, names in (
+        ("`frozen` has no fingerprint", frozen),
+        ("The record of the mask's base has no fingerprint", base.fingerprints),
+        ("The record of the mask's base has no dtype", base.dtypes),
+    ):
+        missing = [name for name in mask.tensors if name not in names]
+        if missing:
+            raise DeltaMismatchError(
+                f"{what} of {listing(missing)}, so what was frozen cannot be checked. Take the fingerprints of all "
+                "parameters at the start of the run, with the mask that it trains."
+            )
     for name, tensor in mask.tensors.items():
         weight = by_name[name]
+        if _dtype_name(weight.dtype) != base.dtypes[name]:
+            raise DeltaError(
+                f"The weights of `{name}` are {_dtype_name(weight.dtype)} but its base is {base.dtypes[name]}; a delta "
+                "holds the stored dtype. Load the model in it, or export from saved checkpoints."
+            )
         flat = weight.detach().reshape(-1)
         bits = BitMask.from_bits(tensor.full_bits(), tensor.num_elements, flat.device)
         outside = subnet_kernels.fingerprint(flat, outside=bits)
@@ -118,10 +142,48 @@ def masked_delta(
                 f"Weights of `{name}` outside the mask changed: fingerprint {format_fingerprint(outside)}, at the "
                 f"start of the run {format_fingerprint(frozen[name])}. A delta of the mask would leave them out."
             )
+        if not tensor.count and format_fingerprint(outside) != base.fingerprints[name]:
+            raise DeltaMismatchError(
+                f"`{name}` is not that of the mask's base `{base.name}`: fingerprint {format_fingerprint(outside)}, "
+                f"recorded {base.fingerprints[name]}. The run began with other weights, or in another dtype."
+            )
         values = subnet_kernels.gather(flat, bits, dtype=flat.dtype).cpu()
         tensors[name] = TensorDelta(tensor.bits, values, tensor.shape)
         result[name] = format_fingerprint(subnet_kernels.fingerprint(flat)) if tensor.count else base.fingerprints[name]
     return Delta(tensors, base, result, dict(source or {"kind": "masked"}))
+
+
+def _check_buffers(before: Checkpoint, after: Checkpoint) -> None:
+    """Refuse what a delta would leave out: it carries parameters, and `apply` takes everything else from the base."""
+    kept = before.ignored.keys() - before.copies.keys()
+    for key in sorted(after.ignored.keys() - after.copies.keys()):
+        reason = after.ignored[key]
+        if key in kept and not _is_stored_alike(before, after, key):
+            problem = f"differs between the base `{before.name}` and `{after.name}`"
+        elif key not in kept and reason == "a buffer":
+            problem = f"is in `{after.name}` and not in the base `{before.name}`"
+        else:
+            continue
+        raise DeltaMismatchError(
+            f"`{key}`, {reason}, {problem}. A delta carries parameters only, so it would be lost. Keep it as it is in "
+            "training, or share the dense checkpoint."
+        )
+
+
+def _is_stored_alike(before: Checkpoint, after: Checkpoint, key: str) -> bool:
+    first, second = (_stored_bytes(checkpoint, key) for checkpoint in (before, after))
+    return first[:2] == second[:2] and torch.equal(first[2], second[2])
+
+
+def _stored_bytes(checkpoint: Checkpoint, key: str) -> tuple[torch.dtype, tuple[int, ...], torch.Tensor]:
+    from safetensors import safe_open
+
+    if checkpoint.is_in_parts:
+        tensor = checkpoint.read_stored(key)
+    else:
+        with safe_open(checkpoint.stored[key].file, framework="pt") as file:  # buffers have any dtype
+            tensor = file.get_tensor(key)
+    return tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8)
 
 
 def _compared(
