@@ -42,15 +42,18 @@ def open_deltas(
     given = [masks] if isinstance(masks, SubnetMask) else list(masks or ())
     if not given:
         return opened
-    waiting = [delta for delta in opened if isinstance(delta, DeltaFile) and not delta.has_positions]
-    if not waiting:
+    referring = [
+        delta for delta in opened if isinstance(delta, DeltaFile) and delta.header.mask_fingerprint is not None
+    ]
+    if not referring:
         raise DeltaMismatchError("Every delta that was given has its own positions. Leave out the mask.")
     by_fingerprint = {mask.fingerprint: mask for mask in given}
     with_masks = {
         id(delta): delta.with_mask(by_fingerprint.get(delta.header.mask_fingerprint or "", given[0]))
-        for delta in waiting
+        for delta in referring
+        if not delta.has_positions
     }
-    unused = by_fingerprint.keys() - {delta.header.mask_fingerprint for delta in waiting}
+    unused = by_fingerprint.keys() - {delta.header.mask_fingerprint for delta in referring}
     if unused:
         raise DeltaMismatchError(f"No delta refers to the mask with the fingerprint {min(unused)}. Leave it out.")
     return [with_masks.get(id(delta), delta) for delta in opened]

@@ -148,6 +148,7 @@ def test_open_deltas_gives_each_file_the_mask_that_it_refers_to(tmp_path: Path) 
     assert found.has_positions
     assert not waiting.has_positions
     assert open_deltas([found, own], None) == [found, own]
+    assert open_deltas([found, own], one.mask) == [found, own]  # it has the mask already
     for deltas, masks, message in (
         (paths, [one.mask], f"needs the mask with the fingerprint {two.mask.fingerprint}"),
         (paths[0], [two.mask], f"needs the mask with the fingerprint {one.mask.fingerprint}"),
