@@ -13,7 +13,7 @@ from helpers import same_bits
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from subnet_ft.checkpoints import open_checkpoint, undo_upcasts
-from subnet_ft.checkpoints.models import load_model, save_with_reward_head
+from subnet_ft.checkpoints.models import load_model, save_config, save_with_reward_head
 from subnet_ft.checkpoints.tiny import save_tiny, tiny_model
 from subnet_ft.errors import CheckpointError
 
@@ -126,6 +126,16 @@ def test_save_with_reward_head_says_nothing_of_the_new_head(
     caplog.clear()
     save_with_reward_head(folder, tmp_path, dtype="bfloat16", seed=0)
     assert not caplog.records
+
+
+def test_save_config_writes_what_save_pretrained_writes(tmp_path: Path) -> None:
+    model = tiny_model("llama")  # from a config, so that its own names neither architecture nor dtype
+    save_config(model, tmp_path / "config")
+    assert model.config.architectures is None
+    model.save_pretrained(tmp_path / "whole")
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "config" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert sorted(path.name for path in (tmp_path / "config").iterdir()) == ["config.json", "generation_config.json"]
 
 
 def test_load_model_refuses_the_other_kind(tmp_path: Path) -> None:
