@@ -152,7 +152,7 @@ class SubnetMask:
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
-            digest.update(f"{name}\0{tensor.shape}\0{tensor.count}\0".encode())
+            digest.update(f"{name}\0{tensor.shape}\0{tensor.count}\0".encode(errors="surrogatepass"))
             digest.update(tensor.bits.numpy().tobytes())
         return digest.hexdigest()
 

@@ -91,6 +91,11 @@ def test_subnet_mask_algebra_refuses_one_base_compared_in_two_dtypes() -> None:
         make(0.5, 1, sides[0]) & make(0.5, 2, sides[1])
 
 
+def test_subnet_mask_fingerprint_takes_any_name_that_json_has() -> None:
+    masks = [SubnetMask.from_dense({name: torch.ones(3, dtype=torch.bool)}) for name in ("\ud800", "\ud801", "?")]
+    assert len({mask.fingerprint for mask in masks}) == 3
+
+
 def test_subnet_mask_fingerprint_depends_on_bits_names_and_shapes_alone() -> None:
     mask = make(0.5, 1)
     same = SubnetMask(mask.tensors, Provenance(source={"kind": "other"}))
