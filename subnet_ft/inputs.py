@@ -75,7 +75,9 @@ class RunInputs:
     @cached_property
     def language_model(self) -> Checkpoint:
         """The checkpoint that the recipe's `model` names."""
-        return open_checkpoint(self.recipe.model.name, revision=self.recipe.model.revision)
+        found = open_checkpoint(self.recipe.model.name, revision=self.recipe.model.revision)
+        found.check_whole()  # TRL loads it once more, as a reference, and knows whole files only
+        return found
 
     @cached_property
     def base(self) -> Checkpoint:

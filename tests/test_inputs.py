@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recipe_texts import GRPO
+from safetensors.torch import load_file, save_file
 
+from subnet_ft.checkpoints.tiny import save_tiny
+from subnet_ft.errors import CheckpointError
 from subnet_ft.inputs import RunInputs
 from subnet_ft.recipe import load_recipe
 from subnet_ft.recipe.algorithms import ALGORITHMS
@@ -28,6 +32,19 @@ def test_of_training_counts_processes_as_accumulation(tmp_path: Path, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert settings(tmp_path) == accumulated
     assert settings(tmp_path, *(f"{entry[:-1]}2" for entry in generating)) == both
+
+
+def test_language_model_refuses_weights_in_parts(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    places = {name: {"saved_offsets": [0] * weight.dim()} for name, weight in weights.items()}
+    part = base / "shard-00001-model-00001-of-00001.safetensors"
+    save_file(weights, part, metadata={"DCP_SHARDING_INFO": json.dumps(places)})
+    (base / "model.safetensors").unlink()
+    (tmp_path / "recipe.yaml").write_text(GRPO)
+    inputs = RunInputs(load_recipe(tmp_path / "recipe.yaml", [f"model.name={base}"]))
+    with pytest.raises(CheckpointError, match="no model is trained from them"):
+        inputs.check()
 
 
 @pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if not row.needs_one_process])

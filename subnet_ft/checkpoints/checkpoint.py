@@ -108,13 +108,22 @@ class Checkpoint:
         Raises:
             CheckpointError: The checkpoint is in parts.
         """
-        if isinstance(self._reader, PartsReader):
-            raise CheckpointError(
-                f"`{self.name}` holds its weights in parts, a file per process, which are read but never changed or "
-                "written here. Make a whole checkpoint of it first: `subnet-ft delta export BASE FOLDER -o DELTA`, "
-                "then `subnet-ft delta apply BASE DELTA -o WHOLE`."
-            )
+        self.check_whole()
+        assert isinstance(self._reader, ShardReader)
         return self._reader
+
+    def check_whole(self) -> None:
+        """Check that whole files hold the weights, which whoever writes like them, or trains from them, needs.
+
+        Raises:
+            CheckpointError: The checkpoint is in parts.
+        """
+        if self.is_in_parts:
+            raise CheckpointError(
+                f"`{self.name}` holds its weights in parts, a file per process, which are only read here: no model is "
+                "trained from them, and no delta applied to them. Make a whole checkpoint of it first: `subnet-ft "
+                "delta export BASE FOLDER -o DELTA`, then `subnet-ft delta apply BASE DELTA -o WHOLE`."
+            )
 
     def stored_as_is(self, name: str) -> str | None:
         """Return the name on disk of a parameter that is there as it is in memory; `None` for a converted one."""
