@@ -14,7 +14,9 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from subnet_ft.cli import main
+from subnet_ft.training.delta_checkpoints import DELTA
 from subnet_ft.training.resume import newest_complete, read_manifest
+from subnet_ft.training.saving import STAGING
 
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"),
@@ -115,6 +117,40 @@ def test_a_killed_process_ends_the_launch_and_the_restart_resumes(
     results = stage(tmp_path / "run" / "full")["results"]
     assert results["resumed_from"] == f"checkpoint-{last}"
     assert results["sha256"] == stage(undisturbed)["results"]["sha256"]
+
+
+@pytest.mark.slow
+def test_a_killed_launch_whose_checkpoints_hold_deltas_ends_with_the_bits_of_one_with_dense_ones(
+    tmp_path: Path,
+) -> None:
+    method = ("method=subnet", "subnet.source={kind: low_magnitude, density: 0.3}", "training.max_steps=6")
+    code, _, err = launch("train", *TINY, *method, f"output={tmp_path / 'dense'}")
+    assert code == 0, err[-5000:]
+    arguments = ("train", *TINY, *method, f"output={tmp_path / 'run'}", "subnet.save_only_delta=true")
+    hold = {"HOLD": f"save:0:4:{tmp_path / 'held'}"}
+    started = start(*arguments, script="held_up.py", variables=hold)
+    wait_for(tmp_path / "held", started)
+    processes_of(started)[0].kill()
+    assert end(started, timeout=ENDS_WITHIN)[0] == 1
+    trainer = tmp_path / "run" / "subnet" / "trainer"
+    (whole,) = trainer.glob("checkpoint-*")
+    assert [path.name for path in whole.glob("*.safetensors")] == [DELTA]
+    assert list((trainer / STAGING / "checkpoint-4").glob(f"*{DELTA}*")), "it was not killed in the middle of a save"
+    code, _, err = launch(*arguments)
+    assert code == 0, err[-5000:]
+    ours, theirs = (stage(tmp_path / run / "subnet")["results"] for run in ("run", "dense"))
+    assert ours["resumed_from"] == "checkpoint-2"
+    assert ours["sha256"] == theirs["sha256"]
+    assert ours["delta"]["bytes"] == (tmp_path / "run" / "subnet.delta.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+def test_fsdp2_refuses_delta_checkpoints_before_anything_is_trained(tmp_path: Path) -> None:
+    arguments = ("run", *TINY, f"output={tmp_path / 'run'}", "subnet.save_only_delta=true")
+    code, out, err = launch(*arguments, file="fsdp2.yaml", script="fsdp_on_cpu.py")
+    assert (code, out) == (1, "")
+    assert "`subnet.save_only_delta` reads whole weights in one process. Launch with recipes/accelerate/ddp.yaml" in err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

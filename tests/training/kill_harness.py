@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from transformers.trainer import safe_globals
 
 from subnet_ft.training import restrict
+from subnet_ft.training.delta_checkpoints import holds_delta, load_delta
 from subnet_ft.training.resume import newest_complete, read_manifest
 from subnet_ft.training.saving import STAGING
 
@@ -50,13 +51,15 @@ class Child:
     Args:
         name: A key of `SETTINGS`.
         folder: The trainer's `output_dir`.
+        only_delta: Its checkpoints hold deltas.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, *, only_delta: bool = False) -> None:
         # Shared with the child: its phase, and how many saves it has begun.
         self._shared = mmap.mmap(-1, 2)
         self._log = folder.with_suffix(".log")
         self._is_running = True
+        self._only_delta = only_delta
         last = newest_complete(folder)
         self.first_step = 0 if last is None else int(last.name.rpartition("-")[2])
         self._pid = os.fork()
@@ -123,7 +126,7 @@ class Child:
             lr_scheduler_type="linear",
             **SETTINGS[name],
         )
-        restrict(trainer, random_mask(trainer.model, 0.3))
+        restrict(trainer, random_mask(trainer.model, 0.3), save_only_delta=self._only_delta)
         save = trainer._save_checkpoint
 
         def watched(*args: Any) -> None:
@@ -147,11 +150,20 @@ def undisturbed(name: str, folder: Path) -> tuple[float, float]:
     return 0.001 * (ticks[STEPPING] + ticks[SAVING]), 0.001 * ticks[SAVING] / STEPS
 
 
-def contents(checkpoint: Path) -> dict[str, Any]:
+def weights_in(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+    """Load the weights of a checkpoint; those of one that holds a delta, with its base alone."""
+    if not holds_delta(checkpoint):
+        return load_file(checkpoint / "model.safetensors")
+    model = base_model(name)
+    load_delta(model, checkpoint)
+    return {key: parameter.detach() for key, parameter in model.named_parameters()}
+
+
+def contents(checkpoint: Path, name: str) -> dict[str, Any]:
     """Load everything of a checkpoint that training goes on from, and its logs."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     found: dict[str, Any] = {
-        "model": load_file(checkpoint / "model.safetensors"),
+        "model": weights_in(checkpoint, name),
         "logs": [{key: entry[key] for key in entry if not _NOT_COMPARED.search(key)} for entry in state["log_history"]],
         **{key: state[key] for key in ("global_step", "epoch", "max_steps")},
     }
@@ -186,6 +198,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-delta", action="store_true", help="kill runs whose checkpoints hold deltas")
     options = parser.parse_args()
     chance = random.Random(options.seed)
     options.folder.mkdir(parents=True)
@@ -194,7 +207,7 @@ def main() -> None:
     gc.freeze()
     reference = options.folder / "reference"
     run_seconds, save_seconds = undisturbed(options.name, reference)
-    expected = contents(reference / f"checkpoint-{STEPS}")
+    expected = contents(reference / f"checkpoint-{STEPS}", options.name)
     kills = {"stepping": 0, "saving": 0, "ending": 0}
     resumed_from: dict[int, int] = {}
     runs = unfinished = 0
@@ -204,7 +217,7 @@ def main() -> None:
         folder = options.folder / f"run-{runs}"
         killed = 0
         while True:
-            child = Child(options.name, folder)
+            child = Child(options.name, folder, only_delta=options.only_delta)
             if child.first_step:
                 resumed_from[child.first_step] = resumed_from.get(child.first_step, 0) + 1
             left = STEPS - child.first_step
@@ -222,8 +235,10 @@ def main() -> None:
             unfinished += (folder / STAGING).exists() and any((folder / STAGING).iterdir())
             for checkpoint in folder.glob("checkpoint-*"):
                 read_manifest(checkpoint)  # raises where a kill left a part of one
-                contents(checkpoint)
-        problems += [f"run {runs}{found}" for found in differences(expected, contents(folder / f"checkpoint-{STEPS}"))]
+                contents(checkpoint, options.name)
+                assert holds_delta(checkpoint) == options.only_delta
+        last = contents(folder / f"checkpoint-{STEPS}", options.name)
+        problems += [f"run {runs}{found}" for found in differences(expected, last)]
         shutil.rmtree(folder)
     print(
         json.dumps(

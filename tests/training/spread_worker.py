@@ -61,7 +61,7 @@ def replayed(prompts: list[str], trainer: Any) -> dict[str, Any]:
     }
 
 
-def trainer(folder: Path, run: str, *, evaluates: bool = False, **options: Any) -> Any:
+def trainer(folder: Path, run: str, *, evaluates: bool = False, only_delta: bool = False, **options: Any) -> Any:
     """Build a restricted trainer in float32, whose processes share a batch of four."""
     name, sharding, fields = RUNS[run]
     size = int(os.environ["WORLD_SIZE"])
@@ -95,7 +95,7 @@ def trainer(folder: Path, run: str, *, evaluates: bool = False, **options: Any) 
     if evaluates:
         arguments["eval_dataset"] = kind.data()
     built = algorithm.trainer_class(model=model, args=args, train_dataset=kind.data(), **arguments)
-    restrict(built, random_mask(built.model, 0.3), audit_steps=2)
+    restrict(built, random_mask(built.model, 0.3), audit_steps=2, save_only_delta=only_delta)
     if "one loads" in run and dist.get_rank() > 0:
         with torch.no_grad():  # as `from_pretrained` leaves them in all processes but the first
             for parameter in model.parameters():
@@ -190,7 +190,8 @@ def different_masks(folder: Path) -> str:
 
 
 def refusals(folder: Path) -> dict[str, str]:
-    """Return what every process says of a foreign mask, of another base that comes late, and of mixed precision."""
+    """Return what every process says of a foreign mask, of another base that comes late, of mixed precision, and
+    of checkpoints that are to hold a delta."""
     found = {}
     run = "DPO, fsdp, in parts"
     other = trainer(folder / "refused", run, max_steps=3)
@@ -212,6 +213,10 @@ def refusals(folder: Path) -> dict[str, str]:
         trainer(folder / "refused", "DPO, fsdp", bf16=True)
     except TrainerError as error:
         found["mixed precision"] = str(error)
+    try:
+        trainer(folder / "refused", "DPO, fsdp", only_delta=True)
+    except TrainerError as error:
+        found["only deltas"] = str(error)
     return found
 
 

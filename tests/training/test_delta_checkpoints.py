@@ -267,3 +267,9 @@ def test_load_delta_refuses_another_model(finished: Path) -> None:
     model = tiny_model("llama", dtype=torch.float32)
     with pytest.raises(CheckpointError, match="belongs to another model"):
         load_delta(model, finished / "checkpoint-1")
+
+
+def test_load_delta_refuses_a_sharded_model(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subnet_ft.training.delta_checkpoints.is_sharded", lambda parameter: True)
+    with pytest.raises(CheckpointError, match="FSDP2 shards this model. Make the dense checkpoint out of it"):
+        load_delta(tiny_model("llama"), finished / "checkpoint-1")

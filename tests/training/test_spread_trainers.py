@@ -158,12 +158,13 @@ def test_a_checkpoint_in_parts_opens_as_the_model_that_was_trained(spread: Sprea
     assert weights_digest(model) == spread.run(run, spread.most)["digests"]["2"]
 
 
-def test_foreign_masks_and_mixed_precision_are_refused_in_every_process(spread: Spread) -> None:
+def test_foreign_masks_mixed_precision_and_deltas_are_refused_in_every_process(spread: Spread) -> None:
     for rank in range(spread.most):
         refusals = spread.result("fsdp", spread.most, rank)["refusals"]
         assert "was trained under mask" in refusals["foreign mask"]
         assert "Mixed precision (bf16) makes accelerate keep" in refusals["mixed precision"]
         assert "not those that the mask was made for (`another/base`)" in refusals["base that one process loads"]
+        assert "`save_only_delta=True` reads the whole weights in one process, and FSDP2" in refusals["only deltas"]
         different = spread.result("ddp", spread.most, rank)["different masks"]
         assert f"were given {spread.most} different masks" in different
 
