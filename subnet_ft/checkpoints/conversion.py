@@ -239,7 +239,7 @@ def meta_model(config: PretrainedConfig, where: object) -> PreTrainedModel:
         raise CheckpointError(
             f"`{where}` is of the architecture {architecture!r} by its config.json, which transformers "
             f"{transformers.__version__} does not have.{custom} Use a model whose `architectures` names a class of "
-            "transformers."
+            "transformers, or copy the base's config.json there where this one names none."
         )
     with torch.device("meta"):
         model: PreTrainedModel = model_class(copy.deepcopy(config))

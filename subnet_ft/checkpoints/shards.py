@@ -179,8 +179,8 @@ def _fill(file: io.FileIO, target: memoryview, key: str) -> None:
 def _open(file: Path) -> Any:
     if not file.is_file():
         raise CheckpointError(
-            f"The index of `{file.parent}` names the shard `{file.name}`, which is not there: the checkpoint is "
-            "incomplete. Copy or download it again."
+            f"`{file.parent}` needs the shard `{file.name}`, which is not there: the checkpoint is incomplete. Copy or "
+            "download it again."
         )
     try:
         return safe_open(str(file), framework="pt", device="cpu")
