@@ -274,8 +274,12 @@ def _staged(file: Path) -> Path:
 def _refuse_cache(folder: Path) -> None:
     from huggingface_hub import constants
 
-    for owner, cache in (("the Hub's client", Path(constants.HF_HUB_CACHE)), ("subnet-ft", cache_folder())):
-        if folder.resolve().is_relative_to(cache.resolve()):
+    for owner, cache, names in (
+        ("the Hub's client", Path(constants.HF_HUB_CACHE), "models--*"),
+        ("subnet-ft", cache_folder(), "*"),
+    ):
+        inside = [place for place in (folder.resolve(), *folder.resolve().parents) if place.parent == cache.resolve()]
+        if any(place.match(names) for place in inside):
             raise DeltaError(
                 f"`{folder}` is in the cache of {owner}, where everybody finds the base. Apply the delta to a new "
                 "folder (`-o`)."

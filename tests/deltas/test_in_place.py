@@ -502,7 +502,7 @@ def test_apply_in_place_refuses_links_and_what_is_no_folder(pair: tuple[Path, Pa
 def test_apply_in_place_refuses_what_lies_in_a_cache(
     pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, _, delta = pair
+    base, tuned, delta = pair
     monkeypatch.setenv("SUBNET_FT_CACHE", str(tmp_path / "ours"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "theirs"))
     opened = open_checkpoint("tiny:llama")
@@ -514,6 +514,9 @@ def test_apply_in_place_refuses_what_lies_in_a_cache(
                 apply_delta(place, delta, in_place=True)
         with pytest.raises(DeltaError, match="is in the cache of the Hub's client"):
             apply_delta(tmp_path / "link", delta, in_place=True)
+    own = Path(shutil.copytree(base, tmp_path / "theirs" / "run"))
+    apply_delta(own, delta, in_place=True)  # a folder of the user's beside those of the Hub
+    assert weights(own) == weights(tuned)
 
 
 def test_apply_in_place_keeps_others_out_while_it_runs(
