@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
@@ -23,7 +24,7 @@ if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
 
 _TRIES = 3
-"""How often a piece is tried that a signal interrupts."""
+"""How often it is tried to bring values out, where signals interrupt it."""
 
 
 class _Occupant:
@@ -133,7 +134,7 @@ class WeightSwap:
             torch.clear_autocast_cache()  # of copies in another dtype, which autocast would go on using
         except BaseException:
             if self._occupant is occupant:
-                self._undo()
+                _surely(self._undo)
             raise
 
     def take_the_place_of(self, other: WeightSwap) -> None:
@@ -174,12 +175,8 @@ class WeightSwap:
             self._occupant.name = self.name
             other._counters = other._occupant = None
         except BaseException:
-            try:
-                if self._occupant is not None:
-                    self._bring_out()
-            finally:
-                self._counters = self._occupant = None
-                other._undo()
+            if other._occupant is not None:
+                _surely(lambda: self._undo_instead_of(other))
             raise
 
     def take_out(self) -> None:
@@ -189,6 +186,9 @@ class WeightSwap:
             SwapError: Somebody wrote to the weights, cast, moved or replaced them in between. Whatever can be put back,
                 is.
         """
+        _surely(self._take_out)
+
+    def _take_out(self) -> None:
         if self._occupant is None:
             return
         reshard(self._model)
@@ -229,29 +229,24 @@ class WeightSwap:
         self._counters = None
         self._leave()
 
+    def _undo_instead_of(self, other: WeightSwap) -> None:
+        """Bring out what is in of these and of `other`, after an error while they changed places."""
+        self._bring_out()
+        if self._counters is not None:
+            self._counters.restore()
+        self._counters = self._occupant = None
+        other._undo()
+
     def _bring_out(self) -> list[SwapError]:
-        """Exchange what is in; what a signal raises in between is raised when everything is out."""
-        failed: list[SwapError] = []
-        interrupt: BaseException | None = None
-        try:
+        """Exchange what is in; return what kept pieces from it."""
+        with contextlib.suppress(SwapError):  # the same one comes again
             side_by_side(Piece.bring_out, list(self._pieces.values()), self._devices)
-        except SwapError:
-            pass  # the same one comes again
-        except BaseException as error:
-            interrupt = error
-        # One by one, whatever is not out yet.
+        failed = []
         for piece in self._pieces.values():
-            for _ in range(_TRIES):
-                try:
-                    piece.bring_out()
-                    break
-                except SwapError as error:
-                    failed.append(error)
-                    break
-                except BaseException as error:
-                    interrupt = error
-        if interrupt is not None:
-            raise interrupt
+            try:
+                piece.bring_out()
+            except SwapError as error:
+                failed.append(error)
         return failed
 
     def _changed(self) -> list[str]:
@@ -268,6 +263,7 @@ class WeightSwap:
                 f"{listing(replaced)}. Somebody put others in their place (`load_state_dict(..., assign=True)`, "
                 "`fully_shard`); prepare the values again, for the model as it is."
             )
+        _check_apart({name: local(parameter) for name, parameter in self._parameters.items()})
         for piece in self._pieces.values():
             piece.weights()
 
@@ -299,6 +295,35 @@ class WeightSwap:
                 if self._occupant is not None and _inside.get(parameter) is self._occupant:
                     del _inside[parameter]
             self._occupant = None
+
+
+def _surely(action: Callable[[], None]) -> None:
+    """Do what can be done again; what interrupts it is raised when it is done."""
+    interrupt: BaseException | None = None
+    for _ in range(_TRIES):
+        try:
+            action()
+            break
+        except SwapError:
+            raise
+        except BaseException as error:
+            interrupt = error
+    try:
+        if interrupt is not None:
+            raise interrupt
+    finally:
+        del interrupt  # which holds this frame
+
+
+def _check_apart(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise SwapError if two tensors have a weight in common, which each would take for its own."""
+    places = sorted((held.data_ptr(), held.data_ptr() + held.nbytes, name) for name, held in weights.items())
+    for (_, end, name), (start, _, following) in itertools.pairwise(places):
+        if start < end:
+            raise SwapError(
+                f"`{name}` and `{following}` share memory, so a value of one would be a value of the other, too. Tie "
+                "them by one parameter (`model.tie_weights()`), or give each its own memory (`.clone()`)."
+            )
 
 
 def _written_error(name: str, tensors: list[str]) -> SwapError:
