@@ -271,5 +271,5 @@ def test_load_delta_refuses_another_model(finished: Path) -> None:
 
 def test_load_delta_refuses_a_sharded_model(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subnet_ft.training.delta_checkpoints.is_sharded", lambda parameter: True)
-    with pytest.raises(CheckpointError, match="FSDP2 shards this model. Make the dense checkpoint out of it"):
+    with pytest.raises(CheckpointError, match=r"FSDP2 shards this model\. Make the dense checkpoint out of it"):
         load_delta(tiny_model("llama"), finished / "checkpoint-1")
