@@ -15,7 +15,7 @@ from subnet_ft.deltas.checks import check_same_tensors
 from subnet_ft.deltas.delta import Delta, TensorDelta
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.header import DTYPES, TensorEntry
-from subnet_ft.deltas.in_place import check_settled
+from subnet_ft.deltas.journal import check_settled
 from subnet_ft.deltas.patching import CHUNK, added, joined
 from subnet_ft.deltas.writing import DeltaWriter
 from subnet_ft.errors import DeltaError, DeltaMismatchError

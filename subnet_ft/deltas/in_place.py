@@ -13,53 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.checkpoints.cache import cache_folder
 from subnet_ft.deltas.checks import AnyDelta, base_digest, result_digest
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.header import SUFFIX
+from subnet_ft.deltas.journal import JOURNAL, STAGED, Journal, read_journal, staged, undo_files, write_journal
 from subnet_ft.deltas.output import ShardWriter, check_room
 from subnet_ft.deltas.patching import Patch
 from subnet_ft.deltas.verify import wrong_weights
 from subnet_ft.deltas.writing import DeltaWriter, sync_folder
 from subnet_ft.errors import DeltaError
 from subnet_ft.masks import ModelRecord
-
-JOURNAL = "subnet-ft-journal.json"
-_UNDO_NAME = re.compile(r"\.undo-([0-9]{3,9})\.delta\.safetensors")
-# Hidden: generation engines load every other `*.safetensors` of a folder without an index.
-STAGED = ".subnet-ft-new"
-
-Action = Literal["apply", "revert"]
-Phase = Literal["preparing", "replacing"]
-
-
-@dataclass(frozen=True)
-class Journal:
-    """What a folder is in the middle of.
-
-    Args:
-        action: What was asked for.
-        phase: How far it is.
-        result: Digest of the weights that it ends with.
-        undo: The delta of what is replaced: made by `apply`, used up by `revert`.
-        files: The weight files to replace.
-    """
-
-    action: Action
-    phase: Phase
-    result: str
-    undo: str
-    files: list[str]
 
 
 def apply_in_place(folder: Path, deltas: Sequence[AnyDelta]) -> Path:
@@ -110,50 +80,6 @@ def revert_delta(folder: str | Path) -> Path:
     return folder
 
 
-def check_settled(folder: Path) -> None:
-    """Check that a folder's weights are all of one model: not some of them old and some new.
-
-    Raises:
-        DeltaError: A change in place was interrupted there.
-    """
-    journal = read_journal(folder)
-    if journal is not None and journal.phase == "replacing":
-        raise DeltaError(
-            f"`{folder}` is in the middle of `{journal.action}`, which was interrupted: some of its weights are old, "
-            f"others new. Finish it by the same command, or undo it with `subnet-ft delta revert {folder}`."
-        )
-
-
-def undo_files(folder: Path) -> dict[int, Path]:
-    """Return the deltas that undo what was applied in place, by their number; the highest comes first."""
-    matches = {path: _UNDO_NAME.fullmatch(path.name) for path in folder.iterdir()}
-    return {int(match[1]): path for path, match in matches.items() if match is not None}
-
-
-def read_journal(folder: Path) -> Journal | None:
-    """Return what a folder is in the middle of; `None` if nothing.
-
-    Raises:
-        DeltaError: The journal cannot be read, or names a file outside the folder.
-    """
-    path = folder / JOURNAL
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        journal = Journal(**fields)
-        sound = journal.action in ("apply", "revert") and journal.phase in ("preparing", "replacing")
-        sound = sound and _UNDO_NAME.fullmatch(journal.undo) is not None
-        sound = sound and isinstance(journal.result, str) and isinstance(journal.files, list)
-        if not sound or not all(map(_is_file_name, journal.files)):
-            raise ValueError(f"it says {str(fields)[:200]}")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DeltaError(
-            f"`{path}` cannot be read: {error}. If the weights are whole (`subnet-ft delta verify`), remove it."
-        ) from error
-    return journal
-
-
 def _change(folder: Path, deltas: Sequence[AnyDelta], journal: Journal) -> None:
     checkpoint = open_checkpoint(folder)
     patch = Patch(checkpoint, deltas)
@@ -166,14 +92,14 @@ def _change(folder: Path, deltas: Sequence[AnyDelta], journal: Journal) -> None:
         )
     check_room(folder, files)
     for file in files:
-        _staged(file).unlink(missing_ok=True)  # without a journal, of a process whose journal somebody removed
+        staged(file).unlink(missing_ok=True)  # without a journal, of a process whose journal somebody removed
     journal = Journal(journal.action, "preparing", journal.result, journal.undo, [file.name for file in files])
     try:
-        _write_journal(folder, journal)
+        write_journal(folder, journal)
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(ShardWriter(checkpoint, {file: _staged(file) for file in files}))
+            writer = stack.enter_context(ShardWriter(checkpoint, {file: staged(file) for file in files}))
             for file in files:
-                shutil.copymode(file, _staged(file))
+                shutil.copymode(file, staged(file))
             replaced = None
             if journal.action == "apply":
                 source = {"kind": "undo", "of": deltas[-1].base.name}
@@ -182,7 +108,7 @@ def _change(folder: Path, deltas: Sequence[AnyDelta], journal: Journal) -> None:
             patch.run(writer.write, replaced)
         sync_folder(folder)
         replacing = Journal(journal.action, "replacing", journal.result, journal.undo, journal.files)
-        _write_journal(folder, replacing)
+        write_journal(folder, replacing)
     except BaseException:
         # Once the journal says `replacing`, new files may be all that the next call has: it finishes or undoes the job.
         if read_journal(folder) in (None, journal):
@@ -224,9 +150,9 @@ def _resume(folder: Path, journal: Journal, expected: Mapping[str, str] | None) 
 
 def _replace(folder: Path, journal: Journal) -> None:
     for name in journal.files:
-        staged = _staged(folder / name)
-        if staged.exists():
-            os.replace(staged, folder / name)
+        new = staged(folder / name)
+        if new.exists():
+            os.replace(new, folder / name)
     sync_folder(folder)
 
 
@@ -243,32 +169,13 @@ def _discard(folder: Path, journal: Journal | None) -> None:
     if journal is None:
         return
     for name in journal.files:
-        _staged(folder / name).unlink(missing_ok=True)
+        staged(folder / name).unlink(missing_ok=True)
     if journal.action == "apply":
         (folder / journal.undo).unlink(missing_ok=True)
         for unfinished in folder.glob(f".{journal.undo}.*"):
             shutil.rmtree(unfinished)
     (folder / JOURNAL).unlink(missing_ok=True)
     sync_folder(folder)
-
-
-def _write_journal(folder: Path, journal: Journal) -> None:
-    path = folder / JOURNAL
-    new = path.with_name(path.name + STAGED)
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(asdict(journal), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    sync_folder(folder)
-
-
-def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and Path(name).name == name
-
-
-def _staged(file: Path) -> Path:
-    return file.with_name(file.name + STAGED)
 
 
 def _refuse_cache(folder: Path) -> None:

@@ -21,7 +21,7 @@ import subnet_kernels
 from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.deltas import Delta, apply_delta, export_delta, masked_delta, verify_delta
 from subnet_ft.deltas.applied import applied
-from subnet_ft.deltas.in_place import JOURNAL
+from subnet_ft.deltas.journal import JOURNAL
 from subnet_ft.errors import DeltaError, DeltaFileError, DeltaMismatchError, MaskMismatchError
 from subnet_ft.masks import Provenance, SubnetMask, extract
 from subnet_kernels import BitMask
