@@ -49,7 +49,7 @@ def evidence_of(path: Path) -> list[str]:
     file = path / "report.json" if path.is_dir() else path
     try:
         report = from_plain(Report, json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SubnetError(
             f"`{file}` cannot be read as a report ({type(error).__name__}: {error}). Name the `report.json` of "
             "`subnet-ft run` or `subnet-ft verify`, or its folder."

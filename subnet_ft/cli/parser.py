@@ -200,14 +200,14 @@ def _delta_commands(commands: Any) -> None:
     export.add_argument("--mask-reference", action="store_true", help="store no positions, only the mask's fingerprint")
 
     apply = _command(delta_commands, deltas.apply, "apply", "make the tuned checkpoint out of the base")
-    apply.add_argument("base", help="the base that the delta was made for; with --in-place, a folder")
+    apply.add_argument("base", type=_not_empty, help="the base that the delta was made for; with --in-place, a folder")
     apply.add_argument("deltas", nargs="+", metavar="DELTA", help=f"{_DELTA}, or a chain of them in order")
     place = apply.add_mutually_exclusive_group(required=True)
     place.add_argument("-o", "--output", metavar="DIR", help="the new folder")
     place.add_argument("--in-place", action="store_true", help="change the base's folder; `revert` undoes it")
 
     revert = _command(delta_commands, deltas.revert, "revert", "undo the last `apply --in-place`, byte for byte")
-    revert.add_argument("folder", help="the folder that a delta was applied to")
+    revert.add_argument("folder", type=_not_empty, help="the folder that a delta was applied to")
 
     info = _command(delta_commands, deltas.info, "info", "what a delta file holds")
     info.add_argument("delta", help=_DELTA)
@@ -253,6 +253,12 @@ def _delta_commands(commands: Any) -> None:
         )
     for command in (export, apply, revert, info, diff, compose, verify, shira, push, pull):
         command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _not_empty(name: str) -> str:
+    if not name:  # an unset variable of a script, which as a path would be the working folder
+        raise argparse.ArgumentTypeError("it is empty; name a checkpoint, or `.` for this folder")
+    return name
 
 
 def _delta_output(parser: argparse.ArgumentParser) -> None:

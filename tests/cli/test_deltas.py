@@ -128,6 +128,16 @@ def test_delta_refuses_wrong_input(files: dict[str, str], capsys: pytest.Capture
     assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize("words", [["revert", ""], ["apply", "", "d", "--in-place"], ["apply", "", "d", "-o", "x"]])
+def test_delta_commands_that_change_folders_take_no_empty_name_for_this_one(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["delta", *words])
+    assert stopped.value.code == 2
+    assert "it is empty; name a checkpoint" in capsys.readouterr().err
+
+
 def test_delta_commands_take_masks_where_a_file_of_several_refers_to_one(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,10 +117,11 @@ def test_without_network_the_error_says_so(
     assert not target.exists()
 
 
+@pytest.mark.parametrize("text", ["{}", "", "[1]", "[" * 100_000, "\udcff"])
 def test_a_report_that_is_none_is_refused(
-    hub: Hub, delta: DeltaFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, hub: Hub, delta: DeltaFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "report.json").write_bytes(text.encode(errors="surrogateescape"))
     assert main(["delta", "push", str(delta.path), REPO, "--report", str(tmp_path), "-q"]) == 2
     assert "cannot be read as a report" in capsys.readouterr().err
     assert hub.asked == []
