@@ -188,8 +188,12 @@ def test_pipeline_resumes_from_checkpoints_that_hold_a_delta_to_the_same_bits(
 
 def test_train_in_full_and_of_adapters_keeps_dense_checkpoints_under_save_only_delta(tmp_path: Path) -> None:
     options = ["subnet.save_only_delta=true", "keep_checkpoints=true", "training.max_steps=2", "training.save_steps=1"]
-    for method, file in (("full", "model.safetensors"), ("lora", "adapter_model.safetensors")):
-        stage = Pipeline(recipe("dpo", tmp_path / "run", *options, f"method={method}")).train()
+    with_buffers = ["model.name=tiny:deepseek_v3", "methods.lora.config.target_modules=[o_proj]"]
+    for method, model, file in (
+        ("full", [], "model.safetensors"),
+        ("lora", with_buffers, "adapter_model.safetensors"),
+    ):
+        stage = Pipeline(recipe("dpo", tmp_path / method, *options, *model, f"method={method}")).train()
         assert [path.name for path in (stage.folder / "trainer" / "checkpoint-1").glob("*.safetensors")] == [file]
 
 

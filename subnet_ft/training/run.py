@@ -137,11 +137,11 @@ def train(
     # All weights are trained, saved and compared in one dtype.
     undo_upcasts(loaded, dtype=spec.dtype)
     _refuse_other_dtypes(loaded, base, spec.dtype)
-    if recipe.subnet.save_only_delta:  # in the full run, too: hours before the subnetwork run asks
-        check_held_by_delta(loaded)
     model: Any = loaded
     settings = recipe.methods.get(method, MethodSpec())
     is_adapter = METHODS[method].trains == "adapter"
+    if recipe.subnet.save_only_delta and not is_adapter:  # in the full run, too: hours before the subnetwork run asks
+        check_held_by_delta(loaded)
     if is_adapter:
         texts = prompt_texts(dataset, tokenizer) if method == "eva" else []
         model = attach(model, tokenizer, method, settings.config, seed=recipe.seed, texts=texts)
