@@ -10,6 +10,7 @@ from typing import Any
 from subnet_ft.checkpoints import Checkpoint
 from subnet_ft.deltas import DeltaFile, export_delta
 from subnet_ft.deltas.header import SUFFIX
+from subnet_ft.deltas.writing import remove_unfinished
 from subnet_ft.errors import DeltaFileError, DeltaMismatchError, StageError
 from subnet_ft.processes import first_alone
 from subnet_ft.stages import TrainedStage, add_result
@@ -48,6 +49,7 @@ def with_delta(stage: TrainedStage, base: Checkpoint, *, progress: bool = False)
             if "missing" not in known and _sha256(path) != known["sha256"]:
                 raise StageError(f"`{path}` is not the delta that this run made. Remove it to have it made again.")
             return known
+        remove_unfinished(path)  # of a run that was killed; this one alone works in the folder
         try:
             file = export_delta(base, stage.folder, path, mask=stage.mask, progress=progress)
         except DeltaMismatchError as error:

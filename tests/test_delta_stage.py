@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,26 @@ def test_with_delta_killed_at_any_moment_is_done_by_the_next_run(
     figures = with_delta(stage, open_checkpoint(base)).results["delta"]
     assert figures["sha256"] == DeltaFile(delta_path(stage.folder)).sha256
     assert recorded(stage.folder)["results"]["delta"] == figures
+
+
+def test_with_delta_clears_what_a_killed_run_left_and_nothing_else(tmp_path: Path) -> None:
+    base, stage = finished(tmp_path / "run")
+    path = delta_path(stage.folder)
+    code = """
+import os, sys
+from subnet_ft.deltas.writing import DeltaWriter
+from subnet_ft.masks import ModelRecord
+with DeltaWriter(sys.argv[1], ModelRecord("a base", None), {}):
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -9
+    (left,) = (tmp_path / "run").glob(".*")
+    other = tmp_path / "run" / f".other.{path.name}.x"
+    other.mkdir()
+    with_delta(stage, open_checkpoint(base))
+    assert not left.exists()
+    assert other.exists()
+    assert path.exists()
 
 
 def test_with_delta_makes_a_lost_one_again_and_refuses_another_one(tmp_path: Path) -> None:

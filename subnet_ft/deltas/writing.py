@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +106,7 @@ class DeltaWriter:
     def __enter__(self) -> DeltaWriter:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.")
+            self._folder = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=_waiting(self.path))
             self._waiting = {width: self._beside(str(width)).open("wb") for width in self._stored}
         return self
 
@@ -189,6 +191,17 @@ def check_writable(path: Path) -> None:
             ancestor = ancestor.parent
         if not ancestor.is_dir():
             raise DeltaFileError(f"`{path}` cannot be written: `{ancestor}` is a file. Choose another folder.")
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it; nobody may be writing it."""
+    for folder in path.parent.glob(f"{glob.escape(_waiting(path))}*"):
+        shutil.rmtree(folder)
+
+
+def _waiting(path: Path) -> str:
+    """Return how the names of folders begin in which parts of a delta wait."""
+    return f".{path.name}."
 
 
 def sync_folder(folder: Path) -> None:
