@@ -11,6 +11,7 @@ from typing import NamedTuple
 from subnet_ft.checkpoints import tiny
 from subnet_ft.checkpoints.cache import build_once
 from subnet_ft.checkpoints.gguf import PACKAGE_PREFIX, gguf_checkpoint
+from subnet_ft.checkpoints.settled import check_settled
 from subnet_ft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def resolve_checkpoint(name: str | Path, *, revision: str | None = None) -> Path
         revision: Branch, tag or commit of a Hub id.
 
     Raises:
-        CheckpointError: There is nothing of that name.
+        CheckpointError: There is nothing of that name, or a change in place was interrupted in the folder.
         MissingDependencyError: `name` needs a package that is not installed.
     """
     return locate(name, revision=revision).folder
@@ -72,6 +73,7 @@ def locate(name: str | Path, *, revision: str | None = None) -> Location:
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         _refuse_revision(text, revision)
+        check_settled(folder)
         return Location(folder, None)
     if text.startswith(TINY_PREFIX):
         _refuse_revision(text, revision)

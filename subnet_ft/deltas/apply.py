@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
+from subnet_ft.checkpoints.settled import JOURNAL
 from subnet_ft.checkpoints.shards import INDEX_FILE, SINGLE_FILE
 from subnet_ft.deltas.checks import AnyDelta, open_deltas
 from subnet_ft.deltas.in_place import apply_in_place
@@ -20,7 +22,7 @@ from subnet_ft.masks import SubnetMask
 
 # What goes with the weights: config, tokenizer, templates, licences. Not a trainer's state, nor other deltas.
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_THE_MODEL = ("trainer_state.json", "stage.json", "started.json", "log.json", "dynamics.json", INDEX_FILE)
+_NOT_THE_MODEL = ("trainer_state.json", "stage.json", "started.json", "log.json", "dynamics.json", INDEX_FILE, JOURNAL)
 
 
 def apply_delta(
@@ -38,7 +40,8 @@ def apply_delta(
 
     Args:
         base: A folder, a Hub id, a GGUF or an open `Checkpoint`; for `in_place`, a folder.
-        delta: A delta, its file, or several of which each belongs to the result of the one before.
+        delta: A delta, its file, `hub:OWNER/NAME[@REVISION]`, or several of which each belongs to the result of the one
+            before.
         output: The new folder; it appears whole or not at all.
         in_place: Change the base's folder instead. What is replaced is kept there for `revert_delta`. A killed call is
             finished by the same call, or undone by `revert_delta`.
@@ -51,7 +54,7 @@ def apply_delta(
         CheckpointError: The base cannot be found or read.
         DeltaFileError: A delta file breaks its format.
         DeltaMismatchError: The base is another one, or the deltas make no chain. Nothing was written.
-        DeltaError: Neither or both of `output` and `in_place`, the folder is not empty, or the disk is full.
+        DeltaError: Neither or both of `output` and `in_place`, the folder is not empty, or it cannot be written.
     """
     chosen = SubnetMask.load(mask) if isinstance(mask, (str, Path)) else mask
     deltas = open_deltas(delta, chosen)
@@ -65,21 +68,37 @@ def apply_delta(
     checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(base)
     patch = Patch(checkpoint, deltas)
     files = sorted({stored.file for stored in checkpoint.stored.values()})
-    check_room(target, files)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as staging:
-        content = Path(staging) / "content"  # the folder around it is private; this one has ordinary permissions
-        content.mkdir()
-        with ShardWriter(checkpoint, {file: content / file.name for file in files}) as writer:
-            patch.run(writer.write)
-        for name in side_files(checkpoint.folder):
-            shutil.copy(checkpoint.folder / name, content / name)
-        if not (checkpoint.folder / SINGLE_FILE).is_file():
-            shutil.copy(checkpoint.folder / INDEX_FILE, content / INDEX_FILE)
-        sync_folder(content)
-        os.rename(content, target)  # an empty folder is replaced
-    sync_folder(target.absolute().parent)
+    with _writing(target):
+        check_room(target, files)
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as staging:
+            content = Path(staging) / "content"  # the folder around it is private; this one has ordinary permissions
+            content.mkdir()
+            with ShardWriter(checkpoint, {file: content / file.name for file in files}) as writer:
+                patch.run(writer.write)
+            for file in files:
+                shutil.copymode(file, content / file.name)
+            for name in side_files(checkpoint.folder):
+                shutil.copy(checkpoint.folder / name, content / name)
+            if not (checkpoint.folder / SINGLE_FILE).is_file():
+                shutil.copy(checkpoint.folder / INDEX_FILE, content / INDEX_FILE)
+            sync_folder(content)
+            check_new(target)  # another process may have made it in the meantime
+            os.rename(content, target)  # an empty folder is replaced
+        sync_folder(target.absolute().parent)
     return target
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f"`{error.filename}`: " if error.filename else ""
+        raise DeltaError(
+            f"`{target}` cannot be made: {where}{error.strerror or error}. Nothing of it is left. Free space or get "
+            "access, or name another folder."
+        ) from error
 
 
 def check_new(folder: Path) -> None:

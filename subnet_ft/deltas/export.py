@@ -15,7 +15,6 @@ from subnet_ft.deltas.checks import check_same_tensors
 from subnet_ft.deltas.delta import Delta, TensorDelta
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.header import DTYPES, TensorEntry
-from subnet_ft.deltas.journal import check_settled
 from subnet_ft.deltas.patching import CHUNK, added, joined
 from subnet_ft.deltas.writing import DeltaWriter
 from subnet_ft.errors import DeltaError, DeltaMismatchError
@@ -53,12 +52,12 @@ def export_delta(
         The file, opened.
 
     Raises:
-        CheckpointError: A checkpoint cannot be found or read.
+        CheckpointError: A checkpoint cannot be found or read, or `apply_delta` was interrupted in it.
         DeltaMismatchError: The checkpoints have other tensors, shapes, dtypes or buffers, or the mask leaves out
             weights that changed.
         MaskMismatchError: The mask belongs to another base.
         DeltaFileError: The file cannot be written.
-        DeltaError: `mask_reference` without a mask, or a folder in which `apply_delta` was interrupted.
+        DeltaError: `mask_reference` without a mask.
         MissingDependencyError: zstandard is not installed.
     """
     if mask_reference and mask is None:
@@ -69,8 +68,6 @@ def export_delta(
     shapes = {name: (spec.shape, _dtype_name(spec.dtype)) for name, spec in after.specs.items()}
     entries = {name: TensorEntry(spec.shape, _dtype_name(spec.dtype), 0, "", "") for name, spec in before.specs.items()}
     check_same_tensors(entries, shapes, f"the base `{before.name}`", f"`{after.name}`")
-    for checkpoint in (before, after):
-        check_settled(checkpoint.folder)
     _check_buffers(before, after)
     if chosen is not None:
         chosen.check_shapes({name: spec.shape for name, spec in before.specs.items()})

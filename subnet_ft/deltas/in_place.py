@@ -18,12 +18,13 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.checkpoints import Checkpoint, open_checkpoint
 from subnet_ft.checkpoints.cache import cache_folder
+from subnet_ft.checkpoints.settled import JOURNAL
 from subnet_ft.deltas.checks import AnyDelta, base_digest, result_digest
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.header import SUFFIX
-from subnet_ft.deltas.journal import JOURNAL, STAGED, Journal, read_journal, staged, undo_files, write_journal
+from subnet_ft.deltas.journal import STAGED, Journal, read_journal, staged, undo_files, write_journal
 from subnet_ft.deltas.output import ShardWriter, check_room
 from subnet_ft.deltas.patching import Patch
 from subnet_ft.deltas.verify import wrong_weights
@@ -138,7 +139,7 @@ def _expected(folder: Path, journal: Journal) -> dict[str, str] | None:
 def _resume(folder: Path, journal: Journal, expected: Mapping[str, str] | None) -> None:
     """Finish what a killed process began; what lay there since may be gone or changed, so all weights are checked."""
     _replace(folder, journal)
-    wrong = wrong_weights(open_checkpoint(folder), expected) if expected is not None else []
+    wrong = wrong_weights(Checkpoint(str(folder), folder), expected) if expected is not None else []
     if wrong:
         raise DeltaError(
             f"`{folder}` was interrupted in the middle of `{journal.action}`, and {len(wrong)} tensors are not what "

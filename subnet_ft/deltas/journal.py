@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from subnet_ft.checkpoints.settled import JOURNAL
 from subnet_ft.deltas.writing import sync_folder
 from subnet_ft.errors import DeltaError
 
-JOURNAL = "subnet-ft-journal.json"
-"""Its name in the folder."""
 STAGED = ".subnet-ft-new"
 """What a new file has behind its name until it takes the place of the old one."""
 
@@ -77,20 +76,6 @@ def write_journal(folder: Path, journal: Journal) -> None:
         os.fsync(file.fileno())
     os.replace(new, path)
     sync_folder(folder)
-
-
-def check_settled(folder: Path) -> None:
-    """Check that a folder's weights are all of one model: not some of them old and some new.
-
-    Raises:
-        DeltaError: A change in place was interrupted there.
-    """
-    journal = read_journal(folder)
-    if journal is not None and journal.phase == "replacing":
-        raise DeltaError(
-            f"`{folder}` is in the middle of `{journal.action}`, which was interrupted: some of its weights are old, "
-            f"others new. Finish it by the same command, or undo it with `subnet-ft delta revert {folder}`."
-        )
 
 
 def undo_files(folder: Path) -> dict[int, Path]:

@@ -12,8 +12,10 @@ from delta_checkpoints import DTYPES, contents, save_pair, unchanged, weights
 from safetensors.torch import load_file, save_file
 
 from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.checkpoints.settled import JOURNAL
 from subnet_ft.checkpoints.tiny import FAMILIES, save_tiny
 from subnet_ft.deltas import Delta, apply_delta, export_delta, revert_delta, verify_delta
+from subnet_ft.deltas import apply as apply_module
 from subnet_ft.deltas import output as output_module
 from subnet_ft.errors import DeltaError, DeltaFileError, DeltaMismatchError
 
@@ -151,14 +153,43 @@ def test_apply_copies_config_and_tokenizer_and_no_state_of_a_trainer(
     pair: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     base, _, delta = pair
-    for name in ("trainer_state.json", "optimizer.pt", "training_args.bin", "other.safetensors"):
+    state = {"trainer_state.json", "optimizer.pt", "training_args.bin", "other.safetensors", JOURNAL}
+    for name in state:
         (base / name).touch()
     (base / "LICENSE").write_text("free")
     out = apply_delta(base, delta, tmp_path / "out")
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "tokenizer.json", "LICENSE", "model.safetensors.index.json"} <= names
-    assert not names & {"trainer_state.json", "optimizer.pt", "training_args.bin", "other.safetensors"}
+    assert not names & state
     assert open_checkpoint(out).specs == open_checkpoint(base).specs
+
+
+def test_apply_keeps_the_permissions_of_weight_files(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, _, delta = pair
+    files = sorted(path.name for path in base.glob("*.safetensors"))
+    modes = [0o600, 0o640, 0o664]
+    for name, mode in zip(files, modes, strict=False):
+        (base / name).chmod(mode)
+    out = apply_delta(base, delta, tmp_path / "out")
+    assert [(out / name).stat().st_mode for name in files] == [(base / name).stat().st_mode for name in files]
+
+
+def test_apply_leaves_a_folder_alone_that_another_process_made_first(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, delta = pair
+    out = tmp_path / "out"
+
+    def made_meanwhile(*args: object) -> list[str]:
+        out.mkdir(exist_ok=True)
+        (out / "mine").touch()
+        return []
+
+    monkeypatch.setattr(apply_module, "side_files", made_meanwhile)
+    with pytest.raises(DeltaError, match="out` is already there"):
+        apply_delta(base, delta, out)
+    assert {path.name for path in out.iterdir()} == {"mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", delta.name, "out"}
 
 
 def test_apply_raises_what_the_disk_says_and_leaves_nothing(
@@ -175,7 +206,7 @@ def test_apply_raises_what_the_disk_says_and_leaves_nothing(
     monkeypatch.setattr(os, "pwrite", refuse)
     before = contents(base)
     for settings in ({"output": tmp_path / "out"}, {"in_place": True}):
-        with pytest.raises((OSError, DeltaError), match="No space left"):
+        with pytest.raises(DeltaError, match="No space left"):
             apply_delta(base, delta, **settings)
     assert contents(base) == before
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", delta.name}
@@ -194,7 +225,7 @@ def test_apply_raises_what_the_disk_says_while_it_is_being_synced(
 
     monkeypatch.setattr(output_module, "_SYNC", 1)
     monkeypatch.setattr(os, "fsync", refuse_once)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(DeltaError, match=r"out` cannot be made: Input/output error. Nothing of it is left"):
         apply_delta(base, delta, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", delta.name}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,8 @@ import subnet_kernels
 from subnet_ft.checkpoints.tiny import save_tiny
 from subnet_ft.deltas import Delta, apply_delta, export_delta, masked_delta, verify_delta
 from subnet_ft.deltas.applied import applied
-from subnet_ft.deltas.journal import JOURNAL
-from subnet_ft.errors import DeltaError, DeltaFileError, DeltaMismatchError, MaskMismatchError
+from subnet_ft.deltas.journal import Journal, write_journal
+from subnet_ft.errors import CheckpointError, DeltaError, DeltaFileError, DeltaMismatchError, MaskMismatchError
 from subnet_ft.masks import Provenance, SubnetMask, extract
 from subnet_kernels import BitMask
 
@@ -197,12 +196,12 @@ def test_export_compares_leftovers_of_any_dtype(tmp_path: Path) -> None:
 
 def test_export_refuses_a_folder_that_is_half_changed(tmp_path: Path) -> None:
     base, tuned = save_pair(tmp_path)
-    journal = {"action": "apply", "phase": "replacing", "result": "", "undo": f".undo-001{SUFFIX}", "files": []}
-    (tuned / JOURNAL).write_text(json.dumps(journal))
+    journal = Journal("apply", "replacing", "", f".undo-001{SUFFIX}", [])
+    write_journal(tuned, journal)
     for left, right in ((base, tuned), (tuned, base)):
-        with pytest.raises(DeltaError, match="some of its weights are old"):
+        with pytest.raises(CheckpointError, match="some of its weights are old"):
             export_delta(left, right, tmp_path / f"d{SUFFIX}")
-    (tuned / JOURNAL).write_text(json.dumps(journal | {"phase": "preparing"}))
+    write_journal(tuned, replace(journal, phase="preparing"))
     assert export_delta(base, tuned, tmp_path / f"d{SUFFIX}").entries
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from delta_checkpoints import unchanged
 
-from subnet_ft.deltas.journal import JOURNAL, Journal, check_settled, read_journal, staged, undo_files, write_journal
+from subnet_ft.checkpoints.settled import JOURNAL
+from subnet_ft.deltas.journal import Journal, read_journal, staged, undo_files, write_journal
 from subnet_ft.errors import DeltaError
 
 SUFFIX = ".delta.safetensors"
@@ -84,15 +85,6 @@ def test_a_journal_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_bytes(text.encode(errors="surrogatepass"))
     with unchanged(tmp_path), pytest.raises(DeltaError, match=r"journal\.json` cannot be read"):
         read_journal(tmp_path)
-
-
-def test_check_settled_refuses_what_is_half_changed(tmp_path: Path) -> None:
-    check_settled(tmp_path)
-    write_journal(tmp_path, replace(UNFINISHED, phase="preparing"))
-    check_settled(tmp_path)  # all weights are old
-    write_journal(tmp_path, UNFINISHED)
-    with pytest.raises(DeltaError, match=r"in the middle of `apply`.*subnet-ft delta revert"):
-        check_settled(tmp_path)
 
 
 def test_undo_files_are_those_of_ours_by_number(tmp_path: Path) -> None:
