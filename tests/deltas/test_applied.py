@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -402,3 +403,27 @@ def test_applied_refuses_a_model_whose_hot_swap_is_active() -> None:
     bank.deactivate()
     with applied(model, delta):
         pass
+
+
+def test_applied_copy_of_the_model_is_a_model_of_its_own() -> None:
+    model = small_model(torch.bfloat16)
+    base, (delta, tuned) = weights_of(model), delta_of(model)
+    with applied(model, delta):
+        twin = copy.deepcopy(model)
+        saved = {name: value.clone() for name, value in model.state_dict().items()}
+    check_same(weights_of(model), base)
+    check_same(weights_of(twin), tuned)
+    check_same(saved, tuned)
+    with pytest.raises(DeltaMismatchError), applied(twin, delta):
+        pass
+    with torch.no_grad():
+        twin[0].weight.zero_()  # nobody watches it
+
+
+def test_applied_takes_weights_that_need_no_gradients() -> None:
+    model = small_model(torch.bfloat16).requires_grad_(False)
+    base, (delta, tuned) = weights_of(model), delta_of(model)
+    with applied(model, delta):
+        check_same(weights_of(model), tuned)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    check_same(weights_of(model), base)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from deltas.random_deltas import delta_of, weights_of
@@ -120,3 +122,86 @@ def test_hot_swap_notices_weights_that_were_written_while_a_delta_was_active() -
     with pytest.raises(SwapError, match=r"Somebody wrote to 1 tensors while the delta `a` .* `2.weight`"):
         bank.deactivate()
     assert bank.active is None
+
+
+def test_hot_swap_says_that_the_model_was_cast_while_a_delta_was_active() -> None:
+    model = small_model(torch.bfloat16)
+    bank = HotSwap(model)
+    for seed, name in enumerate("ab"):
+        bank.add(name, delta_of(model, seed=seed)[0])
+    bank.activate("a")
+    model.float()
+    with pytest.raises(SwapError, match="the delta `a` is still in it there: load the model again"):
+        bank.activate("b")
+
+
+def test_hot_swap_notices_weights_off_the_mask_that_were_written_before_a_switch() -> None:
+    model = small_model(torch.bfloat16)
+    bank = HotSwap(model)
+    for seed, name in enumerate("ab"):
+        bank.add(name, delta_of(model, seed=seed, without="0.weight")[0])
+    bank.activate("a")
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    with pytest.raises(DeltaMismatchError, match=r"`0.weight` are not those of `a base`"):
+        bank.activate("b")
+    assert bank.active is None
+
+
+def test_hot_swap_notices_values_that_were_written_unseen_by_torch_before_a_switch() -> None:
+    model = small_model(torch.bfloat16)
+    base = weights_of(model)
+    bank = HotSwap(model)
+    for seed, name in enumerate("ab"):
+        bank.add(name, delta_of(model, seed=seed)[0])
+    bank.activate("a")
+    model[0].weight.detach().view(torch.int16).numpy()[:] = 7
+    with pytest.raises(SwapError, match=r"Somebody wrote to 1 tensors while the delta `a` .* `0.weight`"):
+        bank.activate("b")
+    assert bank.active is None
+    others = {name: weight for name, weight in weights_of(model).items() if name != "0.weight"}
+    check_same(others, {name: base[name] for name in others})
+
+
+def test_hot_swap_switched_by_many_threads_at_once_loses_nothing() -> None:
+    model = small_model(torch.bfloat16)
+    bank = HotSwap(model)
+    expected = {}
+    for seed, name in enumerate("abc"):
+        delta, expected[name] = delta_of(model, seed=seed)
+        bank.add(name, delta)
+    base = weights_of(model)
+    errors: list[BaseException] = []
+
+    def switch(turn: int) -> None:
+        try:
+            for number in range(150):
+                bank.activate("abc"[(turn + number) % 3])
+                if number % 5 == 0:
+                    bank.deactivate()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=switch, args=(turn,)) for turn in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    check_same(weights_of(model), base if bank.active is None else expected[bank.active])
+    bank.deactivate()
+    check_same(weights_of(model), base)
+
+
+@pytest.mark.parametrize("first", ["a", "none"])
+def test_hot_swap_takes_a_delta_without_changes(first: str) -> None:
+    model = small_model(torch.bfloat16)
+    base = weights_of(model)
+    bank = HotSwap(model)
+    delta, tuned = delta_of(model)
+    bank.add("a", delta)
+    bank.add("none", delta_of(model, density=0.0)[0])
+    for name in (first, "a", "none", "a"):
+        bank.activate(name)
+        check_same(weights_of(model), tuned if name == "a" else base)
+    assert bank.active == "a"
