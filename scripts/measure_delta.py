@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -104,12 +104,25 @@ def measure_run(folder: Path, run: Path) -> None:
     for name, chosen in (("full", None), ("subnet", mask)):
         delta = export_delta(inputs.base, run / name, raw, mask=chosen)
         export_delta(inputs.base, run / name, packed, mask=chosen, zstd=True)
+        more = {}
+        if chosen is not None:
+            referring = export_delta(
+                inputs.base, run / name, folder / "ref.delta.safetensors", mask=chosen, mask_reference=True
+            )
+            more["delta --mask-reference"] = referring.nbytes
         dense = sum(file.stat().st_size for file in (run / name).glob("*.safetensors"))
         print(f"\n{run / name}, a value for {density_of(delta):.4f} of {num_weights(delta):,} weights:")
-        print_sizes(inputs.base, open_checkpoint(run / name), delta, packed.stat().st_size, dense)
+        print_sizes(inputs.base, open_checkpoint(run / name), delta, packed.stat().st_size, dense, more)
 
 
-def print_sizes(base: Checkpoint | Path, tuned: Checkpoint | Path, delta: DeltaFile, packed: int, dense: int) -> None:
+def print_sizes(
+    base: Checkpoint | Path,
+    tuned: Checkpoint | Path,
+    delta: DeltaFile,
+    packed: int,
+    dense: int,
+    more: Mapping[str, int] | None = None,
+) -> None:
     """Print one row per way to store what was trained.
 
     Args:
@@ -117,6 +130,7 @@ def print_sizes(base: Checkpoint | Path, tuned: Checkpoint | Path, delta: DeltaF
         delta: Uncompressed.
         packed: Bytes of the compressed delta.
         dense: Bytes of the tuned checkpoint's files.
+        more: Bytes of other files.
     """
     before, after = (one if isinstance(one, Checkpoint) else open_checkpoint(one) for one in (base, tuned))
     total = num_weights(delta)
@@ -125,6 +139,7 @@ def print_sizes(base: Checkpoint | Path, tuned: Checkpoint | Path, delta: DeltaF
         "dense checkpoint": dense,
         "delta": delta.nbytes,
         "delta --zstd": packed,
+        **(more or {}),
         "bound (2 d + 0.13 in bfloat16)": round(values + 0.13 * total),
         "zstd of the XOR of the weights": compressed(xor(before, after)),
         "zstd of the tuned weights": compressed(data(after)),

@@ -33,10 +33,13 @@ def test_measure_delta_prints_the_sizes_of_a_finished_run(
         for part in (full, subnet)
     ]
     for sizes, stage in zip(rows, ("full", "subnet"), strict=True):
+        by_mask = ["delta --mask-reference"] if stage == "subnet" else []
         assert list(sizes) == [
-            "dense checkpoint", "delta", "delta --zstd", "bound (2 d + 0.13 in bfloat16)",
+            "dense checkpoint", "delta", "delta --zstd", *by_mask, "bound (2 d + 0.13 in bfloat16)",
             "zstd of the XOR of the weights", "zstd of the tuned weights", "LoRA r 16 on every linear layer, bfloat16",
         ]  # fmt: skip
         assert sizes["dense checkpoint"] == (run / stage / "model.safetensors").stat().st_size
     assert rows[1]["delta"] == (run / "subnet.delta.safetensors").stat().st_size
+    referring = rows[1]["delta --mask-reference"]
+    assert 2 * mask.num_trainable < referring < rows[1]["delta"] - mask.num_parameters // 8 + 200
     assert rows[1]["bound (2 d + 0.13 in bfloat16)"] == round(2 * mask.num_trainable + 0.13 * mask.num_parameters)

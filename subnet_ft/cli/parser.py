@@ -192,7 +192,7 @@ def _mask_commands(commands: Any) -> None:
 def _delta_commands(commands: Any) -> None:
     delta = commands.add_parser("delta", help="sparse checkpoints", description="Make and use sparse checkpoints.")
     delta_commands = delta.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    export = _command(delta_commands, deltas.export, "export", "write what training changed (docs/delta_format.md)")
+    export = _command(delta_commands, deltas.export, "export", "write what training changed (docs/deltas.md)")
     export.add_argument("base", help="folder, Hub id, .gguf file, package:MODULE/FILE.gguf or tiny:FAMILY")
     export.add_argument("tuned", help="the same, after training of any kind")
     _delta_output(export)
@@ -232,7 +232,7 @@ def _delta_commands(commands: Any) -> None:
     verify.add_argument("delta", help=_DELTA)
     verify.add_argument("tuned", nargs="?", help="what base and delta should make")
     shira = _command(
-        delta_commands, deltas.to_shira, "to-shira", "make a SHiRA adapter for PEFT (docs/delta_format.md, Interchange)"
+        delta_commands, deltas.to_shira, "to-shira", "make a SHiRA adapter for PEFT (docs/deltas.md, Interchange)"
     )
     shira.add_argument("base", help="the base that the delta was made for")
     shira.add_argument("delta", help=_DELTA)

@@ -1,4 +1,4 @@
-"""docs/delta_format.md: its example is the file byte by byte, and its reader reads real files."""
+"""docs/delta_format.md, whose example is the file byte by byte and whose reader reads real files; docs/deltas.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from subnet_ft.deltas.checks import base_digest, result_digest
 from subnet_ft.evidence.report import write_report
 from subnet_ft.masks import extract
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "delta_format.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (DOCS / "delta_format.md").read_text(encoding="utf-8")
+GUIDE = (DOCS / "deltas.md").read_text(encoding="utf-8")
 SUFFIX = ".delta.safetensors"
 
 
@@ -87,7 +89,7 @@ def test_page_says_what_the_digests_and_the_fingerprint_of_a_mask_are(tmp_path: 
     assert mask.hexdigest() == delta.mask.fingerprint
 
 
-def test_page_commands_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guide_commands_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path / "hub", monkeypatch)
     monkeypatch.chdir(tmp_path)
     save_pair(tmp_path)
@@ -96,7 +98,7 @@ def test_page_commands_run_as_printed(tmp_path: Path, monkeypatch: pytest.Monkey
     for name, seed in (("A", 2), ("B", 3)):
         other = save_pair(tmp_path / name, seed=seed)[1]
         export_delta("base", other, f"{name}{SUFFIX}")
-    block = PAGE.split("```\n")[1]
+    block = GUIDE.split("```\n")[1]
     lines = [line.partition("  #")[0].strip() for line in block.splitlines()]
     assert len(lines) > 10
     for number, line in enumerate(lines):
