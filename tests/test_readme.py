@@ -6,6 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from delta_checkpoints import contents, save_pair
+from helpers import same_bits
+from transformers import AutoModelForCausalLM
 
 import subnet_ft
 from subnet_ft.cli import main
@@ -33,10 +37,27 @@ def test_readme_shows_a_recipe_that_passes_every_check(tmp_path: Path) -> None:
 
 
 def test_readme_imports_names_that_exist() -> None:
-    (text,) = blocks("python")
-    (imported,) = re.findall(r"^from subnet_ft import (.*)$", text, flags=re.MULTILINE)
-    assert set(imported.split(", ")) <= set(subnet_ft.__all__)
-    compile(text, "README.md", "exec")
+    for text in blocks("python"):
+        (imported,) = re.findall(r"^from subnet_ft import (.*)$", text, flags=re.MULTILINE)
+        assert set(imported.split(", ")) <= set(subnet_ft.__all__)
+        compile(text, "README.md", "exec")
+
+
+def test_readme_s_deltas_do_what_their_comments_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = (block for block in blocks("python") if "export_delta" in block)
+    base, tuned = save_pair(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    seen: list[torch.Tensor] = []
+    prompts = {"input_ids": torch.ones(1, 3, dtype=torch.long), "max_new_tokens": 1}
+    before = [parameter.clone() for parameter in model.parameters()]
+    model.generate = lambda **_: seen.extend(parameter.clone() for parameter in model.parameters())
+    names = {"model": model, "prompts": prompts}
+    exec(text.replace("my/base", "base").replace("my/rl-tuned", "tuned").replace('"tuned")  #', '"new")  #'), names)
+    assert contents(tmp_path / "new") == contents(tuned)
+    after = AutoModelForCausalLM.from_pretrained(tuned).parameters()
+    assert all(same_bits(mine, theirs) for mine, theirs in zip(seen, after, strict=True))
+    assert all(same_bits(mine, theirs) for mine, theirs in zip(model.parameters(), before, strict=True))
 
 
 def test_readme_table_agrees_with_the_output_it_shows() -> None:
