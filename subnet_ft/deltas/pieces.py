@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -56,6 +57,11 @@ class Piece:
         self.values.copy_(values)
         self._own = subnet_kernels.fingerprint(self._words)
         self._is_unsure = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the values that were given are held here, all of them."""
+        return not self.inside and self.is_intact is True
 
     def weights(self) -> torch.Tensor:
         """Return the stretch, flat; raise SwapError unless it is where it was, in the dtype that it had."""
@@ -128,6 +134,17 @@ def pieces_of(name: str, parameter: torch.nn.Parameter, mask: BitMask, values: t
         if cut.count:
             yield Piece(name, parameter, num_held, start, cut, values[used : used + cut.count])
         used += cut.count
+
+
+def check_apart(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise SwapError if two tensors have a weight in common, which each would take for its own."""
+    places = sorted((held.data_ptr(), held.data_ptr() + held.nbytes, name) for name, held in weights.items())
+    for (_, end, name), (start, _, following) in itertools.pairwise(places):
+        if start < end:
+            raise SwapError(
+                f"`{name}` and `{following}` share memory, so a value of one would be a value of the other, too. Tie "
+                "them by one parameter (`model.tie_weights()`), or give each its own memory (`.clone()`)."
+            )
 
 
 def side_by_side(action: Callable[[T], None], items: Sequence[T], devices: set[torch.device]) -> None:

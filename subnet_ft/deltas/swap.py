@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
@@ -13,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from subnet_ft.checkpoints.listing import listing
 from subnet_ft.deltas.counters import VersionCounters
-from subnet_ft.deltas.pieces import Piece, pieces_of, side_by_side
+from subnet_ft.deltas.pieces import Piece, check_apart, pieces_of, side_by_side
 from subnet_ft.errors import DeltaError, SwapError
 from subnet_ft.masks import SubnetMask, TensorMask
 from subnet_ft.masks.slices import count_before
@@ -122,7 +121,8 @@ class WeightSwap:
         """Give the model the values, and keep those that it had.
 
         Raises:
-            SwapError: Values are in the model already, these or others, or a weight was cast, moved or replaced.
+            SwapError: Values are in the model already, these or others, a weight was cast, moved or replaced, or the
+                values were lost in the model before.
         """
         occupant = _Occupant(self.name)
         try:
@@ -146,7 +146,7 @@ class WeightSwap:
             other: Values for the same parameters of the same model. In-out.
 
         Raises:
-            SwapError: Somebody wrote to the weights of `other`, or a weight was cast, moved or replaced.
+            SwapError: Somebody wrote to the weights of `other`, or what `put_in` says.
         """
         if not other.is_untouched or other._replaced():
             other.take_out()
@@ -254,7 +254,7 @@ class WeightSwap:
         return list(dict.fromkeys(name for (name, _), piece in self._pieces.items() if piece.is_intact is False))
 
     def _check_place(self) -> None:
-        """Raise SwapError unless the model's weights are those that the values were prepared for."""
+        """Raise SwapError unless these are the values that were given, and the weights those they were prepared for."""
         reshard(self._model)
         replaced = self._replaced()
         if replaced:
@@ -263,9 +263,16 @@ class WeightSwap:
                 f"{listing(replaced)}. Somebody put others in their place (`load_state_dict(..., assign=True)`, "
                 "`fully_shard`); prepare the values again, for the model as it is."
             )
-        _check_apart({name: local(parameter) for name, parameter in self._parameters.items()})
+        check_apart({name: local(parameter) for name, parameter in self._parameters.items()})
         for piece in self._pieces.values():
             piece.weights()
+        lost = list(dict.fromkeys(name for (name, _), piece in self._pieces.items() if not piece.is_ready))
+        if lost:
+            raise SwapError(
+                f"{self.name} lost its values of {len(lost)} tensors: {listing(lost)}. Somebody wrote to those, or "
+                "cast or moved them, while the values were in the model. Prepare the values again; in a `HotSwap`, "
+                "remove the delta and add it again."
+            )
 
     def _replaced(self) -> list[str]:
         """Return the names of the parameters that are not in the model any more."""
@@ -313,17 +320,6 @@ def _surely(action: Callable[[], None]) -> None:
             raise interrupt
     finally:
         del interrupt  # which holds this frame
-
-
-def _check_apart(weights: Mapping[str, torch.Tensor]) -> None:
-    """Raise SwapError if two tensors have a weight in common, which each would take for its own."""
-    places = sorted((held.data_ptr(), held.data_ptr() + held.nbytes, name) for name, held in weights.items())
-    for (_, end, name), (start, _, following) in itertools.pairwise(places):
-        if start < end:
-            raise SwapError(
-                f"`{name}` and `{following}` share memory, so a value of one would be a value of the other, too. Tie "
-                "them by one parameter (`model.tie_weights()`), or give each its own memory (`.clone()`)."
-            )
 
 
 def _written_error(name: str, tensors: list[str]) -> SwapError:

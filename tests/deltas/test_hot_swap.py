@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -133,6 +134,41 @@ def test_hot_swap_says_that_the_model_was_cast_while_a_delta_was_active() -> Non
     model.float()
     with pytest.raises(SwapError, match="the delta `a` is still in it there: load the model again"):
         bank.activate("b")
+
+
+def add_one(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+
+
+@pytest.mark.parametrize("harm", [add_one, torch.nn.Module.float])
+@pytest.mark.parametrize("other", [None, "b"])
+def test_hot_swap_refuses_a_delta_whose_values_were_lost_in_the_model(
+    other: str | None, harm: Callable[[torch.nn.Module], object]
+) -> None:
+    model = small_model(torch.bfloat16)
+    base = weights_of(model)
+    bank = HotSwap(model)
+    (delta, tuned), (another, with_another) = delta_of(model, seed=0), delta_of(model, seed=1)
+    bank.add("a", delta)
+    bank.add("b", another)
+    bank.activate("a")
+    harm(model)
+    with pytest.raises(SwapError):
+        bank.deactivate()
+    model.bfloat16().load_state_dict(base)  # as the message asks
+    if other is not None:
+        bank.activate(other)
+        check_same(weights_of(model), with_another)
+    with pytest.raises(SwapError, match=r"the delta `a` lost its values of 6 tensors: `0.weight`.* add it again"):
+        bank.activate("a")
+    assert bank.active is None
+    check_same(weights_of(model), base)
+    bank.remove("a")
+    bank.add("a", delta)
+    bank.activate("a")
+    check_same(weights_of(model), tuned)
 
 
 def test_hot_swap_notices_weights_off_the_mask_that_were_written_before_a_switch() -> None:
