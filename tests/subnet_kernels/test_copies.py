@@ -132,17 +132,27 @@ def test_gather_returns_a_copy_also_under_a_full_mask(bits: int) -> None:
     assert dense.tolist() == [1.0] * 8
 
 
-def test_copies_cross_the_borders_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_cross_the_borders_of_segments_and_of_threads(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "SEGMENT_TILES", 3)
+    if backend == "cpu":
+        monkeypatch.setattr("subnet_kernels.cpu.copies._SMALL", 0)  # as many threads as for a large tensor
     dense_mask, mask = masked(65539, 0.2)
     assert mask.bases.numel() == 22
     dense = torch.randn(65539)
+    before = dense.clone()
     values = gather(dense, mask)
     assert same_bits(values, dense[dense_mask])
+    others = torch.arange(mask.count).float()
     swap(dense, mask, values)
-    scatter(dense, mask, torch.zeros(mask.count))
+    assert same_bits(dense, before)
+    swap(dense, mask, others)
+    assert same_bits(others, values)
+    assert same_bits(dense[dense_mask], torch.arange(mask.count).float())
+    scatter(dense, mask, values)
+    assert same_bits(dense, before)
+    assert patch(dense, mask, torch.zeros(mask.count)) == (fingerprint(before), fingerprint(dense))
     assert not dense[dense_mask].any()
-    assert dense[~dense_mask].all()
+    assert same_bits(dense[~dense_mask], before[~dense_mask])
 
 
 def test_copies_write_through_a_view_of_a_parameter() -> None:
