@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from subnet_ft.errors import CheckpointError
@@ -25,6 +26,6 @@ def check_settled(folder: Path) -> None:
     if f'"{REPLACING}"' in text:
         raise CheckpointError(
             f"A delta was being applied to `{folder}` in place, or taken back, when that was interrupted: some of its "
-            "weights are old, others new. Finish it by the same command, or undo it with `subnet-ft delta revert "
-            f"{folder}`."
+            "weights are old, others new. Finish it by the same command, or undo it with "
+            f"`{shlex.join(['subnet-ft', 'delta', 'revert', str(folder)])}`."
         )

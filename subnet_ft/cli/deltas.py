@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subnet_ft import __version__
 from subnet_ft.cli.results import FINE, VERIFICATION_FAILED, Emit, check_folder, printable
+from subnet_ft.errors import SubnetError
 
 if TYPE_CHECKING:
+    from subnet_ft.checkpoints import Checkpoint
     from subnet_ft.deltas import DeltaFile
     from subnet_ft.masks import SubnetMask
 
@@ -24,7 +27,7 @@ def export(options: argparse.Namespace, emit: Emit) -> int:
 
     _check_output(options)
     delta = export_delta(
-        options.base,
+        _base(options),
         options.tuned,
         options.output,
         mask=options.mask,
@@ -44,11 +47,11 @@ def apply(options: argparse.Namespace, emit: Emit) -> int:
     if options.output is not None:
         check_folder(Path(options.output).absolute().parent)
     deltas = open_deltas(options.deltas, _masks(options))
-    folder = apply_delta(options.base, deltas, options.output, in_place=options.in_place)
+    folder = apply_delta(_base(options), deltas, options.output, in_place=options.in_place)
     if options.json:
         emit(json.dumps({"version": __version__, "folder": str(folder), "in_place": options.in_place}))
     else:
-        undo = f"; undo with `subnet-ft delta revert {folder}`" if options.in_place else ""
+        undo = f"; undo with `{shlex.join(['subnet-ft', 'delta', 'revert', str(folder)])}`" if options.in_place else ""
         emit(f"{folder}: the base with {len(options.deltas)} delta{'s' * (len(options.deltas) > 1)} applied{undo}")
     return FINE
 
@@ -102,7 +105,7 @@ def compose(options: argparse.Namespace, emit: Emit) -> int:
         first,
         second,
         options.output,
-        base=options.base,
+        base=_base(options) if options.base or options.base_revision else None,
         on_conflict=options.on_conflict,
         zstd=options.zstd,
     )
@@ -115,7 +118,7 @@ def verify(options: argparse.Namespace, emit: Emit) -> int:
     from subnet_ft.deltas import verify_delta
     from subnet_ft.deltas.checks import open_deltas
 
-    found = verify_delta(options.base, open_deltas(options.delta, _masks(options)), options.tuned)
+    found = verify_delta(_base(options), open_deltas(options.delta, _masks(options)), options.tuned)
     if options.json:
         emit(json.dumps({"version": __version__, "fine": found.is_fine, **asdict(found)}))
     else:
@@ -139,7 +142,7 @@ def to_shira(options: argparse.Namespace, emit: Emit) -> int:
 
     check_folder(Path(options.output).absolute().parent)
     (delta,) = open_deltas(options.delta, _masks(options))
-    folder = export_shira(options.base, delta, options.output, pad=options.pad)
+    folder = export_shira(_base(options), delta, options.output, pad=options.pad)
     if options.json:
         emit(json.dumps({"version": __version__, "folder": str(folder)}))
     else:
@@ -152,6 +155,18 @@ def _check_output(options: argparse.Namespace) -> None:
 
     check_writable(Path(options.output))
     check_folder(Path(options.output).absolute().parent)
+
+
+def _base(options: argparse.Namespace) -> str | Checkpoint:
+    """Return the base by its name, or, where that alone does not say which it is, opened."""
+    if options.base_revision is None:
+        name: str = options.base
+        return name
+    if options.base is None:
+        raise SubnetError("`--base-revision` says which revision of a base is meant. Name the base, too (`--base`).")
+    from subnet_ft.checkpoints import open_checkpoint
+
+    return open_checkpoint(options.base, revision=options.base_revision)
 
 
 def _masks(options: argparse.Namespace) -> list[SubnetMask]:

@@ -247,6 +247,8 @@ def _delta_commands(commands: Any) -> None:
     pull.add_argument("repo", help="Hub id, owner/name")
     pull.add_argument("-o", "--output", required=True, metavar="FILE", help=_DELTA_OUTPUT)
     pull.add_argument("--revision", help="branch, tag or commit")
+    for command in (export, apply, compose, verify, shira):
+        command.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of a base on the Hub")
     for command in (apply, diff, compose, verify, shira):
         command.add_argument(
             "--mask", action="append", default=[], help="the mask file of a delta without positions; may be repeated"

@@ -22,7 +22,11 @@ from subnet_ft.masks import SubnetMask
 
 # What goes with the weights: config, tokenizer, templates, licences. Not a trainer's state, nor other deltas.
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_THE_MODEL = ("trainer_state.json", "stage.json", "started.json", "log.json", "dynamics.json", INDEX_FILE, JOURNAL)
+_NOT_THE_MODEL = (
+    *("trainer_state.json", "subnet_ft.json"),  # of a trainer's checkpoint; the latter has digests of its weights
+    *("stage.json", "started.json", "log.json", "dynamics.json"),
+    *(INDEX_FILE, JOURNAL),
+)
 
 
 def apply_delta(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from subnet_ft.checkpoints.resolve import is_hub_id
 from subnet_ft.deltas.checks import base_digest, result_digest
 from subnet_ft.deltas.download import HUB, HUB_FILE, asking_the_hub, download
 from subnet_ft.deltas.file import DeltaFile
 from subnet_ft.deltas.writing import check_writable, sync_folder, writing
 from subnet_ft.errors import DeltaError
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def push_delta(path: str | Path, repo: str, *, evidence: Sequence[str] = (), private: bool = False) -> str:
@@ -91,10 +90,14 @@ def model_card(delta: DeltaFile, repo: str, *, evidence: Sequence[str] = ()) -> 
     changed = sum(entry.count for entry in delta.entries.values())
     total = sum(entry.num_elements for entry in delta.entries.values())
     name, revision = delta.header.base_name, delta.header.base_revision
-    # A folder's name is of no use to others; the fingerprints say which weights are meant.
-    known = _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    # A folder's name is of no use to others; the fingerprints say which weights are meant. That the folder is not here
+    # says nothing: the delta may have been made elsewhere. Only a base that came from the Hub has a revision.
+    known = revision is not None and is_hub_id(name)
     front = ["tags: [subnet-ft, delta]", *([f"base_model: {json.dumps(name)}"] if known else [])]
-    base = f"`{name}`" + (f" at `{_plain(revision)}`" if revision else "") if known else "the base named below"
+    at = _plain(revision or "")
+    base = f"`{name}` at `{at}`" if known else "the base named below"
+    command = f"subnet-ft delta apply {name if known else 'BASE'} {HUB}{repo} -o FOLDER"
+    command += f" --base-revision {shlex.quote(at)}" if known else ""
     rows = {
         "base": _plain(name) if known else "no model of the Hub; known by its digest",
         "digest of the base's fingerprints": base_digest(delta),
@@ -112,7 +115,7 @@ def model_card(delta: DeltaFile, repo: str, *, evidence: Sequence[str] = ()) -> 
             "is the tuned model, bit for bit; another base is refused.",
             *("", "| | |", "|---|---|", *(f"| {key} | `{value}` |" for key, value in rows.items()), ""),
             *("## How to apply it", "", "```"),
-            *(f"subnet-ft delta apply {name if known else 'BASE'} {HUB}{repo} -o FOLDER", "```", ""),
+            *(command, "```", ""),
             *("## What the report says", "", *said, ""),
         ]
     )

@@ -28,7 +28,7 @@ from subnet_ft.deltas.journal import STAGED, Journal, read_journal, staged, undo
 from subnet_ft.deltas.output import ShardWriter, check_room
 from subnet_ft.deltas.patching import Patch
 from subnet_ft.deltas.verify import wrong_weights
-from subnet_ft.deltas.writing import DeltaWriter, sync_folder
+from subnet_ft.deltas.writing import DeltaWriter, remove_unfinished, sync_folder
 from subnet_ft.errors import DeltaError
 from subnet_ft.masks import ModelRecord
 
@@ -173,8 +173,7 @@ def _discard(folder: Path, journal: Journal | None) -> None:
         staged(folder / name).unlink(missing_ok=True)
     if journal.action == "apply":
         (folder / journal.undo).unlink(missing_ok=True)
-        for unfinished in folder.glob(f".{journal.undo}.*"):
-            shutil.rmtree(unfinished)
+        remove_unfinished(folder / journal.undo)
     (folder / JOURNAL).unlink(missing_ok=True)
     sync_folder(folder)
 

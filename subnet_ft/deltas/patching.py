@@ -68,15 +68,21 @@ class TensorPatch:
                 self._sums[0] = added(self._sums[0], before)
             self._sums[position + 1] = added(self._sums[position + 1], sums)
 
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the parameter before the first delta and after each; only after the last piece."""
+        return [format_fingerprint(sums) for sums in self._sums]
+
     def problem(self) -> DeltaError | None:
         """Say what is wrong, after the last piece: the base is another one, or a delta does not give its result."""
-        base, *results = (format_fingerprint(sums) for sums in self._sums)
+        base, *results = self.fingerprints
         first = self._deltas[0]
         entry = first.entries[self.name]
         if base != entry.base:
             done = " They are those of its result: it has been applied already." if base == entry.result else ""
+            at = f" at `{first.base.revision}`" if first.base.revision else ""
             return DeltaMismatchError(
-                f"The weights of `{self.name}` are not those that the delta was made for (`{first.base.name}`): "
+                f"The weights of `{self.name}` are not those that the delta was made for (`{first.base.name}`{at}): "
                 f"fingerprint {base}, expected {entry.base}.{done or ' Apply it to that base.'}"
             )
         for delta, result in zip(self._deltas, results, strict=True):

@@ -10,7 +10,6 @@ import subnet_kernels
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint
 from subnet_ft.deltas.checks import AnyDelta, check_fits, open_deltas
 from subnet_ft.deltas.patching import CHUNK, Patch, TensorPatch, added
-from subnet_ft.errors import DeltaMismatchError
 from subnet_ft.masks import SubnetMask, format_fingerprint
 
 
@@ -61,9 +60,11 @@ def verify_delta(
         for piece in pieces:
             patch.apply(piece, start)
             start += piece.numel()
-        problem = patch.problem()
-        if problem is not None:
-            (wrong_base if isinstance(problem, DeltaMismatchError) else wrong_result).append(name)
+        before, *made = patch.fingerprints
+        if before != deltas[0].entries[name].base:
+            wrong_base.append(name)
+        if made != [delta.entries[name].result for delta in deltas]:
+            wrong_result.append(name)
     expected = {name: entry.result for name, entry in deltas[-1].entries.items()}
     return DeltaCheck(wrong_base, wrong_result, None if after is None else wrong_weights(after, expected))
 

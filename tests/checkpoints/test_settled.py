@@ -23,6 +23,10 @@ def test_check_settled_refuses_what_is_half_changed(tmp_path: Path) -> None:
         write_journal(tmp_path, replace(UNFINISHED, action=action))
         with pytest.raises(CheckpointError, match=r"some of its weights are old.*subnet-ft delta revert"):
             check_settled(tmp_path)
+    (spaced := tmp_path / "a folder").mkdir()
+    write_journal(spaced, UNFINISHED)
+    with pytest.raises(CheckpointError, match=f"`subnet-ft delta revert '{spaced}'`"):
+        check_settled(spaced)
 
 
 @pytest.mark.parametrize("load", [open_checkpoint, resolve_checkpoint])

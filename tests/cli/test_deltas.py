@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,36 @@ def test_delta_refuses_wrong_input(files: dict[str, str], capsys: pytest.Capture
     with pytest.raises(SystemExit) as stopped:
         main(["delta", "apply", files["base"], files["a"]])
     assert stopped.value.code == 2
+
+
+def test_delta_commands_take_a_base_of_the_hub_at_a_revision(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = {None: files["second"], "v1": files["base"]}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, *, revision, **_: at[revision])
+    base, v1 = "someone/a-base", ("--base-revision", "v1")
+    made = printed(capsys, "export", base, files["first"], "-o", files["a"], *v1)
+    assert (made["base"], made["base_revision"]) == (base, "v1")
+    printed(capsys, "export", base, files["second"], "-o", files["b"], *v1)
+    assert f"(`{base}` at `v1`)" in refused(capsys, "apply", base, files["a"], "-o", files["out"])
+    printed(capsys, "apply", base, files["a"], "-o", files["out"], *v1)
+    assert weights(Path(files["out"])) == weights(Path(files["first"]))
+    printed(capsys, "verify", base, files["a"], files["first"], code=1)
+    printed(capsys, "verify", base, files["a"], files["first"], *v1)
+    composed = ("compose", files["a"], files["b"], "-o", files["c"], "--on-conflict", "first")
+    printed(capsys, *composed, "--base", base, *v1)
+    assert "Name the base, too" in refused(capsys, *composed, *v1)
+    assert "is not a Hub id" in refused(capsys, "apply", files["base"], files["a"], "--in-place", *v1)
+
+
+def test_delta_apply_in_place_prints_a_command_that_a_shell_takes(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spaced = Path(files["base"]).rename(tmp_path / "my base")
+    printed(capsys, "export", str(spaced), files["first"], "-o", files["a"])
+    assert main(["delta", "apply", str(spaced), files["a"], "--in-place", "-q"]) == 0
+    command = capsys.readouterr().out.partition("undo with `")[2].partition("`")[0]
+    assert shlex.split(command) == ["subnet-ft", "delta", "revert", str(spaced)]
 
 
 @pytest.mark.parametrize("words", [["revert", ""], ["apply", "", "d", "--in-place"], ["apply", "", "d", "-o", "x"]])

@@ -18,6 +18,7 @@ from subnet_ft.deltas import Delta, apply_delta, export_delta, revert_delta, ver
 from subnet_ft.deltas import apply as apply_module
 from subnet_ft.deltas import output as output_module
 from subnet_ft.errors import DeltaError, DeltaFileError, DeltaMismatchError
+from subnet_ft.training.saving import MANIFEST
 
 SUFFIX = ".delta.safetensors"
 
@@ -153,7 +154,7 @@ def test_apply_copies_config_and_tokenizer_and_no_state_of_a_trainer(
     pair: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     base, _, delta = pair
-    state = {"trainer_state.json", "optimizer.pt", "training_args.bin", "other.safetensors", JOURNAL}
+    state = {"trainer_state.json", MANIFEST, "optimizer.pt", "training_args.bin", "other.safetensors", JOURNAL}
     for name in state:
         (base / name).touch()
     (base / "LICENSE").write_text("free")

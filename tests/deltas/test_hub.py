@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ def test_the_card_names_a_base_of_the_hub_and_no_folder_of_ours(delta: DeltaFile
     assert delta.header.base_name not in card
     assert "No report came with this delta" in card
     assert "subnet-ft delta apply BASE" in card
+
+
+def test_the_card_has_the_revision_in_the_command_that_applies(delta: DeltaFile) -> None:
+    for name, revision, command in (
+        ("someone/a-base", "v1", f"someone/a-base hub:{REPO} -o FOLDER --base-revision v1"),
+        ("gpt2", "v 1", f"gpt2 hub:{REPO} -o FOLDER --base-revision 'v 1'"),
+        ("runs/base", None, f"BASE hub:{REPO} -o FOLDER"),  # a folder where the delta was made
+        ("../folder", "v1", f"BASE hub:{REPO} -o FOLDER"),
+    ):
+        delta.header = replace(delta.header, base_name=name, base_revision=revision)
+        card = model_card(delta, REPO)
+        assert f"\nsubnet-ft delta apply {command}\n" in card
+        assert ("base_model: " in card) == (name in card) == ("BASE" not in command)
 
 
 def test_a_damaged_download_leaves_what_was_there(hub: Hub, delta: DeltaFile, tmp_path: Path) -> None:
