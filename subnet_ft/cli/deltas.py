@@ -178,14 +178,15 @@ def _masks(options: argparse.Namespace) -> list[SubnetMask]:
 def _emit_file(delta: DeltaFile, options: argparse.Namespace, emit: Emit) -> None:
     figures = delta_figures(delta)
     if options.json:
-        emit(json.dumps({"version": __version__, **figures}))
+        emit(json.dumps({"version": __version__, "file": str(delta.path), **figures}))
         return
     changed, total, nbytes = figures["num_changed"], figures["num_parameters"], figures["bytes"]
     emit(f"{delta.path}: {changed:,} of {total:,} weights, density {figures['density']:.4%}")
     emit(f"  {nbytes:,} bytes, {figures['bytes_per_parameter']:.3f} per parameter, {figures['encoding']}")
     if figures["mask"] is not None:
         emit(f"  positions in the mask {figures['mask']}")
-    emit(f"  base   {figures['base_digest'][:16]}  {printable(figures['base'])}")
+    at = f" at {figures['base_revision']}" if figures["base_revision"] else ""
+    emit(f"  base   {figures['base_digest'][:16]}  {printable(figures['base'] + at)}")
     emit(f"  result {figures['result_digest'][:16]}")
     emit(f"  SHA-256 {figures['sha256']}")
 

@@ -45,6 +45,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_delta_commands_from_export_to_revert(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     made = printed(capsys, "export", files["base"], files["first"], "-o", files["a"])
     assert made == printed(capsys, "info", files["a"])
+    assert made["file"] == files["a"]
     assert made["bytes"] == Path(files["a"]).stat().st_size
     assert 0.25 < made["density"] == made["num_changed"] / made["num_parameters"] < 0.35
     packed = printed(capsys, "export", files["base"], files["second"], "-o", files["b"], "--zstd")
@@ -137,6 +138,8 @@ def test_delta_commands_take_a_base_of_the_hub_at_a_revision(
     base, v1 = "someone/a-base", ("--base-revision", "v1")
     made = printed(capsys, "export", base, files["first"], "-o", files["a"], *v1)
     assert (made["base"], made["base_revision"]) == (base, "v1")
+    assert main(["delta", "info", files["a"], "-q"]) == 0
+    assert f"{base} at v1\n" in capsys.readouterr().out
     printed(capsys, "export", base, files["second"], "-o", files["b"], *v1)
     assert f"(`{base}` at `v1`)" in refused(capsys, "apply", base, files["a"], "-o", files["out"])
     printed(capsys, "apply", base, files["a"], "-o", files["out"], *v1)
