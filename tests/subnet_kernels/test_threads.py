@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from interrupts import interrupted_at
 
 from subnet_kernels.cpu import threads
 
@@ -78,6 +79,28 @@ def test_run_raises_an_interrupt_after_all_have_ended() -> None:
         assert ended == [2]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_run_interrupted_at_any_line_leaves_no_call_behind() -> None:
+    """Also inside the standard library, should tasks be handed to its pools again."""
+    running: list[int] = []
+
+    def work(number: int) -> None:
+        running.append(number)
+        time.sleep(0.002)
+        running.remove(number)
+
+    for line in range(1000):
+        try:
+            with interrupted_at(line, ("/subnet_kernels/cpu/threads.py", "/concurrent/futures/thread.py")):
+                threads.run(work, [(number,) for number in range(3)])
+        except KeyboardInterrupt:
+            assert running == []
+            assert threads.num_threads() == torch.get_num_threads()
+        else:
+            break
+    assert line > 15
+    assert sorted(threads.run(int, [(number,) for number in range(3)])) == [0, 1, 2]
 
 
 def test_split_gives_the_runs_of_its_example() -> None:

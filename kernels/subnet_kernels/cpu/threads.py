@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 
-_pools: dict[int, ThreadPoolExecutor] = {}
+_queues: dict[int, SimpleQueue[Callable[[], None]]] = {}
 _this_thread = threading.local()
+_PATIENCE = 0.05  # seconds after which helpers are counted again, should an interrupt have lost the news of one
 
 
 def num_threads() -> int:
@@ -21,7 +24,7 @@ def num_threads() -> int:
 
 
 def run(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Call `function` once per task, side by side; the caller's own thread takes the first one.
+    """Call `function` once per task, side by side; the caller's own thread takes its share.
 
     Args:
         function: Must release the interpreter lock to gain anything. Ops that it calls stay on its thread: waiting
@@ -33,25 +36,64 @@ def run(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[
     """
     if len(tasks) <= 1 or _is_in_task():
         return [function(*task) for task in tasks]
-    futures: list[Future[Any]] = []
+    unclaimed = iter(range(len(tasks)))  # each number goes to one thread
+    results: dict[int, Any] = {}
+    errors: dict[int, Exception] = {}
+    interrupts: list[BaseException] = []
+    started: list[None] = []
+    ended: list[None] = []
+    news: SimpleQueue[None] = SimpleQueue()
+
+    def work() -> None:
+        for number in unclaimed:
+            try:
+                results[number] = function(*tasks[number])
+            except Exception as error:
+                errors[number] = error
+
+    def help_out() -> None:
+        started.append(None)
+        try:
+            _in_task(work)
+        except BaseException as error:
+            interrupts.append(error)
+        ended.append(None)
+        news.put(None)
+
+    # An interrupt may come at any step, also between a call and what is done with its result. So helpers count
+    # themselves, and one that starts when every task has gone to some thread finds nothing to do.
+    missing = len(tasks) - 1
+    while True:
+        try:
+            while missing:
+                missing -= 1
+                _helpers().put(help_out)
+            _in_task(work)
+            while len(ended) < len(started):
+                with contextlib.suppress(Empty):
+                    news.get(timeout=_PATIENCE)
+            break
+        except BaseException as error:
+            interrupts.append(error)
     try:
-        futures.extend(_pool().submit(_in_task, function, task) for task in tasks[1:])
-        first = _in_task(function, tasks[0])
+        for raised in (*interrupts, *(errors[number] for number in sorted(errors))):
+            raise raised
+        return [results[number] for number in range(len(tasks))]
     finally:
-        _wait_for(futures)
-    return [first, *(future.result() for future in futures)]
+        interrupts.clear()  # which hold this frame
+        errors.clear()
 
 
 def _is_in_task() -> bool:
     return getattr(_this_thread, "is_in_task", False)
 
 
-def _in_task(function: Callable[..., Any], task: tuple[Any, ...]) -> Any:
-    _this_thread.is_in_task = True
+def _in_task(work: Callable[[], None]) -> None:
     try:
-        return function(*task)
+        _this_thread.is_in_task = True
+        work()
     finally:
-        del _this_thread.is_in_task
+        _this_thread.is_in_task = False
 
 
 def split(num_items: int, parts: int | None = None) -> list[tuple[int, int]]:
@@ -65,23 +107,20 @@ def split(num_items: int, parts: int | None = None) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def _wait_for(futures: Sequence[Future[Any]]) -> None:
-    """Return when all calls have ended: no thread may still write when the caller goes on, not even after Ctrl-C."""
-    interrupt: BaseException | None = None
-    while True:
-        try:
-            wait(futures)
-            break
-        except BaseException as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
-
-
-def _pool() -> ThreadPoolExecutor:
-    # A forked child has none of its parent's threads, so pools belong to one process.
+def _helpers() -> SimpleQueue[Callable[[], None]]:
+    """Return the queue of what the other threads of this process shall do."""
+    # A forked child has none of its parent's threads, so they belong to one process.
     process = os.getpid()
-    if process not in _pools:
-        _pools.clear()
-        _pools[process] = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="subnet_kernels")
-    return _pools[process]
+    if process not in _queues:
+        _queues.clear()
+        queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        for _ in range(os.cpu_count() or 1):
+            # Pools and `threading.Thread` have locks in Python code, which an interrupt there leaves locked for ever.
+            _thread.start_new_thread(_serve, (queue,))
+        _queues[process] = queue
+    return _queues[process]
+
+
+def _serve(queue: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        queue.get()()
