@@ -81,8 +81,8 @@ def time_switches(base: Path, delta: Delta) -> None:
     first, second = "first", "second"
     bank.add(first, delta)
     bank.add(second, delta)
-    print(f"{delta!r}, density {delta.num_changed / delta.num_parameters:.3f}, {torch.get_num_threads()} threads")
-    print(f"beside the model, per delta: {bank.nbytes / 2 / 1e6:.1f} MB; values {2 * delta.num_changed / 1e6:.1f} MB")
+    print(f"{delta!r}, density {delta.num_values / delta.num_parameters:.3f}, {torch.get_num_threads()} threads")
+    print(f"beside the model, per delta: {bank.nbytes / 2 / 1e6:.1f} MB; values {2 * delta.num_values / 1e6:.1f} MB")
 
     def enter_and_leave(*, check_base: bool) -> None:
         with applied(model, delta, check_base=check_base):

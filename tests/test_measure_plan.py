@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from old_versions import needs_trl_1_16
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "measure_plan.py"
 
@@ -47,6 +48,7 @@ def check(rows: list[dict[str, Any]]) -> None:
             assert by_name[name]["planned"] == pytest.approx(by_name[name]["measured"], rel=ESTIMATES), name
 
 
+@needs_trl_1_16("its losses hold the logits of all tokens, which plan does not count")
 @pytest.mark.parametrize("run", RUNS)
 def test_plans_equal_runs_of_tiny_models(run: str) -> None:
     recipe, method, overrides = RUNS[run]

@@ -21,7 +21,7 @@ def check_settled(folder: Path) -> None:
     """
     try:
         text = (folder / JOURNAL).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return
     if f'"{REPLACING}"' in text:
         raise CheckpointError(

@@ -180,8 +180,8 @@ def _emit_file(delta: DeltaFile, options: argparse.Namespace, emit: Emit) -> Non
     if options.json:
         emit(json.dumps({"version": __version__, "file": str(delta.path), **figures}))
         return
-    changed, total, nbytes = figures["num_changed"], figures["num_parameters"], figures["bytes"]
-    emit(f"{delta.path}: {changed:,} of {total:,} weights, density {figures['density']:.4%}")
+    count, total, nbytes = figures["num_values"], figures["num_parameters"], figures["bytes"]
+    emit(f"{delta.path}: {count:,} of {total:,} weights, density {figures['density']:.4%}")
     emit(f"  {nbytes:,} bytes, {figures['bytes_per_parameter']:.3f} per parameter, {figures['encoding']}")
     if figures["mask"] is not None:
         emit(f"  positions in the mask {figures['mask']}")
@@ -195,12 +195,12 @@ def delta_figures(delta: DeltaFile) -> dict[str, Any]:
     """Return what a delta file says about itself, as JSON has it."""
     from subnet_ft.deltas.checks import base_digest, result_digest
 
-    num_changed = sum(entry.count for entry in delta.entries.values())
+    num_values = sum(entry.count for entry in delta.entries.values())
     num_parameters = sum(entry.num_elements for entry in delta.entries.values())
     return {
-        "num_changed": num_changed,
+        "num_values": num_values,
         "num_parameters": num_parameters,
-        "density": num_changed / max(num_parameters, 1),
+        "density": num_values / max(num_parameters, 1),
         "bytes": delta.nbytes,
         "bytes_per_parameter": delta.nbytes / max(num_parameters, 1),
         "encoding": delta.header.encoding,

@@ -100,8 +100,8 @@ def _writing(target: Path) -> Iterator[None]:
     except OSError as error:
         where = f"`{error.filename}`: " if error.filename else ""
         raise DeltaError(
-            f"`{target}` cannot be made: {where}{error.strerror or error}. Nothing of it is left. Free space or get "
-            "access, or name another folder."
+            f"`{target}` cannot be made: {where}{error.strerror or error}. Free space or get access, or name another "
+            "folder."
         ) from error
 
 

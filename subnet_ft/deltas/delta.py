@@ -169,7 +169,7 @@ class Delta:
         return save_delta(self, Path(path), mask=mask, zstd=zstd)
 
     @property
-    def num_changed(self) -> int:
+    def num_values(self) -> int:
         """K, the number of weights that get a new value."""
         return sum(tensor.count for tensor in self.tensors.values())
 
@@ -179,7 +179,7 @@ class Delta:
         return sum(tensor.num_elements for tensor in self.tensors.values())
 
     def __repr__(self) -> str:
-        return f"Delta({self.num_changed:,} of {self.num_parameters:,} weights of `{self.base.name}`)"
+        return f"Delta({self.num_values:,} of {self.num_parameters:,} weights of `{self.base.name}`)"
 
 
 def _check_tensor(name: str, tensor: TensorDelta, dtype: str) -> None:

@@ -41,9 +41,10 @@ def apply_in_place(folder: Path, deltas: Sequence[AnyDelta]) -> Path:
         unfinished = read_journal(folder)
         if unfinished is not None and unfinished.phase == "replacing":
             if (unfinished.action, unfinished.result) != ("apply", result):
+                way = "undo it" if unfinished.action == "apply" else "finish it"
                 raise DeltaError(
-                    f"`{folder}` is in the middle of another `{unfinished.action}`, which was interrupted. Finish it "
-                    "by the same command, or undo it with `subnet-ft delta revert`."
+                    f"`{folder}` is in the middle of another `{unfinished.action}`, which was interrupted: {way} with "
+                    "`subnet-ft delta revert`" + (", or finish it by the same command." if way == "undo it" else ".")
                 )
             _resume(folder, unfinished, {name: entry.result for name, entry in deltas[-1].entries.items()})
             return folder

@@ -61,7 +61,8 @@ def read_journal(folder: Path) -> Journal | None:
         return None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DeltaError(
-            f"`{path}` cannot be read: {error}. If the weights are whole (`subnet-ft delta verify`), remove it."
+            f"`{path}` cannot be read: {error}. Remove it, and see with `subnet-ft delta verify` whether the "
+            "weights are whole."
         ) from error
     return journal
 

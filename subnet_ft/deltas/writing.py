@@ -53,7 +53,7 @@ def save_delta(delta: Delta, path: str | Path, *, mask: SubnetMask | None = None
     """
     if mask is not None and mask != delta.mask:
         raise DeltaMismatchError(
-            f"The delta changes {delta.num_changed:,} weights and the mask has {mask.num_trainable:,}, or others: a "
+            f"The delta changes {delta.num_values:,} weights and the mask has {mask.num_trainable:,}, or others: a "
             "file without positions needs a mask of exactly its positions."
         )
     with DeltaWriter(path, delta.base, delta.source, mask=mask, zstd=zstd) as writer:

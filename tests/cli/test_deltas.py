@@ -47,7 +47,7 @@ def test_delta_commands_from_export_to_revert(files: dict[str, str], capsys: pyt
     assert made == printed(capsys, "info", files["a"])
     assert made["file"] == files["a"]
     assert made["bytes"] == Path(files["a"]).stat().st_size
-    assert 0.25 < made["density"] == made["num_changed"] / made["num_parameters"] < 0.35
+    assert 0.25 < made["density"] == made["num_values"] / made["num_parameters"] < 0.35
     packed = printed(capsys, "export", files["base"], files["second"], "-o", files["b"], "--zstd")
     assert packed["encoding"] == "zstd"
     assert packed["base_digest"] == made["base_digest"]
@@ -71,14 +71,14 @@ def test_delta_diff_and_compose(files: dict[str, str], capsys: pytest.CaptureFix
     one = printed(capsys, "export", files["base"], files["first"], "-o", files["a"])
     two = printed(capsys, "export", files["base"], files["second"], "-o", files["b"])
     found = printed(capsys, "diff", files["a"], files["b"])
-    assert (found["first"], found["second"]) == (one["num_changed"], two["num_changed"])
+    assert (found["first"], found["second"]) == (one["num_values"], two["num_values"])
     assert 0 < found["shared"] < found["first"]
     assert found["equal"] < found["shared"]
     assert "--on-conflict" in refused(capsys, "compose", files["a"], files["b"], "-o", files["c"])
     union = found["first"] + found["second"] - found["shared"]
     for policy, winner in (("first", "a"), ("second", "b")):
         made = printed(capsys, "compose", files["a"], files["b"], "-o", files["c"], "--on-conflict", policy)
-        assert made["num_changed"] == union
+        assert made["num_values"] == union
         kept = printed(capsys, "diff", files[winner], files["c"])
         assert kept["first"] == kept["shared"] == kept["equal"]
         assert printed(capsys, "verify", files["base"], files["c"])["fine"]

@@ -132,7 +132,7 @@ def test_a_delta_whose_names_are_paths_fits_no_checkpoint_and_writes_nothing(tmp
 
 def test_open_deltas_gives_each_file_the_mask_that_it_refers_to(tmp_path: Path) -> None:
     cases = [random_case(seed)[2] for seed in range(60)]
-    one, two, own = [case for case in cases if case.num_changed > 3][:3]
+    one, two, own = [case for case in cases if case.num_values > 3][:3]
     paths = [
         one.save(tmp_path / f"1{SUFFIX}", mask=one.mask),
         own.save(tmp_path / f"3{SUFFIX}"),

@@ -29,7 +29,7 @@ def delta(
 
 def test_delta_counts_what_it_changes() -> None:
     found = delta()
-    assert (found.num_changed, found.num_parameters) == (2, 10)
+    assert (found.num_values, found.num_parameters) == (2, 10)
     assert found.mask[NAME].view(-1).nonzero().view(-1).tolist() == [1, 8]
     assert repr(found) == "Delta(2 of 10 weights of `a base`)"
     assert found.entries[NAME].count == 2

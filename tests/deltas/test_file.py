@@ -284,7 +284,7 @@ def _has_padding(delta: Delta) -> bool:
 
 
 def test_open_checks_the_mask_that_a_file_refers_to(tmp_path: Path) -> None:
-    _, _, delta = random_case(next(s for s in range(100) if random_case(s)[2].num_changed > 3))
+    _, _, delta = random_case(next(s for s in range(100) if random_case(s)[2].num_values > 3))
     path = delta.save(tmp_path / f"d{SUFFIX}", mask=delta.mask)
     name = next(name for name, tensor in delta.tensors.items() if tensor.count)
     assert same_bits(DeltaFile(path, delta.mask).tensor(name).values, delta.tensors[name].values)

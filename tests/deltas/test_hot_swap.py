@@ -61,10 +61,10 @@ def test_hot_swap_holds_the_values_and_masks_of_its_deltas_alone() -> None:
     bank = HotSwap(model)
     delta, _ = delta_of(model)
     bank.add("a", delta)
-    masks = bank.nbytes - 2 * delta.num_changed
+    masks = bank.nbytes - 2 * delta.num_values
     assert 0 < masks < 0.2 * delta.num_parameters + 16 * len(delta.tensors) + 16
     bank.activate("a")
-    assert bank.nbytes == 2 * delta.num_changed + masks
+    assert bank.nbytes == 2 * delta.num_values + masks
 
 
 def test_hot_swap_refuses_unknown_names_and_names_that_are_taken() -> None:

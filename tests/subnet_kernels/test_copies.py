@@ -169,6 +169,19 @@ def test_gather_refuses_rows_and_strides(dense: torch.Tensor, bits: int) -> None
         gather(dense, mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8, torch.float8_e4m3fn])
+def test_copies_refuse_elements_that_no_weight_has(dtype: torch.dtype) -> None:
+    dense, compact = torch.zeros(4).to(dtype), torch.ones(2).to(dtype)
+    before = dense.view(torch.uint8).clone()
+    message = rf"`dense` must be bfloat16, float16 or float32, got {dtype}"
+    with pytest.raises(ValueError, match=message):
+        gather(dense, EXAMPLE, dtype=dtype)
+    for write in (scatter, swap, patch):
+        with pytest.raises(ValueError, match=message):
+            write(dense, EXAMPLE, compact)
+    assert torch.equal(dense.view(torch.uint8), before)
+
+
 def test_gather_refuses_a_third_dtype() -> None:
     with pytest.raises(ValueError, match=r"must be torch\.float32 or that of `dense`, torch\.bfloat16"):
         gather(torch.zeros(4, dtype=torch.bfloat16), EXAMPLE, dtype=torch.float16)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import same_bits
+from old_versions import needs_trl_1_16
 from training.masked_runs import check_weights, weights_of
 
 from subnet_ft.checkpoints.models import load_model
@@ -63,7 +64,13 @@ def trained(name: str, folder: Path, *overrides: str, method: str = "lora") -> t
     return kept[0], kept[1], run.memory
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs_trl_1_16("the loss of DPO is rounded to bfloat16")) if name == "dpo" else name
+        for name in LANGUAGE_MODELS
+    ],
+)
 def test_lora_trains_with(name: str, tmp_path: Path) -> None:
     start = weights_of(attach(tiny_model("llama"), tiny_tokenizer(), "lora", seed=1))
     trainer, mask, memory = trained(name, tmp_path)
@@ -111,9 +118,7 @@ def test_left_as_built_takes_away_what_trl_adds_and_gives_back_what_it_rounds() 
 
 def test_train_names_the_method_that_a_trainer_refuses(tmp_path: Path) -> None:
     head = ["model.name=tiny:qwen2", "methods.lora.config.target_modules=[lm_head, q_proj]"]
-    with pytest.raises(
-        MethodError, match=r"`lora` does not go with `SFTTrainer`: Applying a PEFT adapter to `lm_head`"
-    ):
+    with pytest.raises(MethodError, match=r"`lora` does not go with `SFTTrainer`: .*`lm_head`"):
         trained("sft", tmp_path, *head)
 
 
@@ -137,6 +142,7 @@ def test_index_nbytes_counts_what_shira_keeps_beside_its_weights() -> None:
     assert index_nbytes(adapted()) == 0
 
 
+@needs_trl_1_16("DPO cannot train a prompt, and rounds its loss to bfloat16")
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
 def test_dpo_computes_what_the_models_say(method: str, tmp_path: Path) -> None:
     """A learned prompt makes more positions than there are tokens, and TRL must read the right ones."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import RELATIVE, relative
+from old_versions import needs_transformers_5_24
 from safetensors.torch import load_file
 from training.masked_runs import check_weights, restricted, same_weights, weights_of
 
@@ -127,6 +128,7 @@ def test_attention_implementations_agree(family: str, tmp_path: Path) -> None:
     assert distance(gradients[1], gradients[0]) < RELATIVE
 
 
+@needs_transformers_5_24("Gemma 2 takes this attention")
 def test_load_model_refuses_an_attention_that_the_architecture_lacks(tmp_path: Path) -> None:
     save_tiny("gemma2", tmp_path)
     with pytest.raises(CheckpointError, match="Gemma2ForCausalLM does not support an attention implementation"):

@@ -58,7 +58,7 @@ def _tasks(dense: torch.Tensor, mask: BitMask, compact: torch.Tensor, small: int
     integers = _INTEGERS[dense.element_size()]
     dense_bits, compact_bits = dense.detach().view(integers).numpy(), compact.detach().view(integers).numpy()
     tasks = []
-    for start, stop in split(mask.num_tiles, 1 if mask.num_elements < small else None):
+    for start, stop in split(mask.num_tiles, 1 if mask.num_elements <= small else None):
         if start < stop:
             # Reading a number from a tensor takes longer than copying a small one.
             slot = int(mask.bases[start // layout.SEGMENT_TILES]) + int(mask.offsets[start]) if start else 0

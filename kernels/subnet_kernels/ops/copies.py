@@ -137,3 +137,5 @@ def _check_pair(dense: torch.Tensor, mask: BitMask, compact_values: torch.Tensor
 def _check_flat(tensor: torch.Tensor, name: str, reason: str) -> None:
     if not tensor.is_contiguous() or tensor.dim() != 1:
         raise ValueError(f"`{name}` must be flat and contiguous: {reason}; got shape {tuple(tensor.shape)}")
+    if tensor.element_size() not in (2, 4):
+        raise ValueError(f"`{name}` must be bfloat16, float16 or float32, got {tensor.dtype}")
