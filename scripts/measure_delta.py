@@ -77,7 +77,7 @@ def measure(folder: Path, base: Path, tuned: Path, repeats: int) -> None:
     }
     seconds = in_turns(repeats, jobs, [folder / "copy", folder / "out"])
     delta = export_delta(base, tuned, raw)
-    print(f"\n{num_weights(delta):,} weights in {len(files)} files of {dense:,} bytes, density {density_of(delta):.4f}")
+    print(f"\n{delta.num_parameters:,} weights in {len(files)} files of {dense:,} bytes, density {delta.density:.4f}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"{torch.get_num_threads()} threads, peak {peak} MiB resident, pages mapped from files included\n")
     print("| job | median seconds | least | of the speed of cp (medians, least) |")
@@ -111,7 +111,7 @@ def measure_run(folder: Path, run: Path) -> None:
             )
             more["delta --mask-reference"] = referring.nbytes
         dense = sum(file.stat().st_size for file in (run / name).glob("*.safetensors"))
-        print(f"\n{run / name}, a value for {density_of(delta):.4f} of {num_weights(delta):,} weights:")
+        print(f"\n{run / name}, a value for {delta.density:.4f} of {delta.num_parameters:,} weights:")
         print_sizes(inputs.base, open_checkpoint(run / name), delta, packed.stat().st_size, dense, more)
 
 
@@ -133,7 +133,7 @@ def print_sizes(
         more: Bytes of other files.
     """
     before, after = (one if isinstance(one, Checkpoint) else open_checkpoint(one) for one in (base, tuned))
-    total = num_weights(delta)
+    total = delta.num_parameters
     values = sum(entry.values_nbytes for entry in delta.entries.values())
     sizes = {
         "dense checkpoint": dense,
@@ -149,14 +149,6 @@ def print_sizes(
     print("|---|---|---|---|")
     for what, nbytes in sizes.items():
         print(f"| {what} | {nbytes:,} | {nbytes / total:.3f} | {nbytes / dense:.1%} |")
-
-
-def num_weights(delta: DeltaFile) -> int:
-    return sum(entry.num_elements for entry in delta.entries.values())
-
-
-def density_of(delta: DeltaFile) -> float:
-    return sum(entry.count for entry in delta.entries.values()) / num_weights(delta)
 
 
 def copied(checkpoint: Checkpoint, folder: Path) -> Path:

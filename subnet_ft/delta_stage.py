@@ -66,11 +66,10 @@ def with_delta(stage: TrainedStage, base: Checkpoint, *, progress: bool = False)
 
 
 def _figures(file: DeltaFile, checkpoint: Path) -> dict[str, Any]:
-    entries = file.entries.values()
     return {
         "bytes": file.nbytes,
         "dense_bytes": sum(weights.stat().st_size for weights in checkpoint.glob("*.safetensors")),
-        "density": sum(entry.count for entry in entries) / sum(entry.num_elements for entry in entries),
+        "density": file.density,
         "sha256": file.sha256,
     }
 

@@ -195,14 +195,12 @@ def delta_figures(delta: DeltaFile) -> dict[str, Any]:
     """Return what a delta file says about itself, as JSON has it."""
     from subnet_ft.deltas.checks import base_digest, result_digest
 
-    num_values = sum(entry.count for entry in delta.entries.values())
-    num_parameters = sum(entry.num_elements for entry in delta.entries.values())
     return {
-        "num_values": num_values,
-        "num_parameters": num_parameters,
-        "density": num_values / max(num_parameters, 1),
+        "num_values": delta.num_values,
+        "num_parameters": delta.num_parameters,
+        "density": delta.density,
         "bytes": delta.nbytes,
-        "bytes_per_parameter": delta.nbytes / max(num_parameters, 1),
+        "bytes_per_parameter": delta.nbytes / max(delta.num_parameters, 1),
         "encoding": delta.header.encoding,
         "mask": delta.header.mask_fingerprint,
         "sha256": delta.sha256,

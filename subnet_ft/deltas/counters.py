@@ -14,8 +14,8 @@ _serials = itertools.count()
 class VersionCounters:
     """The version counters of weights, as they were.
 
-    `mark` gives all of them a number that no other exchange gave and that writing does not reach, so that a graph that
-    saw weights on one side of any exchange is never gone back through on another.
+    `mark` gives all of them a number that no other exchange gave, and that fewer than 256 writes after another one
+    do not reach, so that a graph that saw weights on one side of any exchange is not gone back through on another.
 
     Args:
         weights: By name, views that share their counters; those made under `torch.inference_mode` have none.

@@ -62,6 +62,21 @@ class DeltaFile:
         return self.header.entries
 
     @property
+    def num_values(self) -> int:
+        """K, the number of weights that get a new value."""
+        return sum(entry.count for entry in self.entries.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """N, the number of weights of the model."""
+        return sum(entry.num_elements for entry in self.entries.values())
+
+    @property
+    def density(self) -> float:
+        """K / N; 0 for a model without weights."""
+        return self.num_values / max(self.num_parameters, 1)
+
+    @property
     def base(self) -> ModelRecord:
         """The model that the delta belongs to."""
         return ModelRecord(

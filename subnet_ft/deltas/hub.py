@@ -87,8 +87,7 @@ def pull_delta(repo: str, path: str | Path, *, revision: str | None = None) -> D
 
 def model_card(delta: DeltaFile, repo: str, *, evidence: Sequence[str] = ()) -> str:
     """Return the model card of a delta, in Markdown."""
-    changed = sum(entry.count for entry in delta.entries.values())
-    total = sum(entry.num_elements for entry in delta.entries.values())
+    changed, total = delta.num_values, delta.num_parameters
     name, revision = delta.header.base_name, delta.header.base_revision
     # A folder's name is of no use to others; the fingerprints say which weights are meant. That the folder is not here
     # says nothing: the delta may have been made elsewhere. Only a base that came from the Hub has a revision.
